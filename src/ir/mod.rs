@@ -1,0 +1,15 @@
+//! The intermediate representation: typed ids, dimensions, operators, the graph, its text form, its verifier, and the
+//! builder of LFM2 graphs from `config.json`. Uses no other room.
+
+mod graph;
+mod ids;
+mod op;
+mod print;
+pub mod shape;
+mod types;
+
+pub use graph::{Graph, Layout, Op, Operand, Users, Value, Weight};
+pub use ids::{ValueId, WeightId};
+pub use op::{Attribute, BinaryFn, OpKind, Stage, UnaryFn};
+pub use print::stage_list;
+pub use types::{DType, Dim, Extents, Sym, Type};

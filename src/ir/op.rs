@@ -1,0 +1,422 @@
+//! The operators: a closed set, each with typed attributes.
+//!
+//! [`OpKind::mnemonic`] and [`OpKind::attributes`] give the text form, [`OpKind::from_text`] reads it back; what an
+//! operator accepts and produces is in [`crate::ir::shape`].
+
+use std::fmt;
+
+/// An elementwise function of one operand.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum UnaryFn {
+    /// `-x`
+    Neg,
+    /// `|x|`
+    Abs,
+    /// `e^x`
+    Exp,
+    /// Natural logarithm.
+    Log,
+    /// Square root.
+    Sqrt,
+    /// `1 / sqrt(x)`
+    Rsqrt,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+    /// `x * sigmoid(x)`
+    Silu,
+    /// `max(x, 0)`
+    Relu,
+}
+
+/// An elementwise function of two operands, the second broadcast to the first where its dimensions are 1 or absent.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum BinaryFn {
+    /// `x + y`
+    Add,
+    /// `x - y`
+    Sub,
+    /// `x * y`
+    Mul,
+    /// `x / y`
+    Div,
+    /// The larger.
+    Max,
+    /// The smaller.
+    Min,
+}
+
+impl UnaryFn {
+    /// Every function with its mnemonic.
+    pub const ALL: [(UnaryFn, &'static str); 10] = [
+        (UnaryFn::Neg, "neg"),
+        (UnaryFn::Abs, "abs"),
+        (UnaryFn::Exp, "exp"),
+        (UnaryFn::Log, "log"),
+        (UnaryFn::Sqrt, "sqrt"),
+        (UnaryFn::Rsqrt, "rsqrt"),
+        (UnaryFn::Tanh, "tanh"),
+        (UnaryFn::Sigmoid, "sigmoid"),
+        (UnaryFn::Silu, "silu"),
+        (UnaryFn::Relu, "relu"),
+    ];
+}
+
+impl BinaryFn {
+    /// Every function with its mnemonic.
+    pub const ALL: [(BinaryFn, &'static str); 6] = [
+        (BinaryFn::Add, "add"),
+        (BinaryFn::Sub, "sub"),
+        (BinaryFn::Mul, "mul"),
+        (BinaryFn::Div, "div"),
+        (BinaryFn::Max, "max"),
+        (BinaryFn::Min, "min"),
+    ];
+
+    /// True where the operands may be exchanged.
+    pub fn commutes(self) -> bool {
+        !matches!(self, BinaryFn::Sub | BinaryFn::Div)
+    }
+}
+
+/// What a fused operator is made of, in execution order. The label of a fused operator lists its stages, and a GPU
+/// kernel is chosen by that list.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Stage {
+    /// Token embedding.
+    Embed,
+    /// Selection of the rows that get logits.
+    Gather,
+    /// RMSNorm over the hidden dimension.
+    Norm,
+    /// Dense matrix product.
+    Matmul,
+    /// `silu(gate) * up`.
+    Swiglu,
+    /// Addition to the residual stream.
+    Residual,
+    /// Gate, causal convolution with state, gate.
+    ShortConv,
+    /// RMSNorm of each head, and RoPE, of queries and keys.
+    HeadRope,
+    /// Keys and values into the cache.
+    KvWrite,
+    /// Softmax attention over the cache.
+    Attention,
+    /// Router scores, top-k and weights.
+    Router,
+    /// Sorting of (token, expert) pairs by expert.
+    Group,
+    /// Matrix product with the expert of each row.
+    ExpertMatmul,
+    /// Weighted sum over a token's experts, in fixed order.
+    Combine,
+    /// A chain of elementwise operators.
+    Pointwise,
+    /// Choice of the next token.
+    Sample,
+}
+
+impl Stage {
+    /// Every stage with its name in the text form.
+    pub const ALL: [(Stage, &'static str); 16] = [
+        (Stage::Embed, "embed"),
+        (Stage::Gather, "gather"),
+        (Stage::Norm, "norm"),
+        (Stage::Matmul, "matmul"),
+        (Stage::Swiglu, "swiglu"),
+        (Stage::Residual, "residual"),
+        (Stage::ShortConv, "shortconv"),
+        (Stage::HeadRope, "headrope"),
+        (Stage::KvWrite, "kvwrite"),
+        (Stage::Attention, "attention"),
+        (Stage::Router, "router"),
+        (Stage::Group, "group"),
+        (Stage::ExpertMatmul, "expert"),
+        (Stage::Combine, "combine"),
+        (Stage::Pointwise, "pointwise"),
+        (Stage::Sample, "sample"),
+    ];
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(name_of(&Stage::ALL, self))
+    }
+}
+
+/// An operator with its attributes.
+#[derive(Clone, PartialEq, Debug)]
+pub enum OpKind {
+    /// `(tokens i32[T], table [V,H]) -> [T,H]`: row `tokens[t]` of the table; zeros where the token is negative (padding).
+    Embed,
+    /// `(x [..,N], weight [D]) -> [..,N]`, D dividing N: each group of D elements divided by its root mean square
+    /// (plus `eps` under the root) in f32, rounded to the type of `x`, then multiplied by the weight.
+    RmsNorm {
+        /// Added to the mean of squares.
+        eps: f64,
+    },
+    /// `(x [T,K], weight [N,K]) -> [T,N]`: `x @ weight^T`, accumulated in f32.
+    Matmul,
+    /// `(x [..,N]) -> [..,n0], [..,n1], ...`: parts of the last axis, of equal size if `block` is given, and then taken in
+    /// turn, `block` elements at a time.
+    Split {
+        /// Size of each part; they add up to N.
+        sizes: Vec<u64>,
+        /// Interleaving, as the weight layout made it.
+        block: Option<u64>,
+    },
+    /// An elementwise function.
+    Unary(UnaryFn),
+    /// An elementwise function of two.
+    Binary(BinaryFn),
+    /// Conversion to the result's element type.
+    Cast,
+    /// `(u [T,C], weight [C,L], state [slots,ring,C], pos i32[T], slot i32[T]) -> [T,C], state`: depthwise causal
+    /// convolution along each sequence, earlier columns from the state, zeros before position 0; the last columns of each
+    /// sequence are written to the state at `position % ring`. Padding rows (slot -1) give zeros and write nothing.
+    Conv1dCausal,
+    /// `(x [T,heads*D], pos i32[T]) -> [T,heads*D]`: rotary embedding, first half of each head paired with the second.
+    Rope {
+        /// Base of the frequencies.
+        theta: f64,
+        /// Size D of one head.
+        head_dim: u64,
+    },
+    /// `(k [T,heads*D], v [T,heads*D], kv [pages,2,heads,page,D], table i32[slots,pages per slot], pos i32[T],
+    /// slot i32[T]) -> kv`: each row's key and value into its page. Padding rows write nothing.
+    KvWrite,
+    /// `(q [T,heads*D], kv, table, pos i32[T], slot i32[T]) -> [T,heads*D]`: causal attention of each row over positions
+    /// `0..=pos` of its slot, softmax in f32. Padding rows give zeros.
+    Attention {
+        /// Query heads; a multiple of the KV heads in the state's shape.
+        heads: u64,
+        /// Factor on the scores before softmax.
+        scale: f64,
+    },
+    /// `(scores f32[T,E], slot i32[T]) -> i32[T,k]`: the columns of the k largest, largest first, ties to the lower
+    /// column; -1 in padding rows.
+    TopK {
+        /// How many.
+        k: u64,
+    },
+    /// `(x [N,C], rows i32[R]) -> [R,C]`: rows of `x`; zeros where the index is negative.
+    GatherRows,
+    /// `(x [T,E], columns i32[T,k]) -> [T,k]`: elements of each row; zero where the index is negative.
+    GatherColumns,
+    /// `(x [..,N]) -> [..,1]`: sum of the last axis in f32, in ascending order.
+    RowSum,
+    /// `(x [T,K] or [T,k,K], weight [E,N,K], experts i32[T,k]) -> [T,k,N]`: each row times its expert's matrix; zeros where
+    /// the expert is negative.
+    ExpertMatmul,
+    /// `(y [T,k,N], weights f32[T,k], experts i32[T,k]) -> [T,N]`: sum over k in ascending order in f32, leaving out
+    /// negative experts.
+    WeightedSum,
+    /// `(experts i32[T,k]) -> pairs i32[T*k], places i32[T,k], offsets i32[E+1]`: stable sort of the pairs `t*k + j` by
+    /// expert: `pairs` lists them in that order and ends in -1 for padding, `places` is the inverse (-1 for padding), and
+    /// expert `e` owns rows `offsets[e]..offsets[e+1]`.
+    GroupRows {
+        /// Number of experts E.
+        experts: u64,
+    },
+    /// `(x [T,K], weight [E,N,K], pairs i32[T*k], offsets i32[E+1]) -> [T*k,N]`: row i is `x[pairs[i] / k]` times the matrix
+    /// of the expert that owns i. Rows past `offsets[E]` are zeros.
+    GroupedMatmulGather {
+        /// Experts a token.
+        k: u64,
+    },
+    /// `(x [T*k,K], weight [E,N,K], offsets i32[E+1]) -> [T*k,N]`: as above, with the rows already in order.
+    GroupedMatmul,
+    /// `(y [T*k,N], weights f32[T,k], places i32[T,k]) -> [T,N]`: sum over k in ascending order in f32 of
+    /// `weights[t,j] * y[places[t,j]]`, leaving out negative places.
+    GroupedWeightedSum,
+    /// `(logits f32[R,V], rows i32[R], pos i32[T], slot i32[T], params i32[slots,8]) -> i32[R]`: the next token of each row
+    /// by its slot's sampling parameters; -1 where the row is negative.
+    Sample,
+    /// Several primitive operators as one; its body is its meaning.
+    Fused(Vec<Stage>),
+}
+
+/// The value of an attribute in the text form.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Attribute {
+    /// A whole number.
+    Int(u64),
+    /// A decimal number.
+    Float(f64),
+    /// A list of whole numbers.
+    Ints(Vec<u64>),
+}
+
+impl fmt::Display for Attribute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Attribute::Int(n) => write!(f, "{n}"),
+            Attribute::Float(x) => write!(f, "{x:?}"),
+            Attribute::Ints(list) => {
+                f.write_str("[")?;
+                for (i, n) in list.iter().enumerate() {
+                    write!(f, "{}{n}", if i > 0 { ", " } else { "" })?;
+                }
+                f.write_str("]")
+            }
+        }
+    }
+}
+
+impl OpKind {
+    /// The operator's name in the text form.
+    pub fn mnemonic(&self) -> &'static str {
+        match self {
+            OpKind::Embed => "embed",
+            OpKind::RmsNorm { .. } => "rms_norm",
+            OpKind::Matmul => "matmul",
+            OpKind::Split { .. } => "split",
+            OpKind::Unary(function) => name_of(&UnaryFn::ALL, function),
+            OpKind::Binary(function) => name_of(&BinaryFn::ALL, function),
+            OpKind::Cast => "cast",
+            OpKind::Conv1dCausal => "conv1d_causal",
+            OpKind::Rope { .. } => "rope",
+            OpKind::KvWrite => "kv_write",
+            OpKind::Attention { .. } => "attention",
+            OpKind::TopK { .. } => "top_k",
+            OpKind::GatherRows => "gather",
+            OpKind::GatherColumns => "gather_columns",
+            OpKind::RowSum => "row_sum",
+            OpKind::ExpertMatmul => "expert_matmul",
+            OpKind::WeightedSum => "weighted_sum",
+            OpKind::GroupRows { .. } => "group_rows",
+            OpKind::GroupedMatmulGather { .. } => "grouped_matmul_gather",
+            OpKind::GroupedMatmul => "grouped_matmul",
+            OpKind::GroupedWeightedSum => "grouped_weighted_sum",
+            OpKind::Sample => "sample",
+            OpKind::Fused(_) => "fused",
+        }
+    }
+
+    /// The attributes by name, in print order.
+    pub fn attributes(&self) -> Vec<(&'static str, Attribute)> {
+        match self {
+            OpKind::RmsNorm { eps } => vec![("eps", Attribute::Float(*eps))],
+            OpKind::Split { sizes, block } => {
+                let mut list = vec![("sizes", Attribute::Ints(sizes.clone()))];
+                list.extend(block.map(|b| ("block", Attribute::Int(b))));
+                list
+            }
+            OpKind::Rope { theta, head_dim } => {
+                vec![("theta", Attribute::Float(*theta)), ("head_dim", Attribute::Int(*head_dim))]
+            }
+            OpKind::Attention { heads, scale } => {
+                vec![("heads", Attribute::Int(*heads)), ("scale", Attribute::Float(*scale))]
+            }
+            OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
+            OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
+            _ => vec![],
+        }
+    }
+
+    /// Reads an operator other than `fused` from its name and attributes.
+    ///
+    /// # Errors
+    /// An unknown name, a missing, unknown or mistyped attribute, each named.
+    pub fn from_text(mnemonic: &str, attributes: &[(String, Attribute)]) -> Result<OpKind, String> {
+        let mut attributes = AttributeReader { mnemonic, rest: attributes.to_vec() };
+        let kind = match mnemonic {
+            "embed" => OpKind::Embed,
+            "rms_norm" => OpKind::RmsNorm { eps: attributes.float("eps")? },
+            "matmul" => OpKind::Matmul,
+            "split" => OpKind::Split { sizes: attributes.ints("sizes")?, block: attributes.optional_int("block")? },
+            "cast" => OpKind::Cast,
+            "conv1d_causal" => OpKind::Conv1dCausal,
+            "rope" => OpKind::Rope { theta: attributes.float("theta")?, head_dim: attributes.int("head_dim")? },
+            "kv_write" => OpKind::KvWrite,
+            "attention" => OpKind::Attention { heads: attributes.int("heads")?, scale: attributes.float("scale")? },
+            "top_k" => OpKind::TopK { k: attributes.int("k")? },
+            "gather" => OpKind::GatherRows,
+            "gather_columns" => OpKind::GatherColumns,
+            "row_sum" => OpKind::RowSum,
+            "expert_matmul" => OpKind::ExpertMatmul,
+            "weighted_sum" => OpKind::WeightedSum,
+            "group_rows" => OpKind::GroupRows { experts: attributes.int("experts")? },
+            "grouped_matmul_gather" => OpKind::GroupedMatmulGather { k: attributes.int("k")? },
+            "grouped_matmul" => OpKind::GroupedMatmul,
+            "grouped_weighted_sum" => OpKind::GroupedWeightedSum,
+            "sample" => OpKind::Sample,
+            name => {
+                let unary = UnaryFn::ALL.iter().find(|(_, n)| *n == name).map(|(u, _)| OpKind::Unary(*u));
+                let binary = BinaryFn::ALL.iter().find(|(_, n)| *n == name).map(|(b, _)| OpKind::Binary(*b));
+                unary.or(binary).ok_or_else(|| format!("unknown operator `{name}`"))?
+            }
+        };
+        match attributes.rest.first() {
+            None => Ok(kind),
+            Some((name, _)) => Err(format!("`{mnemonic}` has no attribute `{name}`")),
+        }
+    }
+
+    /// True for an elementwise operator that a pointwise kernel can hold.
+    pub fn is_pointwise(&self) -> bool {
+        matches!(self, OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast)
+    }
+
+    /// For an operator that updates persistent state: the operand that is the state and the result that is its next
+    /// version.
+    pub fn state_update(&self) -> Option<(usize, usize)> {
+        match self {
+            OpKind::Conv1dCausal => Some((2, 1)),
+            OpKind::KvWrite => Some((2, 0)),
+            _ => None,
+        }
+    }
+}
+
+fn name_of<K: PartialEq>(table: &[(K, &'static str)], key: &K) -> &'static str {
+    table.iter().find(|(k, _)| k == key).map(|(_, name)| *name).expect("the table lists every variant")
+}
+
+struct AttributeReader<'a> {
+    mnemonic: &'a str,
+    rest: Vec<(String, Attribute)>,
+}
+
+impl AttributeReader<'_> {
+    fn take(&mut self, name: &str) -> Option<Attribute> {
+        let at = self.rest.iter().position(|(n, _)| n == name)?;
+        Some(self.rest.remove(at).1)
+    }
+
+    fn missing(&self, name: &str) -> String {
+        format!("`{}` needs the attribute `{name}`", self.mnemonic)
+    }
+
+    fn mistyped(&self, name: &str, expected: &str, found: &Attribute) -> String {
+        format!("attribute `{name}` of `{}`: expected {expected}, found {found}", self.mnemonic)
+    }
+
+    fn int(&mut self, name: &str) -> Result<u64, String> {
+        self.optional_int(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    fn optional_int(&mut self, name: &str) -> Result<Option<u64>, String> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Attribute::Int(n)) => Ok(Some(n)),
+            Some(other) => Err(self.mistyped(name, "a whole number", &other)),
+        }
+    }
+
+    fn float(&mut self, name: &str) -> Result<f64, String> {
+        match self.take(name).ok_or_else(|| self.missing(name))? {
+            Attribute::Float(x) => Ok(x),
+            other => Err(self.mistyped(name, "a decimal number", &other)),
+        }
+    }
+
+    fn ints(&mut self, name: &str) -> Result<Vec<u64>, String> {
+        match self.take(name).ok_or_else(|| self.missing(name))? {
+            Attribute::Ints(list) => Ok(list),
+            other => Err(self.mistyped(name, "a list of whole numbers", &other)),
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! Compiles LFM2 language models into static execution plans, and runs the plans.
+//!
+//! The rooms, in the order of the pipeline: [`ir`], [`passes`], [`plan`], [`codegen`], [`runtime`], [`cli`].
+
+pub mod ir;
+pub mod passes;
+pub mod plan;
+pub mod runtime;

@@ -1,0 +1,3 @@
+//! The `lfm2c` command.
+
+fn main() {}

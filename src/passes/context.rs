@@ -1,0 +1,41 @@
+//! What a pass may know beside the graph.
+
+use crate::ir::Extents;
+
+/// What the plan is lowered for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// The CPU executor.
+    Cpu,
+    /// NVIDIA Hopper.
+    Sm90a,
+}
+
+/// What a bucket is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// Rows of prompts.
+    Prefill,
+    /// One row a sequence.
+    Decode,
+    /// A graph whose dimensions are constants.
+    Fixed,
+}
+
+/// A bucket to compile for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BucketSpec {
+    /// Phase.
+    pub phase: Phase,
+    /// Sizes of the symbols.
+    pub extents: Extents,
+}
+
+/// What a pass may know beside the graph.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PassContext {
+    /// What the plan is lowered for.
+    pub target: Target,
+    /// The bucket; passes before the per-bucket ones must not look at it.
+    pub bucket: BucketSpec,
+}
