@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use petgraph::graph::{DiGraph, NodeIndex};
 
-use crate::ir::{OpKind, Type, ValueId, WeightId};
+use crate::ir::{DType, OpKind, Type, ValueId, WeightId};
 
 /// A decoder, or any other dataflow graph, for all sizes of its symbols.
 #[derive(Clone, PartialEq, Debug)]
@@ -161,6 +161,15 @@ impl Graph {
     /// The type of a value.
     pub fn ty(&self, id: ValueId) -> &Type {
         &self.values[id.index()].ty
+    }
+
+    /// The type of an operand; of a constant, `f32[]`.
+    pub fn operand_type(&self, operand: &Operand) -> Type {
+        match operand {
+            Operand::Value(id) => self.ty(*id).clone(),
+            Operand::Weight(id) => self.weight(*id).ty.clone(),
+            Operand::Const(_) => Type { dtype: DType::F32, shape: vec![] },
+        }
     }
 
     /// The weight of an id.

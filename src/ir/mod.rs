@@ -1,6 +1,8 @@
 //! The intermediate representation: typed ids, dimensions, operators, the graph, its text form, its verifier, and the
 //! builder of LFM2 graphs from `config.json`. Uses no other room.
 
+pub mod build;
+pub mod config;
 mod graph;
 mod ids;
 mod op;
