@@ -31,6 +31,17 @@ pub struct BucketSpec {
     pub extents: Extents,
 }
 
+impl BucketSpec {
+    /// `prefill_512`, `decode_8`, `fixed`.
+    pub fn name(&self) -> String {
+        match self.phase {
+            Phase::Prefill => format!("prefill_{}", self.extents.tokens),
+            Phase::Decode => format!("decode_{}", self.extents.tokens),
+            Phase::Fixed => "fixed".to_owned(),
+        }
+    }
+}
+
 /// What a pass may know beside the graph.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PassContext {

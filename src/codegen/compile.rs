@@ -1,0 +1,369 @@
+//! The compile driver: description to graph, graph through the passes for each bucket, everything into one plan file.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use rayon::prelude::*;
+
+use crate::codegen::Recipe;
+use crate::codegen::lower::{self, Prepared};
+use crate::ir::build::{BuildOptions, build};
+use crate::ir::config::Config;
+use crate::ir::{DType, Extents, Graph};
+use crate::passes::driver::{Driver, PassReport};
+use crate::passes::plan_memory::plan_memory;
+use crate::passes::schedule::schedule;
+use crate::passes::{BucketSpec, PassContext, Phase, Stage, Target};
+use crate::plan::{self, ALIGNMENT, Limits, Manifest, Model, PlanFile, WeightSource};
+
+/// Positions of one KV page.
+const PAGE_TOKENS: u64 = 64;
+/// Columns that a slot's convolution state keeps at the least, so that a sequence can be cut back by a few tokens.
+const RING_COLUMNS: u64 = 8;
+/// Rows of the prefill buckets where nothing else is said.
+const DEFAULT_PREFILL: [u64; 10] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
+/// Sequences of the decode buckets where nothing else is said.
+const DEFAULT_DECODE: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+/// Positions of one sequence where nothing else is said and the model allows it.
+const DEFAULT_CONTEXT: u64 = 32_768;
+/// Positions of all sequences together where nothing else is said.
+const DEFAULT_KV_TOKENS: u64 = 131_072;
+
+/// Choices of the command line; each that is given overrides the recipe's.
+#[derive(Clone, PartialEq, Debug)]
+pub struct CompileOptions {
+    /// What to lower for.
+    pub target: Target,
+    /// Element type of activations.
+    pub dtype: Option<DType>,
+    /// Rows of the prefill buckets.
+    pub prefill: Option<Vec<u64>>,
+    /// Sequences of the decode buckets.
+    pub decode: Option<Vec<u64>>,
+    /// Sequence slots.
+    pub max_sequences: Option<u64>,
+    /// Positions of one sequence.
+    pub max_context: Option<u64>,
+    /// Positions of all sequences together.
+    pub kv_tokens: Option<u64>,
+    /// Passes left out, by name.
+    pub disabled: Vec<String>,
+    /// Applies only so many patches in each bucket's pipeline, to find a bad one.
+    pub stop_after_patch: Option<usize>,
+}
+
+impl Default for CompileOptions {
+    fn default() -> Self {
+        CompileOptions {
+            target: Target::Cpu,
+            dtype: None,
+            prefill: None,
+            decode: None,
+            max_sequences: None,
+            max_context: None,
+            kv_tokens: None,
+            disabled: vec![],
+            stop_after_patch: None,
+        }
+    }
+}
+
+/// What to compile.
+pub enum Source {
+    /// A model; with the checkpoint's listing (name to element type and shape) if there is a checkpoint at hand.
+    Recipe(Recipe, Option<CheckpointListing>),
+    /// Any graph in text form, by name.
+    Graph(String, Box<Graph>),
+}
+
+/// Element types and shapes of a checkpoint's tensors, by name.
+pub type CheckpointListing = BTreeMap<String, (plan::DType, Vec<u64>)>;
+
+/// A plan with what compiling it did.
+pub struct Compiled {
+    /// The plan.
+    pub file: PlanFile,
+    /// The passes before the buckets.
+    pub once: Vec<PassReport>,
+    /// The passes of each bucket, in the plan's order.
+    pub buckets: Vec<BucketReport>,
+    /// Steps of the graph as built, one an operator.
+    pub unfused_steps: usize,
+}
+
+/// What the passes did in one bucket.
+pub struct BucketReport {
+    /// The bucket's name.
+    pub name: String,
+    /// What each pass did.
+    pub passes: Vec<PassReport>,
+}
+
+/// What is told of the work as it goes on.
+pub trait Observer: Sync {
+    /// A pass is done; `bucket` is none before the buckets.
+    fn pass(&self, _bucket: Option<&str>, _pass: &str, _graph: &Graph) {}
+    /// `done` of `total` buckets are compiled.
+    fn progress(&self, _done: usize, _total: usize) {}
+}
+
+/// Hears nothing.
+pub struct Silent;
+impl Observer for Silent {}
+
+/// Compiles a model or a graph.
+///
+/// # Errors
+/// An unusable description or option, an unknown pass, or a pass that broke the graph.
+pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observer) -> Result<Compiled> {
+    let unit = match source {
+        Source::Recipe(recipe, listing) => model_unit(recipe, listing.as_ref(), options)?,
+        Source::Graph(name, graph) => graph_unit(name, graph, options)?,
+    };
+    let Unit { mut graph, specs, checkpoint_dtype, .. } = unit;
+    let unfused_steps = graph.ops.len();
+    let driver = |bucket: Option<String>| {
+        let hook = move |pass: &str, graph: &Graph| observer.pass(bucket.as_deref(), pass, graph);
+        Driver::new(&options.disabled, options.stop_after_patch, hook)
+    };
+    let any = PassContext { target: options.target, bucket: specs[0] };
+    let mut first = driver(None).map_err(|fault| anyhow!(fault))?;
+    let once = first.run_stage(Stage::Once, &mut graph, &any)?;
+    let patches = first.patches();
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let compiled: Vec<(Graph, Vec<PassReport>)> = specs
+        .par_iter()
+        .map(|&spec| -> Result<_> {
+            let context = PassContext { target: options.target, bucket: spec };
+            let mut graph = graph.clone();
+            let mut driver = driver(Some(spec.name())).map_err(|fault| anyhow!(fault))?.after(patches);
+            let reports = driver.run_stage(Stage::PerBucket, &mut graph, &context)?;
+            observer.progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), specs.len());
+            Ok((graph, reports))
+        })
+        .collect::<Result<_>>()?;
+    let mut texts: Vec<String> = vec![];
+    let mut buckets = vec![];
+    let mut prepared = vec![];
+    for (spec, (graph, passes)) in specs.iter().zip(compiled) {
+        let text = graph.to_string();
+        let at = texts.iter().position(|known| *known == text).unwrap_or_else(|| {
+            texts.push(text);
+            texts.len() - 1
+        });
+        buckets.push(BucketReport { name: spec.name(), passes });
+        prepared.push((*spec, graph, at as u32));
+    }
+    let prepared: Vec<Prepared> = prepared
+        .into_par_iter()
+        .map(|(spec, graph, text)| {
+            let schedule = schedule(&graph);
+            let placement = plan_memory(&graph, &schedule, &spec.extents, ALIGNMENT)?;
+            Ok(Prepared { spec, graph, schedule, placement, text })
+        })
+        .collect::<Result<_, String>>()
+        .map_err(|fault| anyhow!(fault))?;
+    let (tensors, program) = lower::lower(&prepared, &*checkpoint_dtype).map_err(|fault| anyhow!(fault))?;
+    let manifest = Manifest {
+        compiler: env!("CARGO_PKG_VERSION").to_owned(),
+        model: unit.model,
+        target: match options.target {
+            Target::Cpu => plan::Target::Cpu,
+            Target::Sm90a => plan::Target::Sm_90a,
+        },
+        dtype: lower::dtype(unit.dtype),
+        limits: unit.limits,
+        tensors,
+        ranks: vec![program],
+    };
+    let file = PlanFile { manifest, recipe: unit.recipe, texts };
+    file.validate().context("the compiler made a plan that does not hold: this is a bug of lfm2c")?;
+    Ok(Compiled { file, once, buckets, unfused_steps })
+}
+
+/// What the driver needs of a source.
+struct Unit {
+    graph: Graph,
+    specs: Vec<BucketSpec>,
+    model: Model,
+    limits: Limits,
+    dtype: DType,
+    recipe: String,
+    checkpoint_dtype: Box<dyn Fn(&crate::ir::Weight) -> DType>,
+}
+
+fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &CompileOptions) -> Result<Unit> {
+    let config = recipe.config()?;
+    let stated = config.dtype.as_deref().map(parse_torch_dtype).transpose()?;
+    let dtype = match (options.dtype, &recipe.dtype) {
+        (Some(dtype), _) => dtype,
+        (None, Some(text)) => text.parse::<DType>().map_err(|fault| anyhow!("the recipe's `dtype`: {fault}"))?,
+        (None, None) => stated.unwrap_or(DType::BF16),
+    };
+    if !dtype.is_float() {
+        bail!("the element type of activations: expected f32, bf16 or f16, found {dtype}");
+    }
+    let limits = limits(recipe, options, &config)?;
+    let specs = buckets(recipe, options, &limits)?;
+    let listed = listing.cloned();
+    // A plan in f32 keeps weights as the checkpoint has them, which loses nothing; a narrower plan converts all.
+    let in_checkpoint = move |name: &str| -> DType {
+        let fallback = stated.unwrap_or(DType::BF16);
+        let bias = name.ends_with("expert_bias");
+        match &listed {
+            Some(listing) => listed_dtype(listing, name).unwrap_or(if bias { DType::F32 } else { fallback }),
+            None if bias => DType::F32,
+            None => fallback,
+        }
+    };
+    let in_pool = |name: &str| if dtype == DType::F32 { in_checkpoint(name) } else { dtype };
+    let build_options = BuildOptions {
+        dtype,
+        max_sequences: limits.max_sequences,
+        max_context: limits.max_context,
+        pages: limits.pages(),
+        page_tokens: limits.page_tokens,
+        ring_columns: limits.ring_columns,
+    };
+    let graph = build(&config, &build_options, &in_pool).map_err(|fault| anyhow!("cannot build the graph: {fault}"))?;
+    let model = Model {
+        name: recipe.name.clone(),
+        model_type: config.model_type.clone(),
+        config_hash: config.hash(),
+        vocab: config.vocab,
+        eos_tokens: config.eos_tokens.clone(),
+        weights: recipe.weights.clone(),
+        prompt: recipe.prompt.clone(),
+    };
+    if let Some(token) = model.prompt.iter().find(|&&token| u64::from(token) >= model.vocab) {
+        bail!("the recipe's `prompt`: expected tokens below {}, found {token}", model.vocab);
+    }
+    let checkpoint_dtype = Box::new(move |weight: &crate::ir::Weight| in_checkpoint(&weight.name));
+    Ok(Unit { graph, specs, model, limits, dtype, recipe: recipe.to_text()?, checkpoint_dtype })
+}
+
+fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Unit> {
+    crate::ir::verify::verify(graph)?;
+    let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
+    let specs = match &options.prefill {
+        Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(|rows| fixed(rows)).collect(),
+        None if symbolic => bail!("the graph has symbolic dimensions: name their size with --prefill ROWS"),
+        _ => vec![fixed(1)],
+    };
+    let model = Model {
+        name: name.to_owned(),
+        model_type: "graph".into(),
+        config_hash: blake3::hash(graph.to_string().as_bytes()).to_hex().to_string(),
+        vocab: 0,
+        eos_tokens: vec![],
+        weights: WeightSource::Synthetic(0),
+        prompt: vec![],
+    };
+    let limits =
+        Limits { max_sequences: 1, max_context: 1, kv_tokens: 1, page_tokens: 1, ring_columns: RING_COLUMNS };
+    let dtype = graph.inputs.first().map_or(DType::F32, |&input| graph.ty(input).dtype);
+    Ok(Unit {
+        graph: graph.clone(),
+        specs,
+        model,
+        limits,
+        dtype,
+        recipe: String::new(),
+        checkpoint_dtype: Box::new(|weight| weight.ty.dtype),
+    })
+}
+
+fn fixed(rows: u64) -> BucketSpec {
+    BucketSpec { phase: Phase::Fixed, extents: Extents { tokens: rows, sequences: rows, rows } }
+}
+
+fn limits(recipe: &Recipe, options: &CompileOptions, config: &Config) -> Result<Limits> {
+    let choose = |name: &str, option: Option<u64>, recipe: Option<u64>, default: u64| {
+        let value = option.or(recipe).unwrap_or(default);
+        if value == 0 || value > 1 << 31 {
+            bail!("{name}: expected 1 to {}, found {value}", 1u64 << 31);
+        }
+        Ok(value)
+    };
+    let max_sequences = choose("--max-sequences", options.max_sequences, recipe.max_sequences, DEFAULT_DECODE[9])?;
+    let context = DEFAULT_CONTEXT.min(config.max_positions.unwrap_or(DEFAULT_CONTEXT)).max(1);
+    let max_context = choose("--max-context", options.max_context, recipe.max_context, context)?;
+    let tokens = choose("--kv-tokens", options.kv_tokens, recipe.kv_tokens, DEFAULT_KV_TOKENS.max(max_context))?;
+    Ok(Limits {
+        max_sequences,
+        max_context,
+        kv_tokens: tokens.next_multiple_of(PAGE_TOKENS),
+        page_tokens: PAGE_TOKENS,
+        ring_columns: RING_COLUMNS.max((2 * config.conv_taps).next_power_of_two()),
+    })
+}
+
+fn buckets(recipe: &Recipe, options: &CompileOptions, limits: &Limits) -> Result<Vec<BucketSpec>> {
+    let defaults = |sizes: &[u64], limit: u64| -> Vec<u64> {
+        let mut fitting: Vec<u64> = sizes.iter().copied().filter(|&size| size <= limit).collect();
+        if fitting.last() != Some(&limit) && fitting.len() < sizes.len() {
+            fitting.push(limit);
+        }
+        fitting
+    };
+    let all_rows = limits.max_sequences.saturating_mul(limits.max_context);
+    let prefill = options.prefill.clone().or_else(|| recipe.prefill.clone());
+    let prefill = prefill.unwrap_or_else(|| defaults(&DEFAULT_PREFILL, all_rows));
+    let decode = options.decode.clone().or_else(|| recipe.decode.clone());
+    let decode = decode.unwrap_or_else(|| defaults(&DEFAULT_DECODE, limits.max_sequences));
+    let mut specs = vec![];
+    for rows in sorted(&prefill, "--prefill")? {
+        let sequences = rows.min(limits.max_sequences);
+        specs.push(BucketSpec { phase: Phase::Prefill, extents: Extents { tokens: rows, sequences, rows: sequences } });
+    }
+    for sequences in sorted(&decode, "--decode")? {
+        if sequences > limits.max_sequences {
+            bail!("--decode {sequences}: expected at most --max-sequences {}", limits.max_sequences);
+        }
+        let extents = Extents { tokens: sequences, sequences, rows: sequences };
+        specs.push(BucketSpec { phase: Phase::Decode, extents });
+    }
+    if specs.is_empty() {
+        bail!("no bucket to compile: expected sizes with --prefill or --decode");
+    }
+    Ok(specs)
+}
+
+fn sorted(sizes: &[u64], what: &str) -> Result<Vec<u64>> {
+    let mut sizes = sizes.to_vec();
+    sizes.sort_unstable();
+    sizes.dedup();
+    match sizes.iter().find(|&&size| size == 0 || size > 1 << 20) {
+        Some(size) => bail!("{what}: expected sizes from 1 to {}, found {size}", 1u64 << 20),
+        None => Ok(sizes),
+    }
+}
+
+/// The element type of a weight in a checkpoint's listing, under any of the forms a checkpoint may hold it in.
+fn listed_dtype(listing: &CheckpointListing, name: &str) -> Option<DType> {
+    let found = super::tensors::checkpoint_names(name).into_iter().find_map(|name| listing.get(&name))?;
+    Some(match found.0 {
+        plan::DType::F32 => DType::F32,
+        plan::DType::F16 => DType::F16,
+        plan::DType::BF16 => DType::BF16,
+        plan::DType::I32 => DType::I32,
+    })
+}
+
+fn parse_torch_dtype(name: &str) -> Result<DType> {
+    match name.trim_start_matches("torch.") {
+        "float32" => Ok(DType::F32),
+        "float16" => Ok(DType::F16),
+        "bfloat16" => Ok(DType::BF16),
+        other => bail!("the configuration's `dtype`: expected float32, float16 or bfloat16, found `{other}`"),
+    }
+}
+
+/// The checkpoint listing of a directory, through the runtime's reader.
+///
+/// # Errors
+/// The directory holds no readable checkpoint.
+pub fn listing(directory: &Path) -> Result<CheckpointListing> {
+    Ok(crate::runtime::weights::Checkpoint::open(directory)?.listing())
+}

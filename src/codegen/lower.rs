@@ -1,0 +1,316 @@
+//! From a scheduled and placed graph to the buckets and tables of a plan.
+
+use std::collections::HashMap;
+
+use crate::codegen::cost::cost;
+use crate::codegen::{semantic, tensors};
+use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
+use crate::passes::plan_memory::Placement;
+use crate::passes::schedule::{Schedule, Storage, storage};
+use crate::passes::{BucketSpec, Phase};
+use crate::plan::{self, ALIGNMENT, Bucket, Buffer, Io, Program, Ref, Region, Semantic, State, StateRole, Step};
+
+/// One bucket's graph, ready to be lowered.
+pub struct Prepared {
+    /// What it is for.
+    pub spec: BucketSpec,
+    /// Its final graph.
+    pub graph: Graph,
+    /// Order and dependencies.
+    pub schedule: Schedule,
+    /// Offsets in the arena.
+    pub placement: Placement,
+    /// Position of its text among the plan's.
+    pub text: u32,
+}
+
+/// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name.
+///
+/// # Errors
+/// Sizes beyond 64 bits.
+pub fn lower(
+    buckets: &[Prepared],
+    checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
+) -> Result<(Vec<plan::Tensor>, Program), String> {
+    let mut tables = Tables::default();
+    let lowered = buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
+    let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
+    let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
+    let last = |offset: u64, ty: &plan::TensorType| ty.bytes().map(|bytes| offset + bytes);
+    let sizes = [
+        end(tables.weights.last().and_then(|w| last(w.offset, &w.ty))),
+        end(tables.states.last().and_then(|s| last(s.offset, &s.ty))),
+        end(Some(arena)),
+        0,
+    ];
+    let mut offset = 0u64;
+    for io in &mut tables.io {
+        io.offset = offset;
+        offset += io.bytes.next_multiple_of(ALIGNMENT);
+    }
+    let mut start = 0u64;
+    let mut region = |bytes: u64| -> Result<Region, String> {
+        let region = Region { offset: start, bytes };
+        start = start.checked_add(bytes).ok_or("the pool exceeds 64 bits")?;
+        Ok(region)
+    };
+    let pool = plan::Pool {
+        weights: region(sizes[0])?,
+        state: region(sizes[1])?,
+        arena: region(sizes[2])?,
+        io: region(offset)?,
+    };
+    let program = Program {
+        pool,
+        weights: tables.weights,
+        states: tables.states,
+        io: tables.io,
+        semantics: tables.semantics,
+        buckets: lowered,
+    };
+    Ok((tables.tensors, program))
+}
+
+/// The tables that buckets share, each entry made when it is first needed.
+#[derive(Default)]
+struct Tables {
+    tensors: Vec<plan::Tensor>,
+    weights: Vec<plan::Weight>,
+    weight_ids: HashMap<String, u32>,
+    tensor_ids: HashMap<String, u32>,
+    states: Vec<State>,
+    state_ids: HashMap<String, u32>,
+    io: Vec<Io>,
+    io_ids: HashMap<String, u32>,
+    semantics: Vec<Semantic>,
+    semantic_ids: HashMap<String, u32>,
+}
+
+impl Tables {
+    fn bucket(
+        &mut self,
+        prepared: &Prepared,
+        checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
+    ) -> Result<Bucket, String> {
+        let Prepared { spec, graph, schedule, placement, text } = prepared;
+        let extents = &spec.extents;
+        let roots = graph.state_roots();
+        let places = self.places(graph, placement, extents)?;
+        let mut steps = Vec::with_capacity(schedule.steps.len());
+        let mut names: HashMap<String, u32> = HashMap::new();
+        for scheduled in &schedule.steps {
+            let op = &graph.ops[scheduled.op];
+            let lowered = semantic::lower(graph, op, &roots, extents)?;
+            let mut reads = vec![];
+            for operand in &lowered.inputs {
+                reads.push(match operand {
+                    Operand::Value(value) => place(&places, graph, *value)?,
+                    Operand::Weight(id) => Ref::Weight(self.weight(graph, graph.weight(*id), checkpoint_dtype)?),
+                    Operand::Const(_) => return Err("a constant is no step input".into()),
+                });
+            }
+            let writes = lowered.outputs.iter().map(|&value| place(&places, graph, value)).collect::<Result<_, _>>()?;
+            let updates = lowered
+                .updates
+                .iter()
+                .map(|&state| match place(&places, graph, state)? {
+                    Ref::State(id) => Ok(id),
+                    other => Err(format!("%{} is updated but lies at {other:?}", graph.value(state).name)),
+                })
+                .collect::<Result<_, _>>()?;
+            let mut name = step_name(&op.scope, &lowered.semantic.name);
+            let uses = names.entry(name.clone()).or_default();
+            *uses += 1;
+            if *uses > 1 {
+                name = format!("{name}.{uses}");
+            }
+            steps.push(Step {
+                name,
+                op: self.semantic(lowered.semantic),
+                reads,
+                writes,
+                updates,
+                after: scheduled.after.iter().map(|&step| step as u32).collect(),
+                cost: cost(graph, op, extents),
+            });
+        }
+        let mut outputs = vec![];
+        for &output in &graph.outputs {
+            if !roots.contains_key(&output) {
+                outputs.push((graph.value(output).name.clone(), place(&places, graph, output)?));
+            }
+        }
+        let phase = match spec.phase {
+            Phase::Prefill => plan::Phase::Prefill,
+            Phase::Decode => plan::Phase::Decode,
+            Phase::Fixed => plan::Phase::Fixed,
+        };
+        Ok(Bucket {
+            name: spec.name(),
+            phase,
+            tokens: extents.tokens,
+            sequences: extents.sequences,
+            rows: extents.rows,
+            arena_bytes: placement.bytes,
+            arena_lower_bound: placement.lower_bound,
+            buffers: placement
+                .buffers
+                .iter()
+                .map(|buffer| Buffer(graph.value(buffer.value).name.clone(), buffer.offset, buffer.bytes))
+                .collect(),
+            steps,
+            head: schedule.head as u32,
+            outputs,
+            text: *text,
+        })
+    }
+
+    /// Where each value that is no weight lies.
+    fn places(
+        &mut self,
+        graph: &Graph,
+        placement: &Placement,
+        extents: &Extents,
+    ) -> Result<HashMap<ValueId, Ref>, String> {
+        let mut places: HashMap<ValueId, Ref> = HashMap::new();
+        for (i, buffer) in placement.buffers.iter().enumerate() {
+            places.insert(buffer.value, Ref::Arena(i as u32));
+        }
+        let kinds = storage(graph);
+        for &state in &graph.states {
+            let id = self.state(graph, state, extents)?;
+            places.insert(state, Ref::State(id));
+        }
+        for value in graph.inputs.iter().chain(&graph.outputs) {
+            let input = matches!(kinds.get(value), Some(Storage::Input));
+            if input || matches!(kinds.get(value), Some(Storage::Io)) {
+                let id = self.io(graph, *value, input, extents)?;
+                places.insert(*value, Ref::Io(id));
+            }
+        }
+        Ok(places)
+    }
+
+    fn io(&mut self, graph: &Graph, value: ValueId, input: bool, extents: &Extents) -> Result<u32, String> {
+        let value = graph.value(value);
+        let bytes = value.ty.bytes(extents).ok_or_else(|| too_large(&value.name))?;
+        let next = self.io.len() as u32;
+        let id = *self.io_ids.entry(value.name.clone()).or_insert(next);
+        if id == next {
+            self.io.push(Io { name: value.name.clone(), offset: 0, bytes, input });
+        }
+        let io = &mut self.io[id as usize];
+        io.bytes = io.bytes.max(bytes);
+        Ok(id)
+    }
+
+    fn state(&mut self, graph: &Graph, id: ValueId, extents: &Extents) -> Result<u32, String> {
+        let value = graph.value(id);
+        if let Some(&known) = self.state_ids.get(&value.name) {
+            return Ok(known);
+        }
+        let offset = match self.states.last() {
+            None => 0,
+            Some(state) => end(state.offset, &state.ty).ok_or_else(|| too_large(&value.name))?,
+        };
+        let role = role(graph, id).ok_or_else(|| format!("no operator says what the state %{} is for", value.name))?;
+        let ty = tensor_type(&value.ty, extents)?;
+        let next = self.states.len() as u32;
+        self.states.push(State { name: value.name.clone(), ty, offset, role });
+        self.state_ids.insert(value.name.clone(), next);
+        Ok(next)
+    }
+
+    fn weight(
+        &mut self,
+        graph: &Graph,
+        weight: &ir::Weight,
+        checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
+    ) -> Result<u32, String> {
+        if let Some(&known) = self.weight_ids.get(&weight.name) {
+            return Ok(known);
+        }
+        let mut tensor = |part: &ir::Weight| -> Result<u32, String> {
+            if let Some(&known) = self.tensor_ids.get(&part.name) {
+                return Ok(known);
+            }
+            self.tensors.push(tensors::tensor(part, checkpoint_dtype(part))?);
+            let id = (self.tensors.len() - 1) as u32;
+            self.tensor_ids.insert(part.name.clone(), id);
+            Ok(id)
+        };
+        let layout = match &weight.layout {
+            Layout::Tensor => plan::Layout::Copy(tensor(weight)?),
+            Layout::Concat { axis, block, parts } => plan::Layout::Concat {
+                axis: *axis as u32,
+                block: *block,
+                tensors: parts.iter().map(|&part| tensor(graph.weight(part))).collect::<Result<_, _>>()?,
+            },
+        };
+        let offset = match self.weights.last() {
+            None => 0,
+            Some(last) => end(last.offset, &last.ty).ok_or_else(|| too_large(&weight.name))?,
+        };
+        let unbound = Extents { tokens: 1, sequences: 1, rows: 1 };
+        let ty = tensor_type(&weight.ty, &unbound)?;
+        let id = self.weights.len() as u32;
+        self.weights.push(plan::Weight { name: weight.name.clone(), ty, offset, layout });
+        self.weight_ids.insert(weight.name.clone(), id);
+        Ok(id)
+    }
+
+    fn semantic(&mut self, semantic: Semantic) -> u32 {
+        let next = self.semantics.len() as u32;
+        let id = *self.semantic_ids.entry(format!("{semantic:?}")).or_insert(next);
+        if id == next {
+            self.semantics.push(semantic);
+        }
+        id
+    }
+}
+
+/// What a state is for, by the operator that uses it.
+fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
+    let is = |operand: Option<&Operand>| operand.and_then(|o| o.value()) == Some(state);
+    graph.ops.iter().flat_map(|op| op.primitives()).find_map(|op| match op.kind {
+        OpKind::KvWrite if is(op.operands.get(2)) => Some(StateRole::KvPages),
+        OpKind::KvWrite if is(op.operands.get(3)) => Some(StateRole::BlockTable),
+        OpKind::Attention { .. } if is(op.operands.get(1)) => Some(StateRole::KvPages),
+        OpKind::Attention { .. } if is(op.operands.get(2)) => Some(StateRole::BlockTable),
+        OpKind::Conv1dCausal if is(op.operands.get(2)) => Some(StateRole::ConvRing),
+        OpKind::Sample if is(op.operands.get(4)) => Some(StateRole::Sampling),
+        _ => None,
+    })
+}
+
+fn place(places: &HashMap<ValueId, Ref>, graph: &Graph, value: ValueId) -> Result<Ref, String> {
+    places.get(&value).copied().ok_or_else(|| format!("%{} has no place in the pool", graph.value(value).name))
+}
+
+fn step_name(scope: &str, label: &str) -> String {
+    if scope.is_empty() { label.to_owned() } else { format!("{scope}.{label}") }
+}
+
+fn end(offset: u64, ty: &plan::TensorType) -> Option<u64> {
+    offset.checked_add(ty.bytes()?)?.checked_next_multiple_of(ALIGNMENT)
+}
+
+fn too_large(name: &str) -> String {
+    format!("`{name}` is too large: its bytes exceed 64 bits")
+}
+
+/// A type with its symbols bound.
+pub fn tensor_type(ty: &ir::Type, extents: &Extents) -> Result<plan::TensorType, String> {
+    let sizes = ty.sizes(extents).ok_or_else(|| format!("{ty} is too large"))?;
+    Ok(plan::TensorType(dtype(ty.dtype), sizes))
+}
+
+/// The plan's name of an element type.
+pub fn dtype(dtype: ir::DType) -> plan::DType {
+    match dtype {
+        ir::DType::F32 => plan::DType::F32,
+        ir::DType::F16 => plan::DType::F16,
+        ir::DType::BF16 => plan::DType::BF16,
+        ir::DType::I32 => plan::DType::I32,
+    }
+}

@@ -1,0 +1,11 @@
+//! From a model description to a plan: recipes, the compile driver, and the lowering of the graph's operators to steps.
+
+pub mod compile;
+mod cost;
+mod lower;
+pub mod recipe;
+mod semantic;
+mod tensors;
+
+pub use compile::{CompileOptions, Compiled, Source, compile};
+pub use recipe::Recipe;

@@ -1,0 +1,138 @@
+//! Recipes: what to compile, in RON. `plans/` holds some.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::ir::config::{Config, RawConfig};
+use crate::plan::WeightSource;
+
+/// What to compile, with the recipe's own choices; a command line option overrides each.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The model's name.
+    pub name: String,
+    /// Its description.
+    pub model: ModelSource,
+    /// Its weights.
+    pub weights: WeightSource,
+    /// Used when a run is given no input.
+    #[serde(default)]
+    pub prompt: Vec<u32>,
+    /// Element type of activations: `f32`, `bf16` or `f16`.
+    #[serde(default)]
+    pub dtype: Option<String>,
+    /// Rows of the prefill buckets.
+    #[serde(default)]
+    pub prefill: Option<Vec<u64>>,
+    /// Sequences of the decode buckets.
+    #[serde(default)]
+    pub decode: Option<Vec<u64>>,
+    /// Sequence slots.
+    #[serde(default)]
+    pub max_sequences: Option<u64>,
+    /// Positions of one sequence.
+    #[serde(default)]
+    pub max_context: Option<u64>,
+    /// Positions of all sequences together.
+    #[serde(default)]
+    pub kv_tokens: Option<u64>,
+}
+
+/// Where the model's description is.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum ModelSource {
+    /// Here, with the field names of `config.json`.
+    Config(Box<RawConfig>),
+    /// In a Hugging Face directory; a relative path starts at the recipe.
+    Directory(PathBuf),
+}
+
+impl Recipe {
+    /// Reads a recipe's text.
+    ///
+    /// # Errors
+    /// No RON of this form, with line and column.
+    pub fn parse(text: &str) -> Result<Recipe> {
+        let options = ron::Options::default()
+            .with_default_extension(ron::extensions::Extensions::IMPLICIT_SOME)
+            .with_recursion_limit(32);
+        options.from_str(text).map_err(|e| anyhow::anyhow!("line {}: {}", e.span.start, e.code))
+    }
+
+    /// Reads a recipe file; a relative model directory is resolved against the file's own.
+    ///
+    /// # Errors
+    /// The file cannot be read or is no recipe.
+    pub fn read(path: &Path) -> Result<Recipe> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the recipe {}", path.display()))?;
+        let mut recipe = Recipe::parse(&text).with_context(|| format!("{} is not a recipe", path.display()))?;
+        if let ModelSource::Directory(directory) = &mut recipe.model
+            && directory.is_relative()
+        {
+            *directory = path.parent().unwrap_or(Path::new("")).join(&*directory);
+        }
+        Ok(recipe)
+    }
+
+    /// The recipe that compiling a directory without one stands for.
+    pub fn for_directory(directory: &Path) -> Recipe {
+        let resolved = std::fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        let name = resolved.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned());
+        Recipe {
+            name,
+            model: ModelSource::Directory(directory.to_owned()),
+            weights: WeightSource::Checkpoint,
+            prompt: vec![],
+            dtype: None,
+            prefill: None,
+            decode: None,
+            max_sequences: None,
+            max_context: None,
+            kv_tokens: None,
+        }
+    }
+
+    /// The checkpoint directory it names.
+    pub fn directory(&self) -> Option<&Path> {
+        match &self.model {
+            ModelSource::Config(_) => None,
+            ModelSource::Directory(directory) => Some(directory),
+        }
+    }
+
+    /// The model's description.
+    ///
+    /// # Errors
+    /// `config.json` cannot be read, or the description is not usable.
+    pub fn config(&self) -> Result<Config> {
+        match &self.model {
+            ModelSource::Config(raw) => Ok(Config::resolve(raw)?),
+            ModelSource::Directory(directory) => read_config(directory),
+        }
+    }
+
+    /// Its text, as kept in a plan.
+    ///
+    /// # Errors
+    /// None that a recipe which was read can cause.
+    pub fn to_text(&self) -> Result<String> {
+        Ok(ron::ser::to_string_pretty(self, ron::ser::PrettyConfig::new().depth_limit(3))?)
+    }
+}
+
+/// Reads `config.json` of a Hugging Face directory.
+///
+/// # Errors
+/// The file is missing or not usable.
+pub fn read_config(directory: &Path) -> Result<Config> {
+    let path = directory.join("config.json");
+    if !directory.is_dir() {
+        bail!("{} is not a directory: expected a Hugging Face model directory", directory.display());
+    }
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}: expected a Hugging Face model directory", path.display()))?;
+    Config::from_json(&text).with_context(|| format!("in {}", path.display()))
+}

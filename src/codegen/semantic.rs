@@ -1,0 +1,236 @@
+//! From an operator of the graph to what a step says that it computes.
+
+use std::collections::HashMap;
+
+use crate::codegen::lower::{dtype, tensor_type};
+use crate::ir::{self, DType, Extents, Graph, Op, OpKind, Operand, ValueId};
+use crate::plan::{Expr, Instr, Op as PlanOp, Semantic, Slot};
+
+/// A semantic with what its inputs and outputs stand for.
+pub struct Lowered {
+    /// What the step computes.
+    pub semantic: Semantic,
+    /// The operand behind each input; a state stands as its first version.
+    pub inputs: Vec<Operand>,
+    /// The value behind each output.
+    pub outputs: Vec<ValueId>,
+    /// The states that are updated, as first versions.
+    pub updates: Vec<ValueId>,
+}
+
+/// Lowers one operator. `roots` maps each version of a state to its first.
+pub fn lower(graph: &Graph, op: &Op, roots: &HashMap<ValueId, ValueId>, extents: &Extents) -> Result<Lowered, String> {
+    let mut lowering =
+        Lowering { graph, roots, extents, slots: HashMap::new(), weights: vec![], inputs: vec![], temps: vec![] };
+    let updated: Vec<ValueId> = op.state_updates().iter().filter_map(|(_, new)| roots.get(new).copied()).collect();
+    for operand in &op.operands {
+        lowering.add_input(*operand);
+    }
+    let outputs: Vec<ValueId> = op.results.iter().copied().filter(|value| !roots.contains_key(value)).collect();
+    for (i, &value) in outputs.iter().enumerate() {
+        lowering.slots.insert(value, Slot::Out(i as u32));
+    }
+    let all_pointwise = op.primitives().iter().all(|inner| inner.kind.is_pointwise());
+    let body = match outputs[..] {
+        [output] if all_pointwise => vec![lowering.expression(op.primitives(), output)?],
+        _ => op.primitives().iter().map(|inner| lowering.instruction(inner)).collect::<Result<_, _>>()?,
+    };
+    let types = |values: &[ValueId]| {
+        values.iter().map(|&value| tensor_type(graph.ty(value), extents)).collect::<Result<Vec<_>, _>>()
+    };
+    let name = match &op.kind {
+        OpKind::Fused(stages) => ir::stage_list(stages),
+        kind => kind.mnemonic().to_owned(),
+    };
+    let semantic = Semantic {
+        name,
+        inputs: lowering
+            .inputs
+            .iter()
+            .map(|operand| tensor_type(&graph.operand_type(operand), extents))
+            .collect::<Result<_, _>>()?,
+        outputs: types(&outputs)?,
+        temps: types(&lowering.temps)?,
+        body,
+    };
+    Ok(Lowered { semantic, inputs: lowering.inputs, outputs, updates: updated })
+}
+
+struct Lowering<'a> {
+    graph: &'a Graph,
+    roots: &'a HashMap<ValueId, ValueId>,
+    extents: &'a Extents,
+    slots: HashMap<ValueId, Slot>,
+    weights: Vec<(ir::WeightId, Slot)>,
+    inputs: Vec<Operand>,
+    temps: Vec<ValueId>,
+}
+
+impl Lowering<'_> {
+    fn root(&self, value: ValueId) -> ValueId {
+        self.roots.get(&value).copied().unwrap_or(value)
+    }
+
+    fn add_input(&mut self, operand: Operand) {
+        let slot = Slot::In(self.inputs.len() as u32);
+        match operand {
+            Operand::Value(value) => {
+                let root = self.root(value);
+                if self.slots.contains_key(&root) {
+                    return;
+                }
+                self.slots.insert(root, slot);
+                self.inputs.push(Operand::Value(root));
+            }
+            Operand::Weight(weight) => {
+                if self.weights.iter().any(|(known, _)| *known == weight) {
+                    return;
+                }
+                self.weights.push((weight, slot));
+                self.inputs.push(operand);
+            }
+            Operand::Const(_) => {}
+        }
+    }
+
+    fn argument(&self, operand: Operand) -> Result<Slot, String> {
+        let found = match operand {
+            Operand::Value(value) => self.slots.get(&self.root(value)).copied(),
+            Operand::Weight(weight) => self.weights.iter().find(|(known, _)| *known == weight).map(|(_, slot)| *slot),
+            Operand::Const(_) => None,
+        };
+        found.ok_or_else(|| format!("operand {operand:?} is not an input of its step"))
+    }
+
+    fn result(&mut self, value: ValueId) -> Slot {
+        if let Some(&slot) = self.slots.get(&value) {
+            return slot;
+        }
+        let slot = Slot::Temp(self.temps.len() as u32);
+        self.temps.push(value);
+        self.slots.insert(value, slot);
+        slot
+    }
+
+    fn instruction(&mut self, op: &Op) -> Result<Instr, String> {
+        if op.kind.is_pointwise() {
+            return self.expression(std::slice::from_ref(op), op.results[0]);
+        }
+        let arguments = op.operands.iter().map(|&operand| self.argument(operand)).collect::<Result<_, _>>()?;
+        let results =
+            op.results.iter().filter(|value| !self.roots.contains_key(value)).copied().collect::<Vec<_>>();
+        let results = results.into_iter().map(|value| self.result(value)).collect();
+        Ok(Instr(plan_op(&op.kind)?, arguments, results))
+    }
+
+    /// Elementwise operators as one expression that gives `output`. Values between them are rounded where the graph stores
+    /// them in a narrower type, so that fusing changes no bit.
+    fn expression(&mut self, ops: &[Op], output: ValueId) -> Result<Instr, String> {
+        let mut arguments: Vec<Slot> = vec![];
+        let mut registers: Vec<Expr> = vec![];
+        let mut values: HashMap<ValueId, u32> = HashMap::new();
+        for op in ops {
+            let mut operands = vec![];
+            for &operand in &op.operands {
+                let known = operand.value().and_then(|value| values.get(&value).copied());
+                operands.push(match (known, operand) {
+                    (Some(register), _) => register,
+                    (None, Operand::Const(x)) => push(&mut registers, Expr::Const(x as f32)),
+                    (None, _) => {
+                        let slot = self.argument(operand)?;
+                        let at = arguments.iter().position(|known| *known == slot).unwrap_or_else(|| {
+                            arguments.push(slot);
+                            arguments.len() - 1
+                        });
+                        let register = push(&mut registers, Expr::Arg(at as u32));
+                        if let Operand::Value(value) = operand {
+                            values.insert(value, register);
+                        }
+                        register
+                    }
+                });
+            }
+            let mut register = match op.kind {
+                OpKind::Unary(function) => push(&mut registers, Expr::Unary(unary(function), operands[0])),
+                OpKind::Binary(function) => {
+                    push(&mut registers, Expr::Binary(binary(function), operands[0], operands[1]))
+                }
+                _ => operands[0],
+            };
+            let result = op.results[0];
+            let stored = self.graph.ty(result).dtype;
+            if result != output && stored != DType::F32 {
+                register = push(&mut registers, Expr::Round(register, dtype(stored)));
+            }
+            values.insert(result, register);
+        }
+        let last = *values.get(&output).ok_or("the expression does not give the output")?;
+        if last as usize + 1 != registers.len() {
+            // The result is the last register by definition; adding nothing keeps it exact.
+            let kept = registers[last as usize];
+            registers.push(kept);
+        }
+        let result = self.result(output);
+        Ok(Instr(PlanOp::Pointwise(registers), arguments, vec![result]))
+    }
+}
+
+fn push(registers: &mut Vec<Expr>, expr: Expr) -> u32 {
+    registers.push(expr);
+    (registers.len() - 1) as u32
+}
+
+fn plan_op(kind: &OpKind) -> Result<PlanOp, String> {
+    Ok(match *kind {
+        OpKind::Embed => PlanOp::Embed,
+        OpKind::RmsNorm { eps } => PlanOp::RmsNorm { eps },
+        OpKind::Matmul => PlanOp::Matmul,
+        OpKind::Split { block, .. } => PlanOp::Split { block },
+        OpKind::Conv1dCausal => PlanOp::Conv1dCausal,
+        OpKind::Rope { theta, head_dim } => PlanOp::Rope { theta, head_dim },
+        OpKind::KvWrite => PlanOp::KvWrite,
+        OpKind::Attention { heads, scale } => PlanOp::Attention { heads, scale },
+        OpKind::TopK { .. } => PlanOp::TopK,
+        OpKind::GatherRows => PlanOp::GatherRows,
+        OpKind::GatherColumns => PlanOp::GatherColumns,
+        OpKind::RowSum => PlanOp::RowSum,
+        OpKind::ExpertMatmul => PlanOp::ExpertMatmul,
+        OpKind::WeightedSum => PlanOp::WeightedSum,
+        OpKind::GroupRows { .. } => PlanOp::GroupRows,
+        OpKind::GroupedMatmulGather { k } => PlanOp::GroupedMatmulGather { k },
+        OpKind::GroupedMatmul => PlanOp::GroupedMatmul,
+        OpKind::GroupedWeightedSum => PlanOp::GroupedWeightedSum,
+        OpKind::Sample => PlanOp::Sample,
+        OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast | OpKind::Fused(_) => {
+            return Err(format!("`{}` is no instruction", kind.mnemonic()));
+        }
+    })
+}
+
+fn unary(function: ir::UnaryFn) -> crate::plan::UnaryFn {
+    use crate::plan::UnaryFn as To;
+    match function {
+        ir::UnaryFn::Neg => To::Neg,
+        ir::UnaryFn::Abs => To::Abs,
+        ir::UnaryFn::Exp => To::Exp,
+        ir::UnaryFn::Log => To::Log,
+        ir::UnaryFn::Sqrt => To::Sqrt,
+        ir::UnaryFn::Rsqrt => To::Rsqrt,
+        ir::UnaryFn::Tanh => To::Tanh,
+        ir::UnaryFn::Sigmoid => To::Sigmoid,
+        ir::UnaryFn::Silu => To::Silu,
+        ir::UnaryFn::Relu => To::Relu,
+    }
+}
+
+fn binary(function: ir::BinaryFn) -> crate::plan::BinaryFn {
+    use crate::plan::BinaryFn as To;
+    match function {
+        ir::BinaryFn::Add => To::Add,
+        ir::BinaryFn::Sub => To::Sub,
+        ir::BinaryFn::Mul => To::Mul,
+        ir::BinaryFn::Div => To::Div,
+        ir::BinaryFn::Max => To::Max,
+        ir::BinaryFn::Min => To::Min,
+    }
+}
