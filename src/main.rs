@@ -1,3 +1,7 @@
 //! The `lfm2c` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    lfm2c::cli::main()
+}

@@ -32,12 +32,12 @@ pub struct BucketSpec {
 }
 
 impl BucketSpec {
-    /// `prefill_512`, `decode_8`, `fixed`.
+    /// `prefill_512`, `decode_8`, `fixed_1`.
     pub fn name(&self) -> String {
         match self.phase {
             Phase::Prefill => format!("prefill_{}", self.extents.tokens),
             Phase::Decode => format!("decode_{}", self.extents.tokens),
-            Phase::Fixed => "fixed".to_owned(),
+            Phase::Fixed => format!("fixed_{}", self.extents.tokens),
         }
     }
 }

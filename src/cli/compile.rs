@@ -1,0 +1,128 @@
+//! `lfm2c compile`: a recipe or a model directory to a plan file.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use anyhow::Result;
+
+use crate::cli::load::{self, Choices, compile_source};
+use crate::cli::table::{size, table};
+use crate::cli::usage;
+use crate::codegen::compile::{BucketReport, Observer};
+use crate::codegen::{Compiled, compile};
+use crate::ir::Graph;
+use crate::passes;
+
+/// Compile a recipe, a Hugging Face directory or a graph in text form to a plan file.
+///
+/// Prints what each pass did: how often it rewrote, and the operators before and after.
+#[derive(clap::Args, Debug)]
+pub struct Arguments {
+    /// A recipe (FILE.ron), or a graph in text form (FILE.ir)
+    #[arg(value_name = "RECIPE.ron")]
+    recipe: Option<PathBuf>,
+    /// A Hugging Face directory: config.json and safetensors; with a recipe, the recipe's checkpoint
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    #[command(flatten)]
+    choices: Choices,
+    /// Prints the graph after a pass, or after `all`, to standard error
+    #[arg(long, value_name = "NAME")]
+    print_after: Option<String>,
+    /// The plan file to write
+    #[arg(short, long, value_name = "FILE.plan")]
+    output: PathBuf,
+}
+
+/// Does it.
+pub fn execute(arguments: &Arguments) -> Result<()> {
+    let started = std::time::Instant::now();
+    let source = load::source(arguments.recipe.as_deref(), arguments.model.as_deref())?;
+    let options = arguments.choices.options();
+    let compiled = match &arguments.print_after {
+        None => compile_source(&source, &options)?,
+        Some(name) => {
+            if name != "all" && passes::find(name).is_none() {
+                return usage(format!("--print-after {name}: expected `all` or one of {}", passes::names().join(", ")));
+            }
+            compile(&source, &options, &Printer { after: name, output: Mutex::new(()) })?
+        }
+    };
+    compiled.file.write(&arguments.output)?;
+    print!("{}", report(&compiled));
+    let bytes = std::fs::metadata(&arguments.output)?.len();
+    println!(
+        "{}: {} in {:.2} s, plan {}",
+        arguments.output.display(),
+        size(bytes),
+        started.elapsed().as_secs_f64(),
+        &compiled.file.hash()[..16],
+    );
+    Ok(())
+}
+
+struct Printer<'a> {
+    after: &'a str,
+    output: Mutex<()>,
+}
+
+impl Observer for Printer<'_> {
+    fn pass(&self, bucket: Option<&str>, pass: &str, graph: &Graph) {
+        if self.after == "all" || self.after == pass {
+            let _alone = self.output.lock();
+            eprintln!("; after {pass}, {}\n{graph}", bucket.unwrap_or("all buckets"));
+        }
+    }
+}
+
+/// The table of passes for the smallest decode and the largest prefill bucket, and the table of buckets.
+fn report(compiled: &Compiled) -> String {
+    let mut text = String::new();
+    let shown = representative(&compiled.buckets);
+    for bucket in shown {
+        let mut rows = vec![];
+        for report in compiled.once.iter().chain(&bucket.passes) {
+            rows.push(vec![
+                report.name.to_owned(),
+                report.rewrites.to_string(),
+                report.ops_before.to_string(),
+                report.ops_after.to_string(),
+            ]);
+        }
+        text += &table(&[&format!("pass ({})", bucket.name), "rewrites", "operators before", "after"], &rows);
+        text += "\n";
+    }
+    let program = &compiled.file.manifest.ranks[0];
+    let rows: Vec<Vec<String>> = program
+        .buckets
+        .iter()
+        .map(|bucket| {
+            vec![
+                bucket.name.clone(),
+                bucket.steps.len().to_string(),
+                compiled.unfused_steps.to_string(),
+                size(bucket.arena_bytes),
+                size(bucket.arena_lower_bound),
+            ]
+        })
+        .collect();
+    text += &table(&["bucket", "steps", "unfused", "arena", "lower bound"], &rows);
+    let pool = &program.pool;
+    text += &format!(
+        "pool {}: weights {}, state {}, arena {}, io {}\n",
+        size(pool.bytes()),
+        size(pool.weights.bytes),
+        size(pool.state.bytes),
+        size(pool.arena.bytes),
+        size(pool.io.bytes),
+    );
+    text
+}
+
+/// The smallest decode bucket and the largest prefill bucket, as far as there are such.
+fn representative(buckets: &[BucketReport]) -> Vec<&BucketReport> {
+    let decode = buckets.iter().find(|bucket| bucket.name.starts_with("decode"));
+    let prefill = buckets.iter().rev().find(|bucket| bucket.name.starts_with("prefill"));
+    let chosen: Vec<&BucketReport> = decode.into_iter().chain(prefill).collect();
+    if chosen.is_empty() { buckets.iter().take(1).collect() } else { chosen }
+}

@@ -1,0 +1,156 @@
+//! `lfm2c dot`: draws the graph at any stage.
+
+use std::io::Write;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::cli::draw::{DotOptions, dot, svg};
+use crate::cli::load::{self, Choices, has_extension};
+use crate::cli::usage;
+use crate::codegen::compile::Observer;
+use crate::codegen::{Recipe, Source, compile};
+use crate::ir::{self, Graph};
+use crate::passes;
+use crate::plan::PlanFile;
+
+/// Draw the graph of a plan or recipe, at any stage of the pipeline, as Graphviz DOT or SVG.
+#[derive(clap::Args, Debug)]
+pub struct Arguments {
+    /// A plan, a recipe (FILE.ron) or a graph in text form (FILE.ir)
+    #[arg(value_name = "PLAN|RECIPE.ron")]
+    input: Option<PathBuf>,
+    /// A Hugging Face directory
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// The stage: a pass, or `build` for the graph before all passes [default: the final graph]
+    #[arg(long, value_name = "PASS")]
+    after: Option<String>,
+    /// The bucket, such as decode_1 or prefill_512 [default: the smallest decode bucket]
+    #[arg(long, value_name = "NAME")]
+    bucket: Option<String>,
+    /// Draws only these layers, first to last, such as 2..3
+    #[arg(long, value_name = "A..B", value_parser = parse_range)]
+    layers: Option<RangeInclusive<u64>>,
+    #[command(flatten)]
+    choices: Choices,
+    /// The file to write, .dot or .svg [default: DOT to standard output]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+/// `2..3`: layers 2 and 3; `2`: layer 2.
+fn parse_range(text: &str) -> Result<RangeInclusive<u64>, String> {
+    let number = |text: &str| text.parse::<u64>().map_err(|_| format!("expected A..B, found `{text}`"));
+    let (first, last) = text.split_once("..").unwrap_or((text, text));
+    let range = number(first)?..=number(last)?;
+    if range.is_empty() { Err(format!("expected A at most B, found `{text}`")) } else { Ok(range) }
+}
+
+/// Does it.
+pub fn execute(arguments: &Arguments) -> Result<()> {
+    let graph = graph(arguments)?;
+    let options = DotOptions { layers: arguments.layers.clone() };
+    match &arguments.output {
+        None => {
+            std::io::stdout().lock().write_all(dot(&graph, &options).as_bytes())?;
+        }
+        Some(path) => {
+            let drawing = if has_extension(path, "svg") {
+                svg(&graph, &options)
+            } else if has_extension(path, "dot") || has_extension(path, "gv") {
+                dot(&graph, &options)
+            } else {
+                return usage(format!("-o {}: expected a name that ends in .dot or .svg", path.display()));
+            };
+            std::fs::write(path, drawing).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
+
+fn graph(arguments: &Arguments) -> Result<Graph> {
+    let from_plan = match &arguments.input {
+        Some(path) if !has_extension(path, "ron") && !has_extension(path, "ir") => Some(PlanFile::read(path)?),
+        _ => None,
+    };
+    match (&from_plan, &arguments.after) {
+        (Some(file), None) => final_graph(file, arguments.bucket.as_deref()),
+        (Some(file), Some(after)) => {
+            let recipe = Recipe::parse(&file.recipe).context("the plan's recipe, to compile it again up to a pass")?;
+            staged(&Source::Recipe(recipe, None), arguments, after)
+        }
+        (None, after) => {
+            let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
+            match after {
+                Some(after) => staged(&source, arguments, after),
+                None => {
+                    let compiled = load::compile_source(&source, &arguments.choices.options())?;
+                    final_graph(&compiled.file, arguments.bucket.as_deref())
+                }
+            }
+        }
+    }
+}
+
+fn final_graph(file: &PlanFile, bucket: Option<&str>) -> Result<Graph> {
+    let buckets = &file.manifest.ranks[0].buckets;
+    let names: Vec<&str> = buckets.iter().map(|bucket| bucket.name.as_str()).collect();
+    let at = choose(&names, bucket)?;
+    let text = file.texts.get(buckets[at].text as usize).ok_or_else(|| anyhow!("the bucket has no text"))?;
+    Ok(ir::parse(text)?.graph)
+}
+
+/// The graph of a bucket as a pass left it.
+fn staged(source: &Source, arguments: &Arguments, after: &str) -> Result<Graph> {
+    if after != "build" && passes::find(after).is_none() {
+        return usage(format!("--after {after}: expected `build` or one of {}", passes::names().join(", ")));
+    }
+    let mut options = arguments.choices.options();
+    if after == "build" {
+        options.stop_after_patch = Some(0);
+    }
+    let seen = Seen { after: after.to_owned(), graphs: Mutex::new(vec![]) };
+    let compiled = compile(source, &options, &seen)?;
+    if after == "build" {
+        return final_graph(&compiled.file, arguments.bucket.as_deref());
+    }
+    let graphs = seen.graphs.into_inner().map_err(|_| anyhow!("a compiling thread failed"))?;
+    if let [(None, graph)] = &graphs[..] {
+        return Ok(graph.clone());
+    }
+    let buckets = compiled.buckets.iter().map(|bucket| bucket.name.as_str());
+    let names: Vec<&str> =
+        buckets.filter(|name| graphs.iter().any(|(bucket, _)| bucket.as_deref() == Some(name))).collect();
+    let wanted = names[choose(&names, arguments.bucket.as_deref())?];
+    let found = graphs.iter().find(|(bucket, _)| bucket.as_deref() == Some(wanted));
+    found.map(|(_, graph)| graph.clone()).ok_or_else(|| anyhow!("the pass `{after}` did not run"))
+}
+
+struct Seen {
+    after: String,
+    graphs: Mutex<Vec<(Option<String>, Graph)>>,
+}
+
+impl Observer for Seen {
+    fn pass(&self, bucket: Option<&str>, pass: &str, graph: &Graph) {
+        if pass == self.after
+            && let Ok(mut graphs) = self.graphs.lock()
+        {
+            graphs.push((bucket.map(str::to_owned), graph.clone()));
+        }
+    }
+}
+
+/// Position of the bucket of that name, or of the smallest decode bucket.
+fn choose(names: &[&str], bucket: Option<&str>) -> Result<usize> {
+    match bucket {
+        None => Ok(names.iter().position(|name| name.starts_with("decode")).unwrap_or(0)),
+        Some(bucket) => match names.iter().position(|name| *name == bucket) {
+            Some(at) => Ok(at),
+            None => usage(format!("--bucket {bucket}: expected one of {}", names.join(", "))),
+        },
+    }
+}

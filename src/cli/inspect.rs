@@ -1,0 +1,176 @@
+//! `lfm2c inspect`: what is in a plan.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cli::draw::memory_svg;
+use crate::cli::load::Device;
+use crate::cli::table::{size, table};
+use crate::cli::usage;
+use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
+
+/// Show what is in a plan: model, pool, buckets, steps.
+#[derive(clap::Args, Debug)]
+pub struct Arguments {
+    /// The plan file
+    plan: PathBuf,
+    /// Draws the arena of a bucket: offsets against steps
+    #[arg(long, value_name = "FILE.svg")]
+    memory: Option<PathBuf>,
+    /// The bucket whose steps are listed, and which --memory draws [default for --memory: the largest prefill]
+    #[arg(long, value_name = "NAME")]
+    bucket: Option<String>,
+    /// Prints the manifest itself, in RON
+    #[arg(long, conflicts_with = "format")]
+    manifest: bool,
+    /// Captures every bucket on the GPU and shows time and bytes of each
+    #[arg(long)]
+    device: bool,
+    /// How to print
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+}
+
+/// `--format`.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// Tables.
+    Text,
+    /// One object.
+    Json,
+}
+
+/// Does it.
+pub fn execute(arguments: &Arguments) -> Result<()> {
+    let file = PlanFile::read(&arguments.plan)?;
+    if arguments.device {
+        Device::Cuda.check()?;
+    }
+    let program = &file.manifest.ranks[0];
+    let chosen = match &arguments.bucket {
+        None => None,
+        Some(name) => match program.buckets.iter().position(|bucket| bucket.name == *name) {
+            Some(at) => Some(at),
+            None => {
+                let names: Vec<&str> = program.buckets.iter().map(|bucket| bucket.name.as_str()).collect();
+                return usage(format!("--bucket {name}: expected one of {}", names.join(", ")));
+            }
+        },
+    };
+    if let Some(path) = &arguments.memory {
+        let largest = program.buckets.iter().rposition(|bucket| bucket.phase == Phase::Prefill).unwrap_or(0);
+        let drawing = memory_svg(program, chosen.unwrap_or(largest));
+        std::fs::write(path, drawing).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if arguments.manifest {
+        print!("{}", file.manifest_text()?);
+        return Ok(());
+    }
+    match arguments.format {
+        Format::Text => {
+            print!("{}", summary(&file.manifest, &file.hash()));
+            if let Some(at) = chosen {
+                print!("\n{}", steps(program, &program.buckets[at]));
+            }
+        }
+        Format::Json => {
+            let mut object = serde_json::to_value(&file.manifest)?;
+            let Some(fields) = object.as_object_mut() else { bail!("a manifest is an object") };
+            fields.insert("plan_hash".into(), file.hash().into());
+            fields.insert("pool_bytes".into(), program.pool.bytes().into());
+            println!("{object}");
+        }
+    }
+    Ok(())
+}
+
+fn summary(manifest: &Manifest, hash: &str) -> String {
+    let (model, limits, program) = (&manifest.model, &manifest.limits, &manifest.ranks[0]);
+    let weights = match model.weights {
+        WeightSource::Checkpoint => "from a checkpoint".to_owned(),
+        WeightSource::Synthetic(seed) => format!("synthetic, seed {seed}"),
+    };
+    let pool = &program.pool;
+    let mut text = format!(
+        "plan {hash}, written by lfm2c {}\n\
+         model {} ({}), configuration {}, weights {weights}\n\
+         target {:?}, {:?}, {} rank(s)\n\
+         limits {} sequences, context {}, {} KV positions in {} pages of {}, {} convolution columns\n\
+         pool {}: weights {}, state {}, arena {}, io {}\n\n",
+        manifest.compiler,
+        model.name,
+        model.model_type,
+        model.config_hash.get(..12).unwrap_or(&model.config_hash),
+        manifest.target,
+        manifest.dtype,
+        manifest.ranks.len(),
+        limits.max_sequences,
+        limits.max_context,
+        limits.kv_tokens,
+        limits.pages(),
+        limits.page_tokens,
+        limits.ring_columns,
+        size(pool.bytes()),
+        size(pool.weights.bytes),
+        size(pool.state.bytes),
+        size(pool.arena.bytes),
+        size(pool.io.bytes),
+    );
+    let waste = crate::runtime::buckets::padding(program);
+    let rows: Vec<Vec<String>> = program
+        .buckets
+        .iter()
+        .zip(&waste)
+        .map(|(bucket, padding)| {
+            vec![
+                bucket.name.clone(),
+                bucket.tokens.to_string(),
+                bucket.sequences.to_string(),
+                bucket.rows.to_string(),
+                bucket.steps.len().to_string(),
+                size(bucket.arena_bytes),
+                size(bucket.arena_lower_bound),
+                format!("{:.1} %", excess(bucket)),
+                format!("{:.1} %", 100.0 * padding.mean),
+                format!("{:.1} %", 100.0 * padding.worst),
+            ]
+        })
+        .collect();
+    text += &table(
+        &["bucket", "T", "S", "R", "steps", "arena", "lower bound", "over", "mean padding", "worst"],
+        &rows,
+    );
+    text + "\narena: largest sum of live bytes is the lower bound; padding: share of rows unused, over the row counts that\n\
+     a bucket is the smallest for\n"
+}
+
+/// How far the arena exceeds its lower bound, in percent.
+fn excess(bucket: &Bucket) -> f64 {
+    match bucket.arena_lower_bound {
+        0 => 0.0,
+        bound => 100.0 * (bucket.arena_bytes as f64 / bound as f64 - 1.0),
+    }
+}
+
+fn steps(program: &Program, bucket: &Bucket) -> String {
+    let rows: Vec<Vec<String>> = bucket
+        .steps
+        .iter()
+        .enumerate()
+        .map(|(i, step)| {
+            let after: Vec<String> = step.after.iter().map(ToString::to_string).collect();
+            let mut bytes = size(step.cost.bytes);
+            if step.cost.bytes_per_expert > 0 {
+                bytes += &format!(" + {}/expert", size(step.cost.bytes_per_expert));
+            }
+            if step.cost.bytes_per_position > 0 {
+                bytes += &format!(" + {}/position", size(step.cost.bytes_per_position));
+            }
+            let operators = program.semantics[step.op as usize].body.len();
+            let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);
+            vec![format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")]
+        })
+        .collect();
+    table(&[&format!("step ({})", bucket.name), "operators", "bytes", "Mflop", "after"], &rows)
+}

@@ -1,0 +1,236 @@
+//! What several commands do first: find the plan, compile a recipe, fill a pool with weights.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+
+use crate::cli::{progress, usage};
+use crate::codegen::compile::{Observer, listing};
+use crate::codegen::recipe::{ModelSource, read_config};
+use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
+use crate::ir::{DType, Graph};
+use crate::passes::Target;
+use crate::plan::{Manifest, PlanFile, WeightSource};
+use crate::runtime::cpu::{CpuExecutor, HostPool};
+use crate::runtime::weights::{self, Checkpoint};
+
+/// What a recipe's choices can be overridden with.
+#[derive(Args, Clone, Debug, Default)]
+pub struct Choices {
+    /// What to lower the steps for; `auto` is sm_90a if an NVIDIA driver is found, else cpu
+    #[arg(long, value_enum, default_value_t = TargetChoice::Auto)]
+    pub target: TargetChoice,
+    /// Element type of activations and caches [default: the recipe's, else the model's]
+    #[arg(long, value_enum)]
+    pub dtype: Option<DTypeChoice>,
+    /// Rows of the prefill buckets [default: the recipe's, else 16 to 8192]
+    #[arg(long, value_delimiter = ',', value_name = "ROWS,...")]
+    pub prefill: Option<Vec<u64>>,
+    /// Sequences of the decode buckets [default: the recipe's, else 1 to 512]
+    #[arg(long, value_delimiter = ',', value_name = "SEQUENCES,...")]
+    pub decode: Option<Vec<u64>>,
+    /// Sequences that can be in work at a time; more wait in a queue
+    #[arg(long, value_name = "N")]
+    pub max_sequences: Option<u64>,
+    /// Longest sequence, prompt and new tokens together
+    #[arg(long, value_name = "N")]
+    pub max_context: Option<u64>,
+    /// Positions of all sequences together that the KV cache holds
+    #[arg(long, value_name = "N")]
+    pub kv_tokens: Option<u64>,
+    /// Leaves a pass out; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub disable_pass: Vec<String>,
+    /// Applies only the first N patches of each bucket's pipeline, to find a bad one by bisection
+    #[arg(long, value_name = "N")]
+    pub stop_after_patch: Option<usize>,
+}
+
+/// `--target`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[allow(non_camel_case_types)]
+pub enum TargetChoice {
+    /// What this machine has.
+    #[default]
+    Auto,
+    /// The CPU executor.
+    Cpu,
+    /// NVIDIA Hopper.
+    #[value(name = "sm_90a")]
+    Sm_90a,
+}
+
+/// `--dtype`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+#[allow(missing_docs)]
+pub enum DTypeChoice {
+    F32,
+    Bf16,
+    F16,
+}
+
+/// `--device`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Device {
+    /// The GPU if the plan and the machine have one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU executor; runs every plan.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl Device {
+    /// Checks that this build can use the device for a plan.
+    pub fn check(self) -> Result<()> {
+        match self {
+            Device::Auto | Device::Cpu => Ok(()),
+            Device::Cuda => bail!(
+                "--device cuda: this version of lfm2c has no CUDA executor; run the plan with --device cpu, which runs every plan"
+            ),
+        }
+    }
+}
+
+impl Choices {
+    /// As options of the compile driver.
+    pub fn options(&self) -> CompileOptions {
+        CompileOptions {
+            target: match self.target {
+                TargetChoice::Auto | TargetChoice::Cpu => Target::Cpu,
+                TargetChoice::Sm_90a => Target::Sm90a,
+            },
+            dtype: self.dtype.map(|dtype| match dtype {
+                DTypeChoice::F32 => DType::F32,
+                DTypeChoice::Bf16 => DType::BF16,
+                DTypeChoice::F16 => DType::F16,
+            }),
+            prefill: self.prefill.clone(),
+            decode: self.decode.clone(),
+            max_sequences: self.max_sequences,
+            max_context: self.max_context,
+            kv_tokens: self.kv_tokens,
+            disabled: self.disable_pass.clone(),
+            stop_after_patch: self.stop_after_patch,
+        }
+    }
+}
+
+/// The source that a path or `--model` names. A recipe's own directory, or `--model` beside it, gives the checkpoint's
+/// element types.
+pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
+    let recipe = match (path, model) {
+        (Some(path), _) if has_extension(path, "ir") => {
+            let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let graph = crate::ir::parse(&text).with_context(|| format!("in {}", path.display()))?.graph;
+            return Ok(Source::Graph(graph.name.clone(), Box::new(graph)));
+        }
+        (Some(path), model) => {
+            let mut recipe = Recipe::read(path)?;
+            if let Some(model) = model {
+                recipe.model = ModelSource::Directory(model.to_owned());
+                recipe.weights = WeightSource::Checkpoint;
+            }
+            recipe
+        }
+        (None, Some(model)) => Recipe::for_directory(model),
+        (None, None) => return usage("expected a recipe (FILE.ron) or --model DIR"),
+    };
+    let checkpoint = match (&recipe.weights, recipe.directory()) {
+        (WeightSource::Checkpoint, Some(directory)) => Some(listing(directory)?),
+        _ => None,
+    };
+    Ok(Source::Recipe(recipe, checkpoint))
+}
+
+/// Compiles with a progress bar.
+pub fn compile_source(source: &Source, options: &CompileOptions) -> Result<Compiled> {
+    let bar = progress::count("compiling", 0);
+    let compiled = compile(source, options, &Bar(&bar));
+    bar.finish_and_clear();
+    compiled
+}
+
+struct Bar<'a>(&'a indicatif::ProgressBar);
+
+impl Observer for Bar<'_> {
+    fn pass(&self, _bucket: Option<&str>, _pass: &str, _graph: &Graph) {}
+
+    fn progress(&self, done: usize, total: usize) {
+        self.0.set_length(total as u64);
+        self.0.set_position(done as u64);
+    }
+}
+
+/// A plan from a plan file, or compiled on the spot from a recipe or a graph.
+pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
+    if has_extension(path, "ron") || has_extension(path, "ir") {
+        return Ok(compile_source(&source(Some(path), model)?, options)?.file);
+    }
+    let file = PlanFile::read(path)?;
+    if let Some(model) = model {
+        check_identity(&file.manifest, model)?;
+    }
+    Ok(file)
+}
+
+/// Refuses a model directory that a plan was not made for.
+fn check_identity(manifest: &Manifest, model: &Path) -> Result<()> {
+    let found = read_config(model)?.hash();
+    if found != manifest.model.config_hash {
+        bail!(
+            "the plan was compiled for another model: expected `{}` with configuration {}, found configuration {} in {}; \
+             compile a plan for this model with `lfm2c compile --model {}`",
+            manifest.model.name,
+            short(&manifest.model.config_hash),
+            short(&found),
+            model.display(),
+            model.display(),
+        );
+    }
+    Ok(())
+}
+
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
+/// An executor with its weights loaded: from `model`, from the directory in the plan's recipe, or synthetic.
+pub fn executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
+    let manifest = &file.manifest;
+    let program = &manifest.ranks[0];
+    let mut pool = HostPool::new(program)?;
+    let bar = progress::bytes("loading weights", weights::total_bytes(program));
+    let report = |done: u64| bar.set_position(done);
+    match (model, &manifest.model.weights) {
+        (None, WeightSource::Synthetic(seed)) => {
+            weights::fill_synthetic(manifest, program, *seed, pool.weights_mut(), &report)?;
+        }
+        (model, _) => {
+            let directory = match model {
+                Some(model) => model.to_owned(),
+                None => recipe_directory(file)?,
+            };
+            let checkpoint = Checkpoint::open(&directory)?;
+            weights::load(manifest, program, &checkpoint, pool.weights_mut(), &report)?;
+        }
+    }
+    bar.finish_and_clear();
+    CpuExecutor::new(Arc::new(manifest.clone()), 0, pool)
+}
+
+fn recipe_directory(file: &PlanFile) -> Result<PathBuf> {
+    let directory = Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
+    match directory {
+        Some(directory) if directory.is_dir() => Ok(directory),
+        _ => usage("this plan's weights come from a checkpoint: name its directory with --model DIR"),
+    }
+}
+
+/// True if a path ends in `.extension`.
+pub fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
+}

@@ -1,0 +1,73 @@
+//! The command line: one file a command. Exit codes: 0 done, 1 the work failed or a verification did not hold, 2 wrong usage.
+
+mod compile;
+mod dot;
+pub mod draw;
+mod inspect;
+mod load;
+mod progress;
+mod run;
+mod run_input;
+mod table;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Compiles LFM2 language models into static execution plans, and runs the plans.
+///
+/// A plan knows everything beforehand: every step, every byte offset, every bucket of rows. Compile one from a recipe or
+/// a Hugging Face directory, run it, draw it, inspect it, verify it. Run only plans that you trust.
+#[derive(Parser, Debug)]
+#[command(name = "lfm2c", version, max_term_width = 110)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Compile(compile::Arguments),
+    Run(run::Arguments),
+    Dot(dot::Arguments),
+    Inspect(inspect::Arguments),
+    Verify(verify::Arguments),
+}
+
+/// A fault in how a command was called: exit code 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// Returns a usage error.
+fn usage<V>(message: impl Into<String>) -> anyhow::Result<V> {
+    Err(UsageError(message.into()).into())
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
+        Command::Compile(arguments) => compile::execute(&arguments),
+        Command::Run(arguments) => run::execute(&arguments),
+        Command::Dot(arguments) => dot::execute(&arguments),
+        Command::Inspect(arguments) => inspect::execute(&arguments),
+        Command::Verify(arguments) => verify::execute(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lfm2c: {error:#}");
+            ExitCode::from(if error.downcast_ref::<UsageError>().is_some() { 2 } else { 1 })
+        }
+    }
+}
+
+/// True if the reader of standard output went away, as `head` does: no fault.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
