@@ -1,0 +1,283 @@
+//! `lfm2c run`: a plan with inputs.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use crate::cli::load::{self, Choices, Device};
+use crate::cli::run_input::{Prompt, prompts};
+use crate::cli::table::size;
+use crate::cli::usage;
+use crate::plan::PlanFile;
+use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
+
+/// Run a plan, or compile a recipe in memory and run that.
+///
+/// Generates new tokens for each prompt; without any input, for the recipe's own prompt. Tokens go to standard output,
+/// what ran to standard error.
+#[derive(clap::Args, Debug)]
+pub struct Arguments {
+    /// A plan, or a recipe (FILE.ron) to compile in memory
+    #[arg(value_name = "PLAN|RECIPE.ron")]
+    input_plan: PathBuf,
+    /// The Hugging Face directory whose checkpoint gives the weights
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// What to run on
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    device: Device,
+    /// Fails rather than run without CUDA graphs
+    #[arg(long)]
+    require_graphs: bool,
+    /// Token ids of a prompt, such as 5,17,3; repeat it for a batch
+    #[arg(long, value_name = "IDS", conflicts_with = "input")]
+    tokens: Vec<String>,
+    /// Prompts from a file, one {"tokens": [5, 17, 3]} a line
+    #[arg(long, value_name = "FILE.jsonl")]
+    input: Option<PathBuf>,
+    /// New tokens of each sequence, at the most
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    max_new_tokens: usize,
+    /// Goes on after an end-of-sequence token
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Rows of a prompt in one step, at the most
+    #[arg(long, value_name = "N")]
+    chunk: Option<usize>,
+    /// Divides the logits; 0 always takes the most likely token
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    temperature: f32,
+    /// Samples from the K most likely tokens; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: u32,
+    /// Samples from the fewest tokens whose probabilities reach P
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f32,
+    /// Samples from tokens of at least P times the most likely one's probability
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Random numbers are a function of this, a sequence's place in the input, and the position
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Writes the logits of every position of a single prompt, float32 [prompt length, vocab]
+    #[arg(long, value_name = "FILE.npy")]
+    prompt_logits: Option<PathBuf>,
+    /// Writes the logits that each new token was chosen from, float32 [sequences, new tokens, vocab]
+    #[arg(long, value_name = "FILE.npy")]
+    logits: Option<PathBuf>,
+    /// How to print; json is one object, and a line for each sequence with --input
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    /// With a recipe: choices of `lfm2c compile`
+    #[command(flatten)]
+    choices: Choices,
+}
+
+/// `--format`.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    /// New tokens, a line for each sequence.
+    Text,
+    /// JSON.
+    Json,
+}
+
+/// What a run did, for reports.
+struct Timing {
+    ready_seconds: f64,
+    generate_seconds: f64,
+    statistics: Statistics,
+}
+
+/// Does it.
+pub fn execute(arguments: &Arguments) -> Result<()> {
+    let started = Instant::now();
+    arguments.device.check()?;
+    if arguments.require_graphs {
+        bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
+    }
+    let model = arguments.model.as_deref();
+    let file = load::plan(&arguments.input_plan, model, &arguments.choices.options())?;
+    let prompts = prompts(&arguments.tokens, arguments.input.as_deref(), &file.manifest)?;
+    if arguments.prompt_logits.is_some() && prompts.len() != 1 {
+        return usage(format!("--prompt-logits: expected a single prompt, found {}", prompts.len()));
+    }
+    let mut executor = load::executor(&file, model)?;
+    let ready_seconds = started.elapsed().as_secs_f64();
+    let options = Options {
+        chunk: arguments.chunk,
+        capture_logits: arguments.logits.is_some(),
+        capture_prompt_logits: arguments.prompt_logits.is_some(),
+    };
+    let begun = Instant::now();
+    let mut generator = Generator::new(&mut executor, options)?;
+    let requests = requests(arguments, &prompts, &file);
+    let finished = generator.generate(requests, |_, _| ControlFlow::Continue(()))?;
+    let timing = Timing {
+        ready_seconds,
+        generate_seconds: begun.elapsed().as_secs_f64(),
+        statistics: generator.statistics().clone(),
+    };
+    // Requests were made of the good prompts alone; put the refused lines back in their places.
+    let mut finished = finished.into_iter();
+    let results: Vec<std::result::Result<Finished, String>> = prompts
+        .iter()
+        .map(|prompt| match prompt {
+            Ok(_) => finished.next().map_or_else(|| Err("no result".into()), |r| r.map_err(|e| e.to_string())),
+            Err(fault) => Err(fault.clone()),
+        })
+        .collect();
+    write_logits(arguments, &results, executor.manifest().model.vocab)?;
+    print_results(arguments, &results, &timing)?;
+    summary(&file, &timing);
+    let failed: Vec<&String> = results.iter().filter_map(|result| result.as_ref().err()).collect();
+    match failed[..] {
+        [] => Ok(()),
+        [only] if results.len() == 1 => bail!("{only}"),
+        _ => {
+            for fault in &failed {
+                eprintln!("lfm2c: {fault}");
+            }
+            bail!("{} of {} sequences could not run", failed.len(), results.len())
+        }
+    }
+}
+
+fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<Request> {
+    let eos = if arguments.ignore_eos { vec![] } else { file.manifest.model.eos_tokens.clone() };
+    let numbered = prompts.iter().enumerate().filter_map(|(i, prompt)| Some((i as u64, prompt.as_ref().ok()?)));
+    numbered
+        .map(|(id, prompt)| Request {
+            id,
+            prompt: prompt.clone(),
+            max_new_tokens: arguments.max_new_tokens,
+            eos: eos.clone(),
+            sampling: SamplingParams {
+                temperature: arguments.temperature,
+                top_k: arguments.top_k,
+                top_p: arguments.top_p,
+                min_p: arguments.min_p,
+                seed: arguments.seed.wrapping_add(id),
+            },
+        })
+        .collect()
+}
+
+fn write_logits(
+    arguments: &Arguments,
+    results: &[std::result::Result<Finished, String>],
+    vocab: u64,
+) -> Result<()> {
+    let good = || results.iter().filter_map(|result| result.as_ref().ok());
+    if let Some(path) = &arguments.logits {
+        let new_tokens = good().map(|finished| finished.tokens.len()).max().unwrap_or(0);
+        let table = logits_table(good(), new_tokens, vocab as usize);
+        write_npy(path, &[good().count() as u64, new_tokens as u64, vocab], &table)?;
+    }
+    if let (Some(path), Some(finished)) = (&arguments.prompt_logits, good().next()) {
+        write_npy(path, &[finished.prompt_tokens as u64, vocab], &finished.prompt_logits)?;
+    }
+    Ok(())
+}
+
+fn write_npy(path: &Path, shape: &[u64], data: &[f32]) -> Result<()> {
+    use npyz::WriterBuilder;
+    let write = || -> std::io::Result<()> {
+        let file = std::io::BufWriter::new(std::fs::File::create(path)?);
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(file).begin_nd()?;
+        writer.extend(data)?;
+        writer.finish()
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn print_results(
+    arguments: &Arguments,
+    results: &[std::result::Result<Finished, String>],
+    timing: &Timing,
+) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let objects = results.iter().map(|result| match result {
+        Ok(finished) => json!({
+            "prompt_tokens": finished.prompt_tokens,
+            "tokens": finished.tokens,
+            "text": null,
+            "finish_reason": finished.reason.to_string(),
+        }),
+        Err(fault) => json!({ "error": fault }),
+    });
+    match arguments.format {
+        Format::Text => {
+            for finished in results.iter().flatten() {
+                let tokens: Vec<String> = finished.tokens.iter().map(ToString::to_string).collect();
+                writeln!(out, "{}", tokens.join(","))?;
+            }
+        }
+        Format::Json if arguments.input.is_some() => {
+            for object in objects {
+                writeln!(out, "{object}")?;
+            }
+        }
+        Format::Json => {
+            let statistics = &timing.statistics;
+            let phase = |phase: &crate::runtime::PhaseStatistics| {
+                json!({
+                    "steps": phase.steps,
+                    "rows": phase.rows,
+                    "padding_rows": phase.padding,
+                    "seconds": phase.elapsed.as_secs_f64(),
+                    "tokens_per_second": phase.rows_per_second(),
+                })
+            };
+            let timing = json!({
+                "ready_seconds": timing.ready_seconds,
+                "generate_seconds": timing.generate_seconds,
+                "new_tokens": statistics.tokens,
+                "prefill": phase(&statistics.prefill),
+                "decode": phase(&statistics.decode),
+            });
+            writeln!(out, "{}", json!({ "sequences": objects.collect::<Vec<_>>(), "timing": timing }))?;
+        }
+    }
+    Ok(())
+}
+
+/// What ran, on standard error.
+fn summary(file: &PlanFile, timing: &Timing) {
+    let program = &file.manifest.ranks[0];
+    let statistics = &timing.statistics;
+    let pool = &program.pool;
+    eprintln!(
+        "{}: ready in {:.2} s; pool {} (weights {}, state {}, arena {}, io {})",
+        file.manifest.model.name,
+        timing.ready_seconds,
+        size(pool.bytes()),
+        size(pool.weights.bytes),
+        size(pool.state.bytes),
+        size(pool.arena.bytes),
+        size(pool.io.bytes),
+    );
+    for (bucket, counts) in program.buckets.iter().zip(&statistics.buckets) {
+        if counts.steps > 0 {
+            eprintln!(
+                "  {}: {} times {} steps, {} rows and {} of padding",
+                counts.name,
+                counts.steps,
+                bucket.steps.len(),
+                counts.rows,
+                counts.padding,
+            );
+        }
+    }
+    eprintln!(
+        "  prefill {:.0} tokens/s, decode {:.0} tokens/s, {} new tokens in {:.3} s on the CPU",
+        statistics.prefill.rows_per_second(),
+        statistics.decode.rows_per_second(),
+        statistics.tokens,
+        timing.generate_seconds,
+    );
+}
