@@ -5,7 +5,7 @@
 //! its primitive operators as a body; values inside keep their ids, operands list what the body takes from outside and
 //! results what the outside takes from it.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use petgraph::graph::{DiGraph, NodeIndex};
 
@@ -137,6 +137,18 @@ impl Op {
     pub fn uses(&self) -> impl Iterator<Item = ValueId> + '_ {
         self.operands.iter().filter_map(|operand| operand.value())
     }
+}
+
+/// What a body takes from outside, each once, in order of first use; constants stay inside.
+pub fn outside_operands(body: &[Op]) -> Vec<Operand> {
+    let inside: HashSet<ValueId> = body.iter().flat_map(|op| op.results.iter().copied()).collect();
+    let (mut values, mut weights) = (HashSet::new(), HashSet::new());
+    let first_use_outside = |operand: &Operand| match operand {
+        Operand::Value(value) => !inside.contains(value) && values.insert(*value),
+        Operand::Weight(weight) => weights.insert(*weight),
+        Operand::Const(_) => false,
+    };
+    body.iter().flat_map(|op| op.operands.iter().copied()).filter(first_use_outside).collect()
 }
 
 impl Graph {

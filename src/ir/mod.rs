@@ -3,15 +3,24 @@
 
 pub mod build;
 pub mod config;
+mod cursor;
 mod graph;
 mod ids;
+mod lexer;
+mod location;
 mod op;
+mod parse;
 mod print;
 pub mod shape;
+#[cfg(test)]
+pub(crate) mod testing;
 mod types;
 
-pub use graph::{Graph, Layout, Op, Operand, Users, Value, Weight};
+pub use cursor::ParseError;
+pub use graph::{Graph, Layout, Op, Operand, Users, Value, Weight, outside_operands};
 pub use ids::{ValueId, WeightId};
+pub use location::{Location, SourceMap};
 pub use op::{Attribute, BinaryFn, OpKind, Stage, UnaryFn};
+pub use parse::{ParsedGraph, parse};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};

@@ -1,9 +1,9 @@
 //! What a rewrite proposes, and how the driver applies it.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
 
-use crate::ir::{Graph, Op, OpKind, Operand, Stage, Type, Users, Value, ValueId, Weight, WeightId};
+use crate::ir::{Graph, Op, OpKind, Operand, Stage, Type, Users, Value, ValueId, Weight, WeightId, outside_operands};
 use crate::passes::PassContext;
 
 /// A rewriting pass: looks at one operator at a time and may propose a patch around it. The driver calls it on every
@@ -154,23 +154,6 @@ fn fuse_ops(graph: &Graph, users: &Users, members: &BTreeSet<usize>, stages: Vec
         }
     }
     Some(Op { kind: OpKind::Fused(stages), operands, results, scope: String::new(), body })
-}
-
-/// What a body takes from outside, each once, in order of first use; constants stay inside.
-fn outside_operands(body: &[Op]) -> Vec<Operand> {
-    let inside: HashSet<ValueId> = body.iter().flat_map(|op| op.results.iter().copied()).collect();
-    let mut operands: Vec<Operand> = vec![];
-    for operand in body.iter().flat_map(|op| &op.operands) {
-        let outside = match operand {
-            Operand::Value(value) => !inside.contains(value),
-            Operand::Weight(_) => true,
-            Operand::Const(_) => false,
-        };
-        if outside && !operands.contains(operand) {
-            operands.push(*operand);
-        }
-    }
-    operands
 }
 
 /// The longest scope that all share, in whole segments.
