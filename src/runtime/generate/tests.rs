@@ -103,7 +103,7 @@ fn run(case: &Case, executor: &mut Mock) -> (Results, BTreeMap<u64, Vec<u32>>, S
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 4 } else { 1500 }))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
 
     /// Neighbours, packing, chunks, the queue and reused slots change nothing, and a second run has the same steps.
     #[test]
