@@ -1,5 +1,18 @@
 //! Runs plans. Uses only the plan: what the runtime needs, the plan says.
 
+pub mod buckets;
 pub mod executor;
+pub mod generate;
+#[cfg(test)]
+mod mock;
+pub mod pages;
+pub mod request;
+pub mod scheduler;
+pub mod statistics;
 
+pub use buckets::{Buckets, Capacity, Waste, padding_waste};
 pub use executor::{Batch, Executor, SamplingParams};
+pub use generate::{Generator, Options, logits_table};
+pub use request::{FinishReason, Finished, Request, RequestError};
+pub use scheduler::Scheduler;
+pub use statistics::{BucketStatistics, PhaseStatistics, Statistics};

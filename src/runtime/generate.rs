@@ -1,0 +1,212 @@
+//! The generate loop: requests in, tokens out, over any executor.
+
+use std::mem;
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::Executor;
+use super::request::{FinishReason, Finished, Request, RequestError};
+use super::scheduler::{Scheduler, Step};
+use super::statistics::Statistics;
+use crate::plan::{Bucket, Phase};
+
+/// What a generator does besides generating.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// Rows of one prompt in one step, at most; `None` for as many as the largest prefill bucket holds.
+    pub chunk: Option<usize>,
+    /// Keeps the logits that each new token was chosen from.
+    pub capture_logits: bool,
+    /// Keeps the logits of every prompt position.
+    pub capture_prompt_logits: bool,
+}
+
+/// Runs requests to their ends.
+pub struct Generator<'e, E: ?Sized> {
+    executor: &'e mut E,
+    scheduler: Scheduler,
+    options: Options,
+    vocab: usize,
+    statistics: Statistics,
+    /// By slot: what is kept of the sequence in it.
+    captures: Vec<Capture>,
+}
+
+#[derive(Clone, Default)]
+struct Capture {
+    logits: Vec<f32>,
+    prompt_logits: Vec<f32>,
+}
+
+impl<'e, E: Executor + ?Sized> Generator<'e, E> {
+    /// A generator over an executor whose slots it may all use.
+    ///
+    /// # Errors
+    /// The plan is not one of a language model, or the options are out of range.
+    pub fn new(executor: &'e mut E, options: Options) -> Result<Self> {
+        let manifest = executor.manifest();
+        let scheduler = Scheduler::new(manifest, options.chunk)?;
+        let vocab = super::buckets::i32_size("vocabulary of the plan", manifest.model.vocab)?;
+        let statistics = manifest.ranks.first().map(Statistics::new).unwrap_or_default();
+        Ok(Generator { executor, scheduler, options, vocab, statistics, captures: Vec::new() })
+    }
+
+    /// What has run so far.
+    pub fn statistics(&self) -> &Statistics {
+        &self.statistics
+    }
+
+    /// Runs requests; the results are in their order. `on_token(id, token)` sees every new token when it is chosen, also
+    /// one that ends its sequence, and may stop the sequence: which it must decide by the tokens alone for runs to repeat.
+    ///
+    /// # Errors
+    /// The executor failed. A request that the plan cannot serve is an error in its place, and the others run.
+    pub fn generate(
+        &mut self,
+        requests: Vec<Request>,
+        mut on_token: impl FnMut(u64, u32) -> ControlFlow<()>,
+    ) -> Result<Vec<Result<Finished, RequestError>>> {
+        let mut results: Vec<Option<Result<Finished, RequestError>>> = Vec::new();
+        results.resize_with(requests.len(), || None);
+        for (index, request) in requests.into_iter().enumerate() {
+            results[index] = self.submit(index, request);
+        }
+        while let Some(outcome) = self.advance(&mut on_token, &mut results).transpose() {
+            if let Err(error) = outcome {
+                self.scheduler.clear();
+                self.captures.clear();
+                return Err(error);
+            }
+        }
+        let results = results.into_iter().collect::<Option<Vec<_>>>();
+        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+    }
+
+    /// Queues a request, unless it is done or refused at once.
+    fn submit(&mut self, index: usize, request: Request) -> Option<Result<Finished, RequestError>> {
+        if request.max_new_tokens == 0 && !self.options.capture_prompt_logits {
+            return Some(self.scheduler.check(&request).map(|()| Finished {
+                id: request.id,
+                prompt_tokens: request.prompt.len(),
+                tokens: Vec::new(),
+                reason: FinishReason::Length,
+                logits: Vec::new(),
+                prompt_logits: Vec::new(),
+            }));
+        }
+        self.scheduler.submit(index, request).err().map(Err)
+    }
+
+    /// Admits what fits and runs one step; `None` if nothing is left.
+    fn advance(
+        &mut self,
+        on_token: &mut impl FnMut(u64, u32) -> ControlFlow<()>,
+        results: &mut [Option<Result<Finished, RequestError>>],
+    ) -> Result<Option<()>> {
+        while let Some(sequence) = self.scheduler.admit() {
+            self.executor.set_pages(sequence.slot, &sequence.pages)?;
+            self.executor.set_sampling(sequence.slot, sequence.sampling)?;
+            let slots = self.captures.len().max(sequence.slot as usize + 1);
+            self.captures.resize_with(slots, Capture::default);
+        }
+        let Some(step) = self.scheduler.next_step() else { return Ok(None) };
+        let capacity = bucket_size(self.executor, step.bucket, |bucket| bucket.tokens)?;
+        let start = Instant::now();
+        let (phase, bucket, rows) = (step.phase, step.bucket, step.batch.tokens.len() as u64);
+        self.executor.run(bucket, &step.batch)?;
+        let chosen = if step.batch.rows.is_empty() { Vec::new() } else { self.executor.next_tokens()? };
+        if self.options.capture_logits && !step.batch.rows.is_empty() {
+            capture_logits(self.executor, step, self.vocab, &mut self.captures)?;
+        }
+        if self.options.capture_prompt_logits && phase == Phase::Prefill {
+            capture_prompt_logits(self.executor, step, self.vocab, &mut self.captures)?;
+        }
+        self.statistics.count(phase, bucket, rows, capacity, start.elapsed());
+        self.statistics.tokens += chosen.len() as u64;
+        self.scheduler.complete(
+            &chosen,
+            |sequence, token| on_token(sequence.id, token),
+            |mut sequence, reason| {
+                let Capture { logits, prompt_logits } = mem::take(&mut self.captures[sequence.slot as usize]);
+                results[sequence.index] = Some(Ok(Finished {
+                    id: sequence.id,
+                    prompt_tokens: sequence.prompt_tokens,
+                    tokens: sequence.tokens.split_off(sequence.prompt_tokens),
+                    reason,
+                    logits,
+                    prompt_logits,
+                }));
+            },
+        )?;
+        Ok(Some(()))
+    }
+}
+
+/// Keeps the rows that the step's tokens were chosen from.
+fn capture_logits<E: Executor + ?Sized>(
+    executor: &mut E,
+    step: &Step,
+    vocab: usize,
+    captures: &mut [Capture],
+) -> Result<()> {
+    let logits = read_logits(executor, step.batch.rows.len(), vocab)?;
+    let choosing = step.shares.iter().filter(|share| share.chooses);
+    for (share, row) in choosing.zip(logits.chunks_exact(vocab)) {
+        captures[share.slot as usize].logits.extend_from_slice(row);
+    }
+    Ok(())
+}
+
+/// Runs the head again over all of the step's rows, as many at a time as it holds.
+fn capture_prompt_logits<E: Executor + ?Sized>(
+    executor: &mut E,
+    step: &Step,
+    vocab: usize,
+    captures: &mut [Capture],
+) -> Result<()> {
+    let tile = bucket_size(executor, step.bucket, |bucket| bucket.rows)?.max(1) as usize;
+    let rows: Vec<i32> = (0..step.batch.tokens.len() as i32).collect();
+    for rows in rows.chunks(tile) {
+        executor.run_head(step.bucket, rows)?;
+        let logits = read_logits(executor, rows.len(), vocab)?;
+        for (&row, logits) in rows.iter().zip(logits.chunks_exact(vocab)) {
+            let slot = step.batch.slots[row as usize] as usize;
+            captures[slot].prompt_logits.extend_from_slice(logits);
+        }
+    }
+    Ok(())
+}
+
+fn read_logits<E: Executor + ?Sized>(executor: &mut E, rows: usize, vocab: usize) -> Result<Vec<f32>> {
+    let logits = executor.logits()?;
+    ensure!(
+        logits.len() == rows * vocab,
+        "executor: expected {rows} rows of {vocab} logits, found {} numbers; this is a bug",
+        logits.len()
+    );
+    Ok(logits)
+}
+
+fn bucket_size<E: Executor + ?Sized>(executor: &E, bucket: usize, size: impl Fn(&Bucket) -> u64) -> Result<u64> {
+    match executor.manifest().ranks.first().and_then(|program| program.buckets.get(bucket)) {
+        Some(bucket) => Ok(size(bucket)),
+        None => bail!("plan: expected bucket {bucket} in the program of rank 0, found none; compile the plan again"),
+    }
+}
+
+/// The captured logits of several sequences as one table `[sequences, new_tokens, vocab]`, NaN after a sequence has ended.
+/// `new_tokens` is the largest `max_new_tokens` of the requests that were accepted, whose context bounds it.
+pub fn logits_table<'f>(finished: impl IntoIterator<Item = &'f Finished>, new_tokens: usize, vocab: usize) -> Vec<f32> {
+    let mut table = Vec::new();
+    for (index, sequence) in finished.into_iter().enumerate() {
+        let size = new_tokens * vocab;
+        table.extend_from_slice(&sequence.logits[..sequence.logits.len().min(size)]);
+        table.resize((index + 1) * size, f32::NAN);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests;

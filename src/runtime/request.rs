@@ -1,0 +1,111 @@
+//! What a caller asks of the generate loop, and what it gets.
+
+use std::fmt;
+
+use thiserror::Error;
+
+use super::SamplingParams;
+
+/// One sequence to generate.
+///
+/// Prompt and new tokens together must be at most the plan's `max_context`, and pages are reserved for that sum. Strictly
+/// the last new token needs no position, because it is never run; it counts all the same, so that the limit does not
+/// depend on how a sequence ends, and so that a sequence can be continued.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Request {
+    /// The caller's name for it. Results come in the order of the requests, so ids need not be unique.
+    pub id: u64,
+    /// Prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// New tokens at the most. With 0 nothing is generated, and the prompt runs only if its logits are asked for.
+    pub max_new_tokens: usize,
+    /// Tokens that end the sequence; empty to ignore the end.
+    pub eos: Vec<u32>,
+    /// How tokens are chosen.
+    pub sampling: SamplingParams,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FinishReason {
+    /// It has all the new tokens it asked for.
+    Length,
+    /// Its last token is one of those that end it. That wins over the others.
+    Eos,
+    /// The caller's callback said so. That wins over [`FinishReason::Length`].
+    Stop,
+}
+
+impl fmt::Display for FinishReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            FinishReason::Length => "length",
+            FinishReason::Eos => "eos",
+            FinishReason::Stop => "stop",
+        })
+    }
+}
+
+/// A sequence that has ended.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Finished {
+    /// The request's id.
+    pub id: u64,
+    /// Length of its prompt.
+    pub prompt_tokens: usize,
+    /// The new tokens, with the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// `[new tokens, vocab]`: the row each was chosen from; empty unless asked for.
+    pub logits: Vec<f32>,
+    /// `[prompt tokens, vocab]`; empty unless asked for.
+    pub prompt_logits: Vec<f32>,
+}
+
+/// A request that the plan cannot serve. Other requests are not affected.
+#[derive(Clone, PartialEq, Debug, Error)]
+#[allow(missing_docs)]
+pub enum RequestError {
+    /// A prompt without tokens.
+    #[error("request {id}: prompt: expected at least 1 token, found 0; start it with the model's first token")]
+    EmptyPrompt { id: u64 },
+    /// A token that the model does not have.
+    #[error(
+        "request {id}: prompt token {index}: expected an id below the vocabulary size {vocab}, found {token}; use the \
+         tokenizer of the plan's model"
+    )]
+    UnknownToken { id: u64, index: usize, token: u32, vocab: usize },
+    /// Prompt and new tokens beyond the plan's context.
+    #[error(
+        "request {id}: prompt and new tokens: expected at most max-context = {max_context}, found {prompt} + {new}; ask \
+         for fewer new tokens or compile the plan with a larger --max-context"
+    )]
+    TooLong { id: u64, prompt: usize, new: usize, max_context: usize },
+    /// More pages than the pool has in all: it would wait forever.
+    #[error(
+        "request {id}: prompt and new tokens need {needed} pages of {page_tokens} tokens: expected at most the pool's \
+         {pages}, found {prompt} + {new} tokens; ask for fewer new tokens or compile the plan with a larger --kv-tokens"
+    )]
+    TooManyPages { id: u64, prompt: usize, new: usize, needed: usize, page_tokens: usize, pages: usize },
+    /// A sampling parameter out of range.
+    #[error("request {id}: {name}: expected a number {expected}, found {found}; change --{name}")]
+    Sampling { id: u64, name: &'static str, expected: &'static str, found: f32 },
+}
+
+impl Request {
+    /// Checks the sampling parameters, which need no plan.
+    pub(super) fn check_sampling(&self) -> Result<(), RequestError> {
+        let SamplingParams { temperature, top_p, min_p, .. } = self.sampling;
+        let refuse = |name, expected, found| Err(RequestError::Sampling { id: self.id, name, expected, found });
+        if !(temperature.is_finite() && temperature >= 0.0) {
+            return refuse("temperature", "of at least 0", temperature);
+        }
+        for (name, found) in [("top-p", top_p), ("min-p", min_p)] {
+            if !(0.0..=1.0).contains(&found) {
+                return refuse(name, "from 0 to 1", found);
+            }
+        }
+        Ok(())
+    }
+}
