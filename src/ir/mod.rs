@@ -15,12 +15,14 @@ pub mod shape;
 #[cfg(test)]
 pub(crate) mod testing;
 mod types;
+mod users;
 
 pub use cursor::ParseError;
-pub use graph::{Graph, Layout, Op, Operand, Users, Value, Weight, outside_operands};
+pub use graph::{Graph, Layout, Op, Operand, Value, Weight, outside_operands};
 pub use ids::{ValueId, WeightId};
 pub use location::{Location, SourceMap};
 pub use op::{Attribute, BinaryFn, OpKind, Stage, UnaryFn};
 pub use parse::{ParsedGraph, parse};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};
+pub use users::Users;
