@@ -1,7 +1,70 @@
 //! The pipeline: rewrites of the graph, in one table, applied by one driver. Uses only the graph.
 
+mod canonicalize;
 pub mod context;
+mod cse;
+mod dce;
+mod driver;
+mod fuse_pointwise;
+mod layout_weights;
+mod merge_projections;
+mod order;
 mod patch;
+mod weights;
 
 pub use context::{BucketSpec, PassContext, Phase, Target};
+pub use driver::{Driver, OnPass, PassError, PassReport};
 pub use patch::{Patch, Rewrite};
+
+/// When a pass runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Stage {
+    /// Once, before the graph is compiled for its buckets; must not look at the bucket.
+    Once,
+    /// For each bucket, on that bucket's copy of the graph.
+    PerBucket,
+}
+
+/// A line of the pipeline.
+pub struct Pass {
+    /// What the command line calls it.
+    pub name: &'static str,
+    /// What it does, in a few words.
+    pub summary: &'static str,
+    /// When it runs.
+    pub stage: Stage,
+    /// What it does, in full.
+    pub rewrite: &'static dyn Rewrite,
+}
+
+impl Pass {
+    const fn once(name: &'static str, summary: &'static str, rewrite: &'static dyn Rewrite) -> Pass {
+        Pass { name, summary, stage: Stage::Once, rewrite }
+    }
+
+    const fn per_bucket(name: &'static str, summary: &'static str, rewrite: &'static dyn Rewrite) -> Pass {
+        Pass { name, summary, stage: Stage::PerBucket, rewrite }
+    }
+}
+
+/// Every pass, in the order in which they run. Each of them may be left out: the graph keeps its meaning.
+#[rustfmt::skip]
+pub static PIPELINE: &[Pass] = &[
+    Pass::once("canonicalize", "one spelling for one thing", &canonicalize::Canonicalize),
+    Pass::once("cse", "equal operators as one", &cse::Cse),
+    Pass::once("dce", "removes what nothing uses", &dce::Dce),
+    Pass::once("merge-projections", "matmuls of one input as one matmul", &merge_projections::MergeProjections),
+    Pass::once("layout-weights", "gate and up channels side by side", &layout_weights::LayoutWeights),
+    Pass::per_bucket("fuse-pointwise", "elementwise operators as one generated kernel", &fuse_pointwise::FusePointwise),
+    Pass::per_bucket("sweep", "removes what fusion left unused", &dce::Dce),
+];
+
+/// The pass of a name.
+pub fn find(name: &str) -> Option<&'static Pass> {
+    PIPELINE.iter().find(|pass| pass.name == name)
+}
+
+/// The names of all passes, in the order in which they run.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    PIPELINE.iter().map(|pass| pass.name)
+}
