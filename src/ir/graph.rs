@@ -28,6 +28,47 @@ pub struct Graph {
     pub ops: Vec<Op>,
     /// What the graph returns.
     pub outputs: Vec<ValueId>,
+    names: Names,
+}
+
+/// The value names that are taken, each with the next number to try behind it; covers the first `known` values.
+/// A cache: it takes no part in comparisons.
+#[derive(Clone, Default, Debug)]
+struct Names {
+    next: HashMap<String, u32>,
+    known: usize,
+}
+
+impl PartialEq for Names {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Names {
+    /// Learns what was added to `values` since the last call.
+    fn follow(&mut self, values: &[Value]) {
+        if self.known > values.len() {
+            *self = Names::default();
+        }
+        for value in &values[self.known..] {
+            self.next.entry(value.name.clone()).or_insert(1);
+        }
+        self.known = values.len();
+    }
+
+    /// The name itself, or if it is taken, with the first number that makes it unique.
+    fn unique(&mut self, name: &str) -> String {
+        let Some(&first) = self.next.get(name) else { return name.to_owned() };
+        let mut n = first;
+        let mut unique = format!("{name}.{n}");
+        while self.next.contains_key(&unique) {
+            n += 1;
+            unique = format!("{name}.{n}");
+        }
+        self.next.insert(name.to_owned(), n + 1);
+        unique
+    }
 }
 
 /// A value's name, without the `%`, and type.
@@ -150,6 +191,7 @@ impl Graph {
             weights: vec![],
             ops: vec![],
             outputs: vec![],
+            names: Names::default(),
         }
     }
 
@@ -179,14 +221,9 @@ impl Graph {
 
     /// Adds a value; the name is made unique by a number if it is taken.
     pub fn add_value(&mut self, name: &str, ty: Type) -> ValueId {
-        let taken = |candidate: &str| self.values.iter().any(|value| value.name == candidate);
-        let mut unique = name.to_owned();
-        let mut n = 1;
-        while taken(&unique) {
-            unique = format!("{name}.{n}");
-            n += 1;
-        }
-        self.values.push(Value { name: unique, ty });
+        self.names.follow(&self.values);
+        let name = self.names.unique(name);
+        self.values.push(Value { name, ty });
         ValueId::new(self.values.len() - 1)
     }
 
@@ -201,24 +238,6 @@ impl Graph {
         }
         self.weights.push(weight);
         WeightId::new(self.weights.len() - 1)
-    }
-
-    /// For each value, the positions in [`Graph::ops`] of the operators that use it, ascending, each once.
-    pub fn users(&self) -> Users {
-        let mut users = vec![vec![]; self.values.len()];
-        for (at, op) in self.ops.iter().enumerate() {
-            for value in op.uses().collect::<BTreeSet<_>>() {
-                users[value.index()].push(at);
-            }
-        }
-        let mut definitions = vec![None; self.values.len()];
-        for (at, op) in self.ops.iter().enumerate() {
-            for result in &op.results {
-                definitions[result.index()] = Some(at);
-            }
-        }
-        let outputs = self.outputs.iter().copied().collect();
-        Users { users, definitions, outputs }
     }
 
     /// The dependency graph over positions in [`Graph::ops`]: an edge from the operator that defines a value to each that
@@ -270,37 +289,5 @@ impl Op {
                 Some((op.operands.get(operand)?.value()?, *op.results.get(result)?))
             })
             .collect()
-    }
-}
-
-/// Who defines and who uses each value.
-pub struct Users {
-    users: Vec<Vec<usize>>,
-    definitions: Vec<Option<usize>>,
-    outputs: BTreeSet<ValueId>,
-}
-
-impl Users {
-    /// Positions of the operators that use a value, ascending.
-    pub fn of(&self, value: ValueId) -> &[usize] {
-        &self.users[value.index()]
-    }
-
-    /// Position of the operator that defines a value; none for inputs and states.
-    pub fn definition(&self, value: ValueId) -> Option<usize> {
-        self.definitions[value.index()]
-    }
-
-    /// True if the graph returns the value.
-    pub fn is_output(&self, value: ValueId) -> bool {
-        self.outputs.contains(&value)
-    }
-
-    /// The only user of a value that is not returned.
-    pub fn only(&self, value: ValueId) -> Option<usize> {
-        match self.of(value) {
-            [one] if !self.is_output(value) => Some(*one),
-            _ => None,
-        }
     }
 }

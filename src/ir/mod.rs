@@ -9,9 +9,11 @@ mod op;
 mod print;
 pub mod shape;
 mod types;
+mod users;
 
-pub use graph::{Graph, Layout, Op, Operand, Users, Value, Weight};
+pub use graph::{Graph, Layout, Op, Operand, Value, Weight};
 pub use ids::{ValueId, WeightId};
 pub use op::{Attribute, BinaryFn, OpKind, Stage, UnaryFn};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};
+pub use users::Users;

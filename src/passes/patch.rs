@@ -1,10 +1,10 @@
 //! What a rewrite proposes, and how the driver applies it.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
-use crate::ir::{Graph, Op, OpKind, Operand, Stage, Type, Users, Value, ValueId, Weight, WeightId};
+use crate::ir::{Graph, Layout, Op, OpKind, Operand, Stage, Type, Users, Value, ValueId, Weight, WeightId};
 use crate::passes::PassContext;
+use crate::passes::order::{is_convex, sort_stably};
 
 /// A rewriting pass: looks at one operator at a time and may propose a patch around it. The driver calls it on every
 /// operator in program order until it proposes nothing more.
@@ -22,6 +22,7 @@ pub struct Patch {
     weights: Vec<Weight>,
     remove: BTreeSet<usize>,
     insert: Vec<Op>,
+    layouts: Vec<(WeightId, Layout)>,
     replace: HashMap<ValueId, Operand>,
 }
 
@@ -35,6 +36,7 @@ impl Patch {
             weights: vec![],
             remove: BTreeSet::new(),
             insert: vec![],
+            layouts: vec![],
             replace: HashMap::new(),
         }
     }
@@ -45,13 +47,26 @@ impl Patch {
         ValueId::new(self.first_value + self.values.len() - 1)
     }
 
-    /// Adds a weight, or finds the one of that name.
+    /// Adds a weight, or finds the one that is the same; if its name stands for another weight, a number makes it unique.
     pub fn weight(&mut self, graph: &Graph, weight: Weight) -> WeightId {
-        if let Some(at) = graph.weights.iter().chain(&self.weights).position(|w| w.name == weight.name) {
-            return WeightId::new(at);
+        let mut unique = weight.clone();
+        let mut n = 0;
+        while let Some(at) = graph.weights.iter().chain(&self.weights).position(|w| w.name == unique.name) {
+            let found = graph.weights.get(at).unwrap_or_else(|| &self.weights[at - self.first_weight]);
+            if found.ty == weight.ty && found.layout == weight.layout {
+                return WeightId::new(at);
+            }
+            n += 1;
+            unique.name = format!("{}.{n}", weight.name);
         }
-        self.weights.push(weight);
+        self.weights.push(unique);
         WeightId::new(self.first_weight + self.weights.len() - 1)
+    }
+
+    /// Gives a weight of the graph another layout, for all its users: these must be in the patch or not depend on it.
+    pub fn lay_out(mut self, weight: WeightId, layout: Layout) -> Self {
+        self.layouts.push((weight, layout));
+        self
     }
 
     /// Removes the operator at a position.
@@ -76,88 +91,124 @@ impl Patch {
     /// fused already contribute their bodies. `None` if the result would depend on itself, or if there is nothing to fuse.
     pub fn fuse(graph: &Graph, users: &Users, positions: &[usize], stages: Vec<Stage>) -> Option<Patch> {
         let members: BTreeSet<usize> = positions.iter().copied().collect();
-        let scope = common_scope(members.iter().map(|&at| graph.ops[at].scope.as_str()));
-        let mut fused = fuse_ops(graph, users, &members, stages)?;
-        fused.scope = scope;
+        if members.is_empty() || !is_convex(graph, users, &members) {
+            return None;
+        }
         let mut patch = Patch::new(graph);
+        patch.insert.push(fuse_ops(graph, users, &members, stages));
         patch.remove = members;
-        patch.insert.push(fused);
-        let mut trial = graph.clone();
-        patch.apply(&mut trial).then_some(patch)
+        Some(patch)
     }
 
-    /// Applies the patch; false, with the graph in an unspecified state, if operators would then depend on each other in a circle.
-    pub fn apply(&self, graph: &mut Graph) -> bool {
-        assert_eq!(self.first_value, graph.values.len(), "the patch was made for another graph");
+    /// The first position that the patch touches, if it removes anything.
+    pub fn first_removed(&self) -> Option<usize> {
+        self.remove.first().copied()
+    }
+
+    /// Applies the patch. False, with the graph in an unspecified state, if operators would then depend on each other in a
+    /// circle, or if the graph would return something that is no value.
+    ///
+    /// # Panics
+    /// If the patch was made for another graph.
+    pub fn apply(self, graph: &mut Graph) -> bool {
+        let made_for = (self.first_value, self.first_weight);
+        assert_eq!(made_for, (graph.values.len(), graph.weights.len()), "the patch was made for another graph");
         for value in &self.values {
             graph.add_value(&value.name, value.ty.clone());
         }
         graph.weights.extend(self.weights.iter().cloned());
-        let place = self.remove.first().copied();
-        let mut ops: Vec<Op> = Vec::with_capacity(graph.ops.len() + self.insert.len());
+        for (weight, layout) in &self.layouts {
+            graph.weights[weight.index()].layout = layout.clone();
+        }
+        if !self.replace.is_empty() {
+            for op in &mut graph.ops {
+                self.substitute(op);
+            }
+            for output in &mut graph.outputs {
+                match self.replacement(*output) {
+                    None => {}
+                    Some(Operand::Value(with)) => *output = with,
+                    Some(_) => return false,
+                }
+            }
+        }
+        self.splice(graph);
+        sort_stably(graph)
+    }
+
+    /// Takes the removed operators out and puts the new ones in: where the first removed one was, or else before the
+    /// first that uses one of their results.
+    fn splice(mut self, graph: &mut Graph) {
+        let mut insert = std::mem::take(&mut self.insert);
+        for op in &mut insert {
+            self.substitute(op);
+        }
+        let made: HashSet<ValueId> = insert.iter().flat_map(|op| op.results.iter().copied()).collect();
+        let place = self.first_removed().or_else(|| {
+            let uses_made = |op: &Op| op.uses().any(|value| made.contains(&value));
+            graph.ops.iter().position(uses_made)
+        });
+        let mut ops: Vec<Op> = Vec::with_capacity(graph.ops.len() + insert.len());
         for (at, op) in std::mem::take(&mut graph.ops).into_iter().enumerate() {
             if Some(at) == place {
-                ops.extend(self.insert.iter().cloned());
+                ops.append(&mut insert);
             }
             if !self.remove.contains(&at) {
                 ops.push(op);
             }
         }
-        if self.remove.is_empty() {
-            ops.extend(self.insert.iter().cloned());
-        }
-        if !self.replace.is_empty() {
-            for op in &mut ops {
-                self.substitute(op);
-            }
-            for output in &mut graph.outputs {
-                if let Some(Operand::Value(with)) = self.replace.get(output) {
-                    *output = *with;
-                }
-            }
-        }
+        ops.append(&mut insert);
         graph.ops = ops;
-        sort_stably(graph)
+    }
+
+    /// What stands for a value after the patch, if that is something else; follows replacements of replacements.
+    fn replacement(&self, value: ValueId) -> Option<Operand> {
+        let mut with = *self.replace.get(&value)?;
+        for _ in 0..self.replace.len() {
+            match with.value().and_then(|value| self.replace.get(&value)) {
+                Some(next) => with = *next,
+                None => break,
+            }
+        }
+        Some(with)
     }
 
     fn substitute(&self, op: &mut Op) {
+        let mut changed = false;
         for operand in &mut op.operands {
             if let Operand::Value(value) = operand
-                && let Some(with) = self.replace.get(value)
+                && let Some(with) = self.replacement(*value)
             {
-                *operand = *with;
+                *operand = with;
+                changed = true;
             }
         }
-        for inner in &mut op.body {
-            self.substitute(inner);
-        }
-        if !op.body.is_empty() {
+        if changed && !op.body.is_empty() {
+            for inner in &mut op.body {
+                self.substitute(inner);
+            }
             op.operands = outside_operands(&op.body);
         }
     }
 }
 
 /// One fused operator of the members' primitives.
-fn fuse_ops(graph: &Graph, users: &Users, members: &BTreeSet<usize>, stages: Vec<Stage>) -> Option<Op> {
-    if members.is_empty() {
-        return None;
-    }
+fn fuse_ops(graph: &Graph, users: &Users, members: &BTreeSet<usize>, stages: Vec<Stage>) -> Op {
     let body: Vec<Op> = members.iter().flat_map(|&at| graph.ops[at].primitives().to_vec()).collect();
-    let operands = outside_operands(&body);
-    let mut results = vec![];
-    for &at in members {
-        for &result in &graph.ops[at].results {
-            let used_outside = users.is_output(result) || users.of(result).iter().any(|user| !members.contains(user));
-            if used_outside {
-                results.push(result);
-            }
-        }
+    let used_outside =
+        |result: ValueId| users.is_output(result) || users.of(result).iter().any(|user| !members.contains(user));
+    let results = members.iter().flat_map(|&at| graph.ops[at].results.iter().copied());
+    Op {
+        operands: outside_operands(&body),
+        results: results.filter(|&result| used_outside(result)).collect(),
+        kind: OpKind::Fused(stages),
+        scope: common_scope(members.iter().map(|&at| graph.ops[at].scope.as_str())),
+        body,
     }
-    Some(Op { kind: OpKind::Fused(stages), operands, results, scope: String::new(), body })
 }
 
 /// What a body takes from outside, each once, in order of first use; constants stay inside.
-fn outside_operands(body: &[Op]) -> Vec<Operand> {
+pub(crate) fn outside_operands(body: &[Op]) -> Vec<Operand> {
     let inside: HashSet<ValueId> = body.iter().flat_map(|op| op.results.iter().copied()).collect();
     let mut operands: Vec<Operand> = vec![];
     for operand in body.iter().flat_map(|op| &op.operands) {
@@ -182,33 +233,4 @@ fn common_scope<'a>(mut scopes: impl Iterator<Item = &'a str>) -> String {
         common.truncate(shared);
     }
     common.join(".")
-}
-
-/// Puts operators into an order in which each follows what it depends on, changing as little as possible; false if there is
-/// none.
-fn sort_stably(graph: &mut Graph) -> bool {
-    let dag = graph.dependencies();
-    let mut waiting: Vec<usize> = vec![0; graph.ops.len()];
-    for edge in dag.edge_indices() {
-        let (_, to) = dag.edge_endpoints(edge).expect("the edge is in the graph");
-        waiting[to.index()] += 1;
-    }
-    let mut ready: BinaryHeap<Reverse<usize>> =
-        waiting.iter().enumerate().filter(|(_, n)| **n == 0).map(|(at, _)| Reverse(at)).collect();
-    let mut order = Vec::with_capacity(graph.ops.len());
-    while let Some(Reverse(at)) = ready.pop() {
-        order.push(at);
-        for next in dag.neighbors(petgraph::graph::NodeIndex::new(at)) {
-            waiting[next.index()] -= 1;
-            if waiting[next.index()] == 0 {
-                ready.push(Reverse(next.index()));
-            }
-        }
-    }
-    if order.len() != graph.ops.len() {
-        return false;
-    }
-    let mut ops: Vec<Option<Op>> = std::mem::take(&mut graph.ops).into_iter().map(Some).collect();
-    graph.ops = order.into_iter().map(|at| ops[at].take().expect("each position once")).collect();
-    true
 }

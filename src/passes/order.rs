@@ -1,0 +1,114 @@
+//! Program order: whether it holds, how to restore it, and which operators may become one.
+//!
+//! An operator depends on those that define what it uses, and one that updates a state also on those that read the
+//! version it replaces.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap, HashMap};
+
+use crate::ir::{Graph, Op, Users, ValueId};
+
+/// True if the members could be one operator: nothing outside them both depends on one of them and is depended on by one.
+/// The operators must be in program order.
+pub(crate) fn is_convex(graph: &Graph, users: &Users, members: &BTreeSet<usize>) -> bool {
+    let (Some(&first), Some(&last)) = (members.first(), members.last()) else { return true };
+    // Outsiders between the first and the last member that depend on a member.
+    let mut downstream = vec![false; last + 1 - first];
+    for at in first..=last {
+        let op = &graph.ops[at];
+        let is_member = members.contains(&at);
+        let depends = |on: usize| {
+            on >= first
+                && on < at
+                && if is_member { downstream[on - first] } else { downstream[on - first] || members.contains(&on) }
+        };
+        let through_value = op.uses().filter_map(|value| users.definition(value)).any(depends);
+        let through_state =
+            || op.state_updates().iter().any(|(old, _)| users.of(*old).iter().any(|&reader| depends(reader)));
+        if through_value || through_state() {
+            if is_member {
+                return false;
+            }
+            downstream[at - first] = true;
+        }
+    }
+    true
+}
+
+/// Puts operators into an order in which each follows what it depends on, changing as little as possible; false if there is
+/// none.
+pub(crate) fn sort_stably(graph: &mut Graph) -> bool {
+    if is_sorted(graph) {
+        return true;
+    }
+    let users = graph.users();
+    let Some(order) = stable_order(graph, &users) else { return false };
+    let mut ops: Vec<Option<Op>> = std::mem::take(&mut graph.ops).into_iter().map(Some).collect();
+    graph.ops = order.into_iter().filter_map(|at| ops[at].take()).collect();
+    true
+}
+
+/// True if the operators are in an order that their dependencies allow. Most patches leave it so, and this is cheaper than
+/// sorting.
+fn is_sorted(graph: &Graph) -> bool {
+    const INPUT: u8 = 0;
+    const PENDING: u8 = 1;
+    const READY: u8 = 2;
+    const OVERWRITTEN: u8 = 3;
+    let mut values = vec![INPUT; graph.values.len()];
+    for result in graph.ops.iter().flat_map(|op| &op.results) {
+        values[result.index()] = PENDING;
+    }
+    for op in &graph.ops {
+        if op.uses().any(|value| matches!(values[value.index()], PENDING | OVERWRITTEN)) {
+            return false;
+        }
+        for (old, _) in op.state_updates() {
+            values[old.index()] = OVERWRITTEN;
+        }
+        for result in &op.results {
+            values[result.index()] = READY;
+        }
+    }
+    true
+}
+
+/// Positions in an order that the dependencies allow, the lowest ready position first; none if they form a circle.
+fn stable_order(graph: &Graph, users: &Users) -> Option<Vec<usize>> {
+    let mut updaters: HashMap<ValueId, Vec<usize>> = HashMap::new();
+    let mut waiting = vec![0usize; graph.ops.len()];
+    for (at, op) in graph.ops.iter().enumerate() {
+        for (old, _) in op.state_updates() {
+            updaters.entry(old).or_default().push(at);
+            waiting[at] += users.of(old).iter().filter(|&&reader| reader != at).count();
+        }
+        for &result in &op.results {
+            if users.definition(result) == Some(at) {
+                users.of(result).iter().for_each(|&user| waiting[user] += 1);
+            }
+        }
+    }
+    let mut ready: BinaryHeap<Reverse<usize>> =
+        (0..waiting.len()).filter(|&at| waiting[at] == 0).map(Reverse).collect();
+    let mut order = Vec::with_capacity(waiting.len());
+    while let Some(Reverse(at)) = ready.pop() {
+        order.push(at);
+        let op = &graph.ops[at];
+        let mut release = |next: usize| {
+            waiting[next] -= 1;
+            if waiting[next] == 0 {
+                ready.push(Reverse(next));
+            }
+        };
+        for &result in op.results.iter().filter(|&&result| users.definition(result) == Some(at)) {
+            users.of(result).iter().for_each(|&user| release(user));
+        }
+        let used: BTreeSet<ValueId> = op.uses().filter(|value| updaters.contains_key(value)).collect();
+        for updater in used.iter().flat_map(|value| &updaters[value]) {
+            if *updater != at {
+                release(*updater);
+            }
+        }
+    }
+    (order.len() == waiting.len()).then_some(order)
+}
