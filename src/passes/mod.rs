@@ -5,13 +5,21 @@ pub mod context;
 mod cse;
 mod dce;
 pub mod driver;
+mod fuse_attention;
+mod fuse_norm_matmul;
 mod fuse_pointwise;
+mod fuse_residual;
+mod fuse_shortconv;
+mod fuse_swiglu;
+mod group_experts;
 mod layout_weights;
 mod merge_projections;
 mod order;
 mod patch;
 pub mod plan_memory;
 pub mod schedule;
+pub mod tactics;
+mod view;
 mod weights;
 
 pub use context::{BucketSpec, PassContext, Phase, Target};
@@ -59,6 +67,12 @@ pub static PIPELINE: &[Pass] = &[
     Pass::once("dce", "removes what nothing uses", &dce::Dce),
     Pass::once("merge-projections", "matmuls of one input as one matmul", &merge_projections::MergeProjections),
     Pass::once("layout-weights", "gate and up channels side by side", &layout_weights::LayoutWeights),
+    Pass::per_bucket("group-experts", "router, sorted rows, sum over experts", &group_experts::GroupExperts),
+    Pass::per_bucket("fuse-norm-matmul", "norms into the products that read them", &fuse_norm_matmul::FuseNormMatmul),
+    Pass::per_bucket("fuse-shortconv", "gates and convolution, into the product", &fuse_shortconv::FuseShortconv),
+    Pass::per_bucket("fuse-swiglu", "silu and product into the gate/up epilogue", &fuse_swiglu::FuseSwiglu),
+    Pass::per_bucket("fuse-attention", "head norms, RoPE, cache write, attention", &fuse_attention::FuseAttention),
+    Pass::per_bucket("fuse-residual", "additions into the epilogue of the addend", &fuse_residual::FuseResidual),
     Pass::per_bucket("fuse-pointwise", "elementwise operators as one generated kernel", &fuse_pointwise::FusePointwise),
     Pass::per_bucket("sweep", "removes what fusion left unused", &dce::Dce),
 ];

@@ -1,0 +1,84 @@
+//! What is worth fusing where: the questions whose answers depend on the target and the bucket, each with its reason.
+//!
+//! No answer is a threshold on the number of rows. Some follow from the kind of kernel that a phase gets, the others from
+//! modelled traffic: bytes that must cross memory, with a step's fixed cost as the bytes that could have crossed meanwhile.
+
+use crate::passes::{PassContext, Phase, Target};
+
+/// Bytes a second of a read-only reduction; measured on one H200.
+const MEMORY_BYTES_PER_SECOND: f64 = 4.29e12;
+
+/// Time from one kernel of a graph to the next, a kernel of 132 blocks in a chain of such; measured on one H200.
+const BOUNDARY_SECONDS: f64 = 1.03e-6;
+
+/// What one more step costs, as bytes. On a CPU it is a call, nothing beside reading a weight.
+fn boundary_bytes(target: Target) -> f64 {
+    match target {
+        Target::Cpu => 0.0,
+        Target::Sm90a => MEMORY_BYTES_PER_SECOND * BOUNDARY_SECONDS,
+    }
+}
+
+/// True where a kernel's rows pass through its registers on their way to the product, so that a computation on them can
+/// be put before it at no traffic. Decode kernels are limited by weights: they keep the few rows on chip and stream
+/// weights past them. Prefill kernels of tensor cores take rows from memory as they are: there, every block of columns
+/// would compute the prologue of all its rows anew. An interpreter of bodies always saves the intermediate's traffic.
+fn rows_staged(context: &PassContext) -> bool {
+    context.target == Target::Cpu || context.bucket.phase == Phase::Decode
+}
+
+/// Whether an RMSNorm goes into the prologue of the product that reads it, or is a step of its own.
+pub fn norm_in_prologue(context: &PassContext) -> bool {
+    rows_staged(context)
+}
+
+/// Whether the gated convolution goes into the prologue of the product that reads it. Alone it is one pass over memory,
+/// right for many rows. Recomputing it in every block is safe beside the one that writes the state: the column written is
+/// none of the columns read, the ring being longer than the taps.
+pub fn shortconv_in_prologue(context: &PassContext) -> bool {
+    rows_staged(context)
+}
+
+/// Whether head norms, RoPE and the cache write share a step with attention. Within one launch no block may need a key
+/// that another writes: true where each sequence has one row, whose key each of its blocks makes for itself, and false
+/// where rows of one sequence attend to each other. An interpreter does one after the other.
+pub fn attention_with_prep(context: &PassContext) -> bool {
+    context.target == Target::Cpu || context.bucket.phase == Phase::Decode
+}
+
+/// Whether sorting the pairs by expert shares a step with the router. The sort needs every row's choice: cheap for the
+/// last block to finish when there are few rows, a long tail of one block when there are many.
+pub fn group_with_router(context: &PassContext) -> bool {
+    context.target == Target::Cpu || context.bucket.phase == Phase::Decode
+}
+
+/// A mixture of experts in one bucket.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Experts {
+    /// Rows of the bucket.
+    pub rows: u64,
+    /// Experts each row selects.
+    pub k: u64,
+    /// Experts there are.
+    pub count: u64,
+    /// Bytes of the weights of one.
+    pub bytes_each: u64,
+}
+
+impl Experts {
+    /// How many different experts the rows are expected to select, were all equally likely: `E (1 - (1 - k/E)^rows)`.
+    pub fn expected_distinct(&self) -> f64 {
+        let count = self.count as f64;
+        count * (1.0 - (1.0 - self.k as f64 / count).powf(self.rows as f64))
+    }
+}
+
+/// Whether rows are sorted by expert, so that each selected expert's weights are read once, at the price of one more step
+/// (the sum over a token's experts no longer fits into the last product). Without, every (row, expert) pair reads its own.
+pub fn group_experts(context: &PassContext, experts: &Experts) -> bool {
+    let bytes_each = experts.bytes_each as f64;
+    let direct = experts.rows as f64 * experts.k as f64 * bytes_each;
+    let grouped = experts.expected_distinct() * bytes_each + boundary_bytes(context.target);
+    // At one row both read the same experts; rounding must not decide.
+    experts.rows > 1 && grouped < direct
+}
