@@ -120,39 +120,34 @@ pub(super) fn i32_size(what: &str, size: u64) -> Result<usize> {
 }
 
 /// The padding of one bucket, over the numbers of rows for which it is the smallest that fits.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Waste {
-    /// Position in the program.
-    pub bucket: usize,
-    /// Fewest rows that run in it: one more than the bucket before holds.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub struct Padding {
+    /// Fewest rows that run in it: one more than the next smaller bucket of its phase holds. Above its own rows if another
+    /// bucket has the same size, and this one is never chosen for its rows.
     pub fewest_rows: u64,
-    /// Most rows: what it holds. Below `fewest_rows` if the bucket before holds as many, and this one is never chosen.
-    pub most_rows: u64,
-    /// Share of its rows that is padding when every number of rows is as likely, in 0..1.
-    pub average: f64,
+    /// Share of its rows that is padding when every such number of rows is as likely, in 0..1.
+    pub mean: f64,
     /// Share of its rows that is padding with the fewest rows, in 0..1.
     pub worst: f64,
 }
 
-/// The padding of each prefill and decode bucket, in the order of the program.
-pub fn padding_waste(program: &Program) -> Vec<Waste> {
-    let mut wastes = Vec::new();
+/// The padding of each of a program's buckets, in their order; zeros for buckets without rows.
+pub fn padding(program: &Program) -> Vec<Padding> {
+    let mut paddings = vec![Padding::default(); program.buckets.len()];
     for phase in [Phase::Prefill, Phase::Decode] {
         let of_phase = program.buckets.iter().enumerate().filter(|(_, bucket)| bucket.phase == phase);
         let mut sizes: Vec<_> = of_phase.map(|(index, bucket)| (bucket.tokens, index)).collect();
         sizes.sort_unstable();
         let mut before = 0;
-        for (tokens, bucket) in sizes {
-            // From `before + 1` to `tokens` rows the padding falls evenly from `span` to 0.
-            let span = (tokens - before).saturating_sub(1);
-            let worst = if tokens == 0 { 0.0 } else { span as f64 / tokens as f64 };
-            let fewest_rows = before.saturating_add(1);
-            wastes.push(Waste { bucket, fewest_rows, most_rows: tokens, average: worst / 2.0, worst });
+        for (tokens, index) in sizes {
+            // From the fewest to the most rows, padding falls evenly from this to 0.
+            let most_padding = (tokens - before).saturating_sub(1);
+            let worst = if tokens == 0 { 0.0 } else { most_padding as f64 / tokens as f64 };
+            paddings[index] = Padding { fewest_rows: before.saturating_add(1), mean: worst / 2.0, worst };
             before = tokens;
         }
     }
-    wastes.sort_by_key(|waste| waste.bucket);
-    wastes
+    paddings
 }
 
 #[cfg(test)]
@@ -204,26 +199,33 @@ mod tests {
     }
 
     #[test]
-    fn waste_is_that_of_every_row_count() {
+    fn padding_is_that_of_every_row_count() {
         let program = program(vec![
             bucket(Phase::Prefill, 16, 4, 4),
             bucket(Phase::Prefill, 64, 4, 4),
+            bucket(Phase::Fixed, 0, 0, 0),
             bucket(Phase::Decode, 1, 1, 1),
             bucket(Phase::Decode, 2, 2, 2),
             bucket(Phase::Decode, 8, 8, 8),
-            bucket(Phase::Decode, 8, 8, 8),
         ]);
-        let wastes = padding_waste(&program);
-        assert_eq!(wastes.iter().map(|w| w.bucket).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
-        for waste in &wastes[..5] {
-            let tokens = program.buckets[waste.bucket].tokens;
-            let shares: Vec<f64> =
-                (waste.fewest_rows..=waste.most_rows).map(|n| (tokens - n) as f64 / tokens as f64).collect();
-            let average = shares.iter().sum::<f64>() / shares.len() as f64;
-            assert!((waste.average - average).abs() < 1e-12, "{waste:?}: {average}");
-            assert!((waste.worst - shares[0]).abs() < 1e-12, "{waste:?}");
+        let paddings = padding(&program);
+        let fewest: Vec<u64> = paddings.iter().map(|padding| padding.fewest_rows).collect();
+        assert_eq!(fewest, [1, 17, 0, 1, 2, 3]);
+        assert_eq!(paddings[2], Padding::default());
+        for (padding, bucket) in paddings.iter().zip(&program.buckets).filter(|(_, b)| b.phase != Phase::Fixed) {
+            let share = |n: u64| (bucket.tokens - n) as f64 / bucket.tokens as f64;
+            let shares: Vec<f64> = (padding.fewest_rows..=bucket.tokens).map(share).collect();
+            let mean = shares.iter().sum::<f64>() / shares.len() as f64;
+            assert!((padding.mean - mean).abs() < 1e-12, "{padding:?}: {mean}");
+            assert!((padding.worst - shares[0]).abs() < 1e-12, "{padding:?}");
         }
-        assert_eq!((wastes[4].fewest_rows, wastes[4].most_rows, wastes[4].worst), (3, 8, 0.625));
-        assert!(wastes[5].fewest_rows > wastes[5].most_rows, "a second bucket of the same size is never chosen");
+        assert_eq!(paddings[5].worst, 0.625);
+    }
+
+    #[test]
+    fn a_second_bucket_of_one_size_has_no_rows_of_its_own() {
+        let paddings = padding(&program(vec![bucket(Phase::Decode, 8, 8, 8), bucket(Phase::Decode, 8, 8, 8)]));
+        assert_eq!(paddings.iter().map(|padding| padding.fewest_rows).collect::<Vec<_>>(), [1, 9]);
+        assert_eq!((paddings[1].mean, paddings[1].worst), (0.0, 0.0));
     }
 }

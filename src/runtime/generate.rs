@@ -197,7 +197,7 @@ fn bucket_size<E: Executor + ?Sized>(executor: &E, bucket: usize, size: impl Fn(
 }
 
 /// The captured logits of several sequences as one table `[sequences, new_tokens, vocab]`, NaN after a sequence has ended.
-/// `new_tokens` is the largest `max_new_tokens` of the requests that were accepted, whose context bounds it.
+/// `new_tokens` is what the longest generated, or more.
 pub fn logits_table<'f>(finished: impl IntoIterator<Item = &'f Finished>, new_tokens: usize, vocab: usize) -> Vec<f32> {
     let mut table = Vec::new();
     for (index, sequence) in finished.into_iter().enumerate() {

@@ -10,7 +10,7 @@ pub mod request;
 pub mod scheduler;
 pub mod statistics;
 
-pub use buckets::{Buckets, Capacity, Waste, padding_waste};
+pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, SamplingParams};
 pub use generate::{Generator, Options, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError};

@@ -168,7 +168,7 @@ fn reasons_and_stopping() {
     assert_eq!(results[0].tokens, tokens);
     assert_eq!(results[1].tokens, tokens[..=first_at(tokens[4])]);
     assert_eq!(results[2].tokens, tokens[..=first_at(tokens[3])]);
-    assert_eq!(results[3].tokens, []);
+    assert!(results[3].tokens.is_empty());
     let reasons: Vec<String> = results.iter().map(|finished| finished.reason.to_string()).collect();
     assert_eq!(reasons, ["length", "stop", "eos", "length"]);
     assert_eq!(results.iter().map(|finished| finished.id).collect::<Vec<_>>(), [0, 1, 2, 3]);
