@@ -9,6 +9,11 @@ pub mod pages;
 pub mod request;
 pub mod scheduler;
 pub mod statistics;
+pub mod batch;
+pub mod cpu;
+pub mod executor;
+pub mod io;
+pub mod sampling;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, SamplingParams};
