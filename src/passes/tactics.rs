@@ -34,7 +34,7 @@ pub fn norm_in_prologue(context: &PassContext) -> bool {
 
 /// Whether the gated convolution goes into the prologue of the product that reads it. Alone it is one pass over memory,
 /// right for many rows. Recomputing it in every block is safe beside the one that writes the state: the column written is
-/// none of the columns read, the ring being longer than the taps.
+/// none of the columns read, the ring being at least as long as the taps.
 pub fn shortconv_in_prologue(context: &PassContext) -> bool {
     rows_staged(context)
 }
@@ -81,4 +81,60 @@ pub fn group_experts(context: &PassContext, experts: &Experts) -> bool {
     let grouped = experts.expected_distinct() * bytes_each + boundary_bytes(context.target);
     // At one row both read the same experts; rounding must not decide.
     experts.rows > 1 && grouped < direct
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::Extents;
+    use crate::passes::BucketSpec;
+    use proptest::prelude::*;
+
+    fn context(target: Target) -> PassContext {
+        let extents = Extents { tokens: 1, sequences: 1, rows: 1 };
+        PassContext { target, bucket: BucketSpec { phase: Phase::Decode, extents } }
+    }
+
+    #[test]
+    fn large_experts_are_sorted_for_from_the_first_likely_overlap() {
+        let experts = |rows| Experts { rows, k: 4, count: 32, bytes_each: 22_020_096 };
+        for target in [Target::Cpu, Target::Sm90a] {
+            assert!(!group_experts(&context(target), &experts(1)));
+            assert!(group_experts(&context(target), &experts(2)));
+            assert!(group_experts(&context(target), &experts(8192)));
+        }
+    }
+
+    #[test]
+    fn small_experts_are_not_worth_another_launch_until_there_are_many_rows() {
+        let experts = |rows| Experts { rows, k: 2, count: 8, bytes_each: 24_576 };
+        assert!(!group_experts(&context(Target::Sm90a), &experts(64)));
+        assert!(group_experts(&context(Target::Sm90a), &experts(1024)));
+        assert!(group_experts(&context(Target::Cpu), &experts(64)));
+    }
+
+    #[test]
+    fn expected_distinct_experts_of_one_row_and_of_very_many() {
+        let experts = |rows| Experts { rows, k: 3, count: 7, bytes_each: 1 };
+        assert!((experts(1).expected_distinct() - 3.0).abs() < 1e-9);
+        assert!((experts(100_000).expected_distinct() - 7.0).abs() < 1e-9);
+    }
+
+    proptest! {
+        /// What is worth it for some rows is worth it for more.
+        #[test]
+        fn sorting_pays_from_some_number_of_rows_on(
+            count in 1u64..200,
+            k in 1u64..9,
+            bytes_each in 1u64..1 << 26,
+            rows in 1u64..9000,
+            gpu in prop::bool::ANY,
+        ) {
+            let context = context(if gpu { Target::Sm90a } else { Target::Cpu });
+            let experts = |rows| Experts { rows, k: k.min(count), count, bytes_each };
+            if group_experts(&context, &experts(rows)) {
+                prop_assert!(group_experts(&context, &experts(rows + 1)));
+            }
+        }
+    }
 }

@@ -24,16 +24,6 @@ impl<'a> View<'a> {
         self.users.definition(operand.value()?)
     }
 
-    /// Position of the operator that alone takes an operator's only result.
-    pub fn only_user(self, at: usize) -> Option<usize> {
-        self.users.only(only_result(self.op(at))?)
-    }
-
-    /// The operator at `at`, if it makes one value and only `user` takes it.
-    pub fn feeds_only(self, at: usize, user: usize) -> bool {
-        self.only_user(at) == Some(user)
-    }
-
     /// The primitive that makes an operand which only the operator at `user` takes.
     pub fn private_producer(self, operand: Operand, user: usize) -> Option<(usize, &'a Op)> {
         let at = self.producer(operand)?;
