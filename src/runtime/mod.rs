@@ -1,19 +1,18 @@
 //! Runs plans. Uses only the plan: what the runtime needs, the plan says.
 
+pub mod batch;
 pub mod buckets;
+pub mod cpu;
 pub mod executor;
 pub mod generate;
+pub mod io;
 #[cfg(test)]
 mod mock;
 pub mod pages;
 pub mod request;
+pub mod sampling;
 pub mod scheduler;
 pub mod statistics;
-pub mod batch;
-pub mod cpu;
-pub mod executor;
-pub mod io;
-pub mod sampling;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, SamplingParams};
