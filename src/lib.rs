@@ -6,3 +6,5 @@ pub mod ir;
 pub mod passes;
 pub mod plan;
 pub mod runtime;
+pub mod cli;
+pub mod codegen;

@@ -64,7 +64,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         std::fs::write(path, drawing).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if arguments.manifest {
-        print!("{}", file.manifest_text()?);
+        print!("{}", file.manifest_text());
         return Ok(());
     }
     match arguments.format {

