@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod buckets;
+pub mod convert;
 pub mod cpu;
 pub mod executor;
 pub mod generate;
@@ -13,6 +14,7 @@ pub mod request;
 pub mod sampling;
 pub mod scheduler;
 pub mod statistics;
+pub mod weights;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, SamplingParams};
@@ -20,3 +22,4 @@ pub use generate::{Generator, Options, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError};
 pub use scheduler::Scheduler;
 pub use statistics::{BucketStatistics, PhaseStatistics, Statistics};
+pub use weights::synthetic;

@@ -1,0 +1,76 @@
+//! Weights: from a checkpoint, or from a counter, into the weights region of the pool, in the layout that the plan states.
+
+mod checkpoint;
+mod header;
+mod layout;
+mod resolve;
+pub mod synthetic;
+
+pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
+pub use header::{HeaderEntry, HeaderError, parse_header};
+pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
+
+use crate::plan::{Manifest, Program};
+
+/// Called from worker threads, one call at a time, with the bytes of weights done so far: ascending, at last all of them.
+pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
+
+/// Why weights cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightError {
+    /// The checkpoint is not one that the plan was made for.
+    #[error(transparent)]
+    Mismatch(#[from] CheckpointMismatch),
+    /// The plan's tensors or weights contradict each other.
+    #[error("{entity} of the plan: {what}; the plan is damaged, compile it again")]
+    Plan {
+        /// The weight or tensor.
+        entity: String,
+        /// What was expected and what was found.
+        what: String,
+    },
+}
+
+/// Fills the weights region from a checkpoint. Bytes of the region between weights stay as they are.
+///
+/// # Errors
+/// The checkpoint lacks tensors, has others, or has them with other shapes or types, all listed in one error; or the plan
+/// is inconsistent.
+pub fn load(
+    manifest: &Manifest,
+    program: &Program,
+    checkpoint: &Checkpoint,
+    region: &mut [u8],
+    progress: Progress,
+) -> Result<(), WeightError> {
+    let stored = resolve::resolve(&manifest.tensors, checkpoint)?;
+    layout::fill(&manifest.tensors, &program.weights, &stored, region, progress)
+}
+
+/// Fills the weights region with the numbers of a counter; see [`synthetic`]. Bytes between weights stay as they are.
+///
+/// # Errors
+/// The plan is inconsistent.
+pub fn fill_synthetic(
+    manifest: &Manifest,
+    program: &Program,
+    seed: u64,
+    region: &mut [u8],
+    progress: Progress,
+) -> Result<(), WeightError> {
+    let numbers = synthetic::Numbers::new(&manifest.tensors, seed);
+    layout::fill(&manifest.tensors, &program.weights, &numbers, region, progress)
+}
+
+/// Compares a checkpoint with what the plan needs, without reading its numbers.
+///
+/// # Errors
+/// As [`load`].
+pub fn check(manifest: &Manifest, checkpoint: &Checkpoint) -> Result<(), WeightError> {
+    resolve::resolve(&manifest.tensors, checkpoint).map(|_| ())
+}
+
+/// Bytes of all weights: the last value that progress reports.
+pub fn total_bytes(program: &Program) -> u64 {
+    program.weights.iter().fold(0, |sum, weight| sum.saturating_add(weight.ty.bytes().unwrap_or(u64::MAX)))
+}
