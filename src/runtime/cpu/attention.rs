@@ -1,8 +1,8 @@
 //! The paged cache of keys and values, and causal attention over it.
 
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 
+use super::parallel::{SMALL, chunks};
 use super::tensor::{View, dims, dot, store_f32};
 use crate::plan::TensorType;
 
@@ -92,7 +92,7 @@ pub(super) struct Attention<'a> {
 impl Attention<'_> {
     pub(super) fn compute(&self) -> Result<Vec<f32>> {
         let (kv_heads, head_dim) = (self.pages.kv_heads, self.pages.head_dim);
-        ensure!(self.heads > 0 && self.heads % kv_heads == 0, "{} heads over {kv_heads} KV heads", self.heads);
+        ensure!(self.heads > 0 && self.heads.is_multiple_of(kv_heads), "{} heads over {kv_heads} KV heads", self.heads);
         let rows = self.slots.len();
         ensure!(
             self.pos.len() == rows && self.q.len() == rows * self.heads * head_dim,
@@ -103,7 +103,8 @@ impl Attention<'_> {
         let group = self.heads / kv_heads;
         let mut out = vec![0.0; self.q.len()];
         // One task a row and KV head, with the query heads that share it.
-        out.par_chunks_mut(group * head_dim).enumerate().try_for_each(|(i, out)| {
+        let positions: usize = self.pos.iter().map(|&pos| usize::try_from(pos).unwrap_or(0)).sum();
+        chunks((positions + rows) * self.heads * head_dim > SMALL, &mut out, group * head_dim, |i, out| {
             let (row, kv_head) = (i / kv_heads, i % kv_heads);
             match (usize::try_from(self.slots[row]), usize::try_from(self.pos[row])) {
                 (Ok(slot), Ok(pos)) => {

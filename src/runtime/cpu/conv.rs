@@ -1,13 +1,10 @@
 //! Depthwise causal convolution whose earlier columns are in a ring for each slot.
 
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 
+use super::parallel::{SMALL, chunks};
 use super::tensor::{View, byte_len, dims, store_f32};
 use crate::plan::TensorType;
-
-/// Elements below which rows are not worth dividing among threads.
-const SMALL: usize = 1 << 14;
 
 /// What a convolution takes besides its state.
 pub(super) struct Conv<'a> {
@@ -32,7 +29,7 @@ impl Conv<'_> {
         // Tap by tap, so that channels are adjacent.
         let weight: Vec<f32> = (0..taps * channels).map(|i| weight[i % channels * taps + i / channels]).collect();
         let mut out = vec![0.0; rows * channels];
-        let compute = |(t, out): (usize, &mut [f32])| -> Result<()> {
+        chunks(out.len() * taps > SMALL, &mut out, channels, |t, out| {
             let (Ok(slot), Ok(pos)) = (usize::try_from(self.slots[t]), usize::try_from(self.pos[t])) else {
                 return Ok(());
             };
@@ -49,12 +46,7 @@ impl Conv<'_> {
                 out.iter_mut().zip(weight.iter().zip(column)).for_each(|(out, (w, u))| *out += w * u);
             }
             Ok(())
-        };
-        if out.len() <= SMALL {
-            out.chunks_mut(channels.max(1)).enumerate().try_for_each(compute)?;
-        } else {
-            out.par_chunks_mut(channels).enumerate().try_for_each(compute)?;
-        }
+        })?;
         Ok(out)
     }
 

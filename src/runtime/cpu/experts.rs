@@ -1,9 +1,9 @@
 //! Matrix products with an expert for each row, the grouping of rows by expert, and weighted sums over a token's experts.
 
 use anyhow::{Context, Result, ensure};
-use rayon::prelude::*;
 
 use super::matmul;
+use super::parallel::{SMALL, map};
 use super::tensor::{View, dims};
 use crate::plan::TensorType;
 
@@ -21,17 +21,14 @@ pub(super) fn product(x: &[f32], weight: View, weight_ty: &TensorType, assignmen
         }
     }
     let used: Vec<usize> = (0..experts).filter(|&expert| !groups[expert].is_empty()).collect();
-    let results = used
-        .par_iter()
-        .map(|&expert| {
-            let group = &groups[expert];
-            let mut rows = vec![0.0; group.len() * k];
-            for (row, (from, _)) in rows.chunks_mut(k.max(1)).zip(group) {
-                row.copy_from_slice(x.get(from * k..(from + 1) * k).context("fewer rows than pairs")?);
-            }
-            matmul::product(&rows, weight.part(expert * n * k, n * k)?, group.len(), k, n)
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let results = map(assignment.len() * n * k > SMALL, used.len(), |i| {
+        let (expert, group) = (used[i], &groups[used[i]]);
+        let mut rows = vec![0.0; group.len() * k];
+        for (row, (from, _)) in rows.chunks_mut(k.max(1)).zip(group) {
+            row.copy_from_slice(x.get(from * k..(from + 1) * k).context("fewer rows than pairs")?);
+        }
+        matmul::product(&rows, weight.part(expert * n * k, n * k)?, group.len(), k, n)
+    })?;
     let mut out = vec![0.0; assignment.len() * n];
     for (expert, result) in used.iter().zip(&results) {
         for (row, (_, to)) in result.chunks(n.max(1)).zip(&groups[*expert]) {
@@ -103,7 +100,7 @@ pub(super) fn weighted_sum(
     k: usize,
     place: impl Fn(usize) -> Option<usize>,
 ) -> Result<Vec<f32>> {
-    ensure!(k > 0 && weights.len() % k == 0, "{} weights for {k} experts a token", weights.len());
+    ensure!(k > 0 && weights.len().is_multiple_of(k), "{} weights for {k} experts a token", weights.len());
     let mut out = vec![0.0; weights.len() / k * n];
     for (pair, weight) in weights.iter().enumerate() {
         let Some(place) = place(pair) else { continue };

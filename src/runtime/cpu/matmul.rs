@@ -2,8 +2,8 @@
 //! nor on the number of threads.
 
 use anyhow::{Result, ensure};
-use rayon::prelude::*;
 
+use super::parallel::{SMALL, chunks, map};
 use super::tensor::View;
 
 /// Rows of one task.
@@ -16,9 +16,6 @@ const WEIGHT_BLOCK: [usize; 2] = [1 << 16, 1 << 19];
 /// Rows from which the larger block is better.
 const MANY_ROWS: usize = 64;
 
-/// Multiplications below which a product is not worth dividing.
-const SMALL_PRODUCT: usize = 1 << 16;
-
 /// `x [m,k] @ weight [n,k]^T`, accumulated in f32. The weight is converted by blocks, never as a whole.
 pub(super) fn product(x: &[f32], weight: View, m: usize, k: usize, n: usize) -> Result<Vec<f32>> {
     ensure!(x.len() == m * k, "a left operand of {} elements for {m} rows of {k}", x.len());
@@ -29,21 +26,15 @@ pub(super) fn product(x: &[f32], weight: View, m: usize, k: usize, n: usize) -> 
     }
     let columns = (WEIGHT_BLOCK[usize::from(m >= MANY_ROWS)] / k).clamp(1, 256).next_multiple_of(8);
     let blocks = n.div_ceil(columns);
-    let band = |(x, out): (&[f32], &mut [f32]), parallel: bool| -> Result<()> {
-        let block = |i: usize| block_product(x, weight, x.len() / k, k, i * columns..n.min((i + 1) * columns));
-        let tiles: Vec<Tile> = if parallel {
-            (0..blocks).into_par_iter().map(block).collect::<Result<_>>()?
-        } else {
-            (0..blocks).map(block).collect::<Result<_>>()?
-        };
+    let parallel = m * k * n > SMALL;
+    chunks(parallel, &mut out, ROW_BLOCK * n, |band, out| {
+        let rows = out.len() / n;
+        let x = &x[band * ROW_BLOCK * k..][..rows * k];
+        let tiles =
+            map(parallel, blocks, |i| block_product(x, weight, rows, k, i * columns..n.min((i + 1) * columns)))?;
         tiles.iter().enumerate().for_each(|(i, tile)| place(tile, out, n, i * columns));
         Ok(())
-    };
-    if m * k * n <= SMALL_PRODUCT {
-        x.chunks(ROW_BLOCK * k).zip(out.chunks_mut(ROW_BLOCK * n)).try_for_each(|pair| band(pair, false))?;
-    } else {
-        x.par_chunks(ROW_BLOCK * k).zip(out.par_chunks_mut(ROW_BLOCK * n)).try_for_each(|pair| band(pair, true))?;
-    }
+    })?;
     Ok(out)
 }
 

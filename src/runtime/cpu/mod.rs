@@ -10,12 +10,15 @@ mod experts;
 mod interpret;
 mod matmul;
 mod norm;
+mod parallel;
 mod pointwise;
 mod poison;
 mod pool;
 mod sample;
 mod select;
 mod tensor;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::sync::Arc;

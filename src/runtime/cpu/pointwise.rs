@@ -1,8 +1,8 @@
 //! Elementwise expressions: a register program interpreted over blocks of elements.
 
 use anyhow::{Context, Result, bail, ensure};
-use rayon::prelude::*;
 
+use super::parallel::chunks;
 use super::tensor::{View, elements, round};
 use crate::plan::{BinaryFn, Expr, TensorType, UnaryFn};
 
@@ -18,10 +18,9 @@ pub(super) fn evaluate(body: &[Expr], operands: &[(View, &TensorType)], out: &Te
     check(body, operands.len())?;
     let mut result = vec![0.0; total];
     let grid = Grid::new(operands, out)?;
-    let task = |(i, out): (usize, &mut [f32])| -> Result<()> {
+    chunks(total > TASK, &mut result, TASK, |task, mut rest| {
         let mut registers = vec![[0.0f32; BLOCK]; body.len()];
-        let mut at = i * TASK;
-        let mut rest = out;
+        let mut at = task * TASK;
         while !rest.is_empty() {
             // A block never crosses a row of the grid, so that each operand is a run, or one element, of memory.
             let len = rest.len().min(BLOCK).min(grid.width - at % grid.width);
@@ -30,12 +29,7 @@ pub(super) fn evaluate(body: &[Expr], operands: &[(View, &TensorType)], out: &Te
             (rest, at) = (next, at + len);
         }
         Ok(())
-    };
-    if total <= TASK {
-        result.chunks_mut(TASK).enumerate().try_for_each(task)?;
-    } else {
-        result.par_chunks_mut(TASK).enumerate().try_for_each(task)?;
-    }
+    })?;
     Ok(result)
 }
 

@@ -43,8 +43,9 @@ impl Liveness {
 
     /// Fills what no step from `step` on needs of what steps before it wrote.
     pub(super) fn poison(&self, step: usize, arena: &mut [u8]) {
+        let room = arena.len();
         let live = self.buffers.iter().filter(|(_, _, written, needed)| *written < step && step <= *needed);
-        let mut spans: Vec<(usize, usize)> = live.map(|&(start, end, ..)| (start, end)).collect();
+        let mut spans: Vec<(usize, usize)> = live.map(|&(start, end, ..)| (start.min(room), end.min(room))).collect();
         spans.sort_unstable();
         let mut at = 0;
         for (start, end) in spans {

@@ -189,7 +189,7 @@ pub(super) fn dims<const N: usize>(ty: &TensorType) -> Result<[usize; N]> {
 pub(super) fn rows_and_last(ty: &TensorType) -> Result<(usize, usize)> {
     let Some(&last) = ty.1.last() else { bail!("expected a tensor with a last axis, found {ty:?}") };
     let last = usize::try_from(last)?;
-    Ok((if last == 0 { 0 } else { elements(ty)? / last }, last))
+    Ok((elements(ty)?.checked_div(last).unwrap_or(0), last))
 }
 
 /// Sum of products in an order that depends on the length alone: sixteen partial sums, then those in order.
