@@ -208,11 +208,12 @@ impl<'a> Cursor<'a> {
 
     /// An error at the next token, which is not what is expected.
     pub(crate) fn expected(&self, what: &str) -> ParseError {
-        let found = match self.next.token {
-            Token::End => "the end of the text".to_owned(),
-            _ => format!("`{}`", shortened(&self.text[self.next.start..self.next.end])),
-        };
-        self.error_at(self.next, format!("expected {what}, found {found}"))
+        if self.next.token == Token::End {
+            let end = Spanned { start: self.last.end, token: Token::End, ..self.last };
+            return self.error_at(end, format!("expected {what}, found the end of the text"));
+        }
+        let found = shortened(&self.text[self.next.start..self.next.end]);
+        self.error_at(self.next, format!("expected {what}, found `{found}`"))
     }
 
     pub(crate) fn error_at(&self, place: Spanned<'a>, message: impl Into<String>) -> ParseError {

@@ -4,6 +4,7 @@
 pub mod build;
 pub mod config;
 mod cursor;
+mod fault;
 mod graph;
 mod ids;
 mod lexer;
@@ -16,8 +17,10 @@ pub mod shape;
 pub(crate) mod testing;
 mod types;
 mod users;
+mod verify;
 
 pub use cursor::ParseError;
+pub use fault::{Fault, VerifyErrors};
 pub use graph::{Graph, Layout, Op, Operand, Value, Weight, outside_operands};
 pub use ids::{ValueId, WeightId};
 pub use location::{Location, SourceMap};
@@ -26,3 +29,4 @@ pub use parse::{ParsedGraph, parse};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};
 pub use users::Users;
+pub use verify::verify;

@@ -21,26 +21,27 @@
 
 use std::fmt::{self, Write};
 
-use crate::ir::{Graph, Layout, Op, OpKind, Operand, Stage, ValueId};
+use crate::ir::{Graph, Layout, Op, OpKind, Operand, Stage, ValueId, WeightId};
+
+/// Stands for what an id of a faulty graph does not refer to, so that errors can show such a graph.
+const MISSING: &str = "<missing>";
 
 impl fmt::Display for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "graph @{} (", self.name)?;
         for (i, &input) in self.inputs.iter().enumerate() {
-            let value = self.value(input);
-            write!(f, "{}%{}: {}", if i > 0 { ", " } else { "" }, value.name, value.ty)?;
+            write!(f, "{}%{}: {}", if i > 0 { ", " } else { "" }, self.value_name(input), self.type_text(input))?;
         }
         f.write_str(") {\n")?;
         for &state in &self.states {
-            let value = self.value(state);
-            writeln!(f, "  state %{} : {}", value.name, value.ty)?;
+            writeln!(f, "  state %{} : {}", self.value_name(state), self.type_text(state))?;
         }
         for weight in &self.weights {
             write!(f, "  weight @{} : {}", weight.name, weight.ty)?;
             if let Layout::Concat { axis, block, parts } = &weight.layout {
                 f.write_str(" = concat(")?;
                 for (i, &part) in parts.iter().enumerate() {
-                    write!(f, "{}@{}", if i > 0 { ", " } else { "" }, self.weight(part).name)?;
+                    write!(f, "{}@{}", if i > 0 { ", " } else { "" }, self.weight_name(part))?;
                 }
                 write!(f, ") {{axis = {axis}")?;
                 if let Some(block) = block {
@@ -73,7 +74,7 @@ impl Graph {
     fn write_op(&self, f: &mut String, op: &Op, indent: &str) -> fmt::Result {
         f.write_str(indent)?;
         for (i, &result) in op.results.iter().enumerate() {
-            write!(f, "{}%{}", if i > 0 { ", " } else { "" }, self.value(result).name)?;
+            write!(f, "{}%{}", if i > 0 { ", " } else { "" }, self.value_name(result))?;
         }
         if !op.results.is_empty() {
             f.write_str(" = ")?;
@@ -85,8 +86,8 @@ impl Graph {
         for (i, operand) in op.operands.iter().enumerate() {
             f.write_str(if i > 0 { ", " } else { " " })?;
             match operand {
-                Operand::Value(id) => write!(f, "%{}", self.value(*id).name)?,
-                Operand::Weight(id) => write!(f, "@{}", self.weight(*id).name)?,
+                Operand::Value(id) => write!(f, "%{}", self.value_name(*id))?,
+                Operand::Weight(id) => write!(f, "@{}", self.weight_name(*id))?,
                 Operand::Const(x) => write!(f, "{x:?}")?,
             }
         }
@@ -99,7 +100,7 @@ impl Graph {
             f.write_str("}")?;
         }
         for (i, &result) in op.results.iter().enumerate() {
-            write!(f, "{}{}", if i > 0 { ", " } else { " : " }, self.ty(result))?;
+            write!(f, "{}{}", if i > 0 { ", " } else { " : " }, self.type_text(result))?;
         }
         if !op.scope.is_empty() {
             write!(f, " in {}", op.scope)?;
@@ -114,9 +115,21 @@ impl Graph {
         f.write_str("\n")
     }
 
+    fn value_name(&self, id: ValueId) -> &str {
+        self.values.get(id.index()).map_or(MISSING, |value| &value.name)
+    }
+
+    fn weight_name(&self, id: WeightId) -> &str {
+        self.weights.get(id.index()).map_or(MISSING, |weight| &weight.name)
+    }
+
+    fn type_text(&self, id: ValueId) -> String {
+        self.values.get(id.index()).map_or_else(|| MISSING.to_owned(), |value| value.ty.to_string())
+    }
+
     fn values_list(&self, f: &mut fmt::Formatter<'_>, values: &[ValueId]) -> fmt::Result {
         for (i, &value) in values.iter().enumerate() {
-            write!(f, "{}%{}", if i > 0 { ", " } else { " " }, self.value(value).name)?;
+            write!(f, "{}%{}", if i > 0 { ", " } else { " " }, self.value_name(value))?;
         }
         Ok(())
     }
