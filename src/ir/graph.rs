@@ -303,3 +303,25 @@ impl Op {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn value_names_are_made_unique() {
+        let mut graph = Graph::new("g");
+        let ty = Type::new(crate::ir::DType::F32, [1u64]);
+        graph.values.push(Value { name: "a.2".into(), ty: ty.clone() });
+        for name in ["a", "a", "a", "a.1", "a.1"] {
+            graph.add_value(name, ty.clone());
+        }
+        graph.values.push(Value { name: "b".into(), ty: ty.clone() });
+        graph.add_value("b", ty.clone());
+        let names = |graph: &Graph| graph.values.iter().map(|value| value.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&graph), ["a.2", "a", "a.1", "a.3", "a.1.1", "a.1.2", "b", "b.1"]);
+        graph.values.truncate(1);
+        graph.add_value("b", ty);
+        assert_eq!(names(&graph), ["a.2", "b"]);
+    }
+}

@@ -194,3 +194,136 @@ impl<'a> Driver<'a> {
 fn verify(_: &Graph) -> Result<(), String> {
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::ir::{BinaryFn, Extents, Op, OpKind, Operand, Users, parse};
+    use crate::passes::{BucketSpec, Patch, Phase, Rewrite, Target};
+
+    fn context() -> PassContext {
+        let extents = Extents { tokens: 4, sequences: 4, rows: 4 };
+        PassContext { target: Target::Cpu, bucket: BucketSpec { phase: Phase::Fixed, extents } }
+    }
+
+    fn chain() -> Graph {
+        let text = "graph @g (%x: f32[T,8]) {
+            %a = mul 1.0, %x : f32[T,8]
+            %b = add 0.0, %a : f32[T,8]
+            %unused = exp %b : f32[T,8]
+            %c = tanh %b : f32[T,8]
+            return %c
+        }";
+        parse(text).expect("the text is a graph").graph
+    }
+
+    fn run(driver: &mut Driver, rewrite: &'static dyn Rewrite, graph: &mut Graph) -> Result<PassReport, PassError> {
+        let pass = Pass { name: "test", summary: "", stage: Stage::Once, rewrite };
+        driver.run_pass(&pass, graph, &context())
+    }
+
+    fn driver() -> Driver<'static> {
+        Driver::new(&[], None, |_, _| ()).expect("no name is unknown")
+    }
+
+    #[test]
+    fn a_stage_runs_its_passes_in_order_and_reports_each() {
+        let seen = RefCell::new(vec![]);
+        let hook = |name: &str, graph: &Graph| seen.borrow_mut().push((name.to_owned(), graph.ops.len()));
+        let mut driver = Driver::new(&["cse".to_owned()], None, hook).expect("cse is a pass");
+        let mut graph = chain();
+        let reports = driver.run_stage(Stage::Once, &mut graph, &context()).expect("the graph is valid");
+        let names_of_stage: Vec<&str> =
+            PIPELINE.iter().filter(|p| p.stage == Stage::Once && p.name != "cse").map(|p| p.name).collect();
+        assert_eq!(reports.iter().map(|report| report.name).collect::<Vec<_>>(), names_of_stage);
+        assert_eq!(reports[0], PassReport { name: "canonicalize", rewrites: 4, ops_before: 4, ops_after: 2 });
+        assert_eq!(reports[1], PassReport { name: "dce", rewrites: 1, ops_before: 2, ops_after: 1 });
+        assert_eq!(driver.patches(), 5);
+        drop(driver);
+        assert_eq!(seen.into_inner()[..2], [("canonicalize".to_owned(), 2), ("dce".to_owned(), 1)]);
+    }
+
+    #[test]
+    fn names_are_unique_and_unknown_ones_are_refused() {
+        let unique: BTreeSet<&str> = names().into_iter().collect();
+        assert_eq!(unique.len(), PIPELINE.len());
+        let error = Driver::new(&["fuse-all".to_owned()], None, |_, _| ()).err().expect("no such pass");
+        let text = error.to_string();
+        assert!(text.contains("`fuse-all`") && text.contains("canonicalize, cse, dce"), "{text}");
+    }
+
+    #[test]
+    fn stops_after_any_patch_with_a_valid_graph() {
+        for stop in 0..=6 {
+            let mut driver = Driver::new(&[], Some(stop), |_, _| ()).expect("no name is unknown");
+            let mut graph = chain();
+            driver.run_stage(Stage::Once, &mut graph, &context()).expect("every prefix leaves a valid graph");
+            assert_eq!(driver.patches(), stop.min(5));
+            assert_eq!(driver.last_patch().is_some(), (1..=5).contains(&stop));
+            let mut next = Driver::new(&[], Some(5), |_, _| ()).expect("no name is unknown").after(driver.patches());
+            next.run_stage(Stage::Once, &mut graph, &context()).expect("the rest applies as well");
+            assert_eq!((next.patches(), graph.ops.len()), (5, 1), "stopped after {stop} and went on");
+        }
+        let mut driver = Driver::new(&[], Some(5), |_, _| ()).expect("no name is unknown");
+        driver.run_stage(Stage::Once, &mut chain(), &context()).expect("the graph is valid");
+        assert_eq!(driver.last_patch(), Some("dce at\n  %unused = exp %x : f32[T,8]\n"));
+    }
+
+    /// Exchanges operands for ever.
+    struct Flip;
+    impl Rewrite for Flip {
+        fn propose(&self, graph: &Graph, _: &Users, at: usize, _: &PassContext) -> Option<Patch> {
+            let mut op = graph.ops[at].clone();
+            op.operands.reverse();
+            (op.kind == OpKind::Binary(BinaryFn::Mul)).then(|| Patch::new(graph).remove(at).insert(op))
+        }
+    }
+
+    #[test]
+    fn a_pass_that_does_not_end_is_named() {
+        let error = run(&mut driver(), &Flip, &mut chain()).expect_err("it never ends");
+        assert!(matches!(error, PassError::Endless { pass: "test", patches: 400 }), "{error}");
+    }
+
+    /// Makes the first operator use the last one's result.
+    struct Circle;
+    impl Rewrite for Circle {
+        fn propose(&self, graph: &Graph, _: &Users, _: usize, _: &PassContext) -> Option<Patch> {
+            let last = graph.ops.last()?.results[0];
+            let op = Op { operands: vec![last.into(), Operand::Const(1.0)], ..graph.ops[0].clone() };
+            Some(Patch::new(graph).remove(0).insert(op))
+        }
+    }
+
+    #[test]
+    fn a_circle_is_an_error_with_the_operator() {
+        let error = run(&mut driver(), &Circle, &mut chain()).expect_err("there is no order");
+        assert!(error.to_string().contains("%a = mul 1.0, %x"), "{error}");
+    }
+
+    /// Gives the first result another shape.
+    struct Reshape;
+    impl Rewrite for Reshape {
+        fn propose(&self, graph: &Graph, users: &Users, at: usize, _: &PassContext) -> Option<Patch> {
+            let op = &graph.ops[at];
+            let mut ty = graph.ty(op.results[0]).clone();
+            let mut patch = Patch::new(graph);
+            if at > 0 || ty.shape.len() == 1 || users.is_output(op.results[0]) {
+                return None;
+            }
+            ty.shape.pop();
+            let wrong = patch.value("wrong", ty);
+            Some(patch.remove(0).insert(Op { results: vec![wrong], ..op.clone() }).replace(op.results[0], wrong.into()))
+        }
+    }
+
+    #[test]
+    fn an_invalid_graph_is_found_after_the_pass_that_made_it() {
+        let error = run(&mut driver(), &Reshape, &mut chain()).expect_err("the shapes do not fit");
+        assert!(error.to_string().starts_with("the graph is invalid after pass `test`"), "{error}");
+        let mut unverified = driver().unverified();
+        assert_eq!(run(&mut unverified, &Reshape, &mut chain()).expect("nobody looks").rewrites, 1);
+    }
+}

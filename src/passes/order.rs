@@ -112,3 +112,73 @@ fn stable_order(graph: &Graph, users: &Users) -> Option<Vec<usize>> {
     }
     (order.len() == waiting.len()).then_some(order)
 }
+
+#[cfg(test)]
+mod tests {
+    use petgraph::algo::{has_path_connecting, is_cyclic_directed};
+    use petgraph::visit::EdgeRef;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ir::testing::graphs;
+
+    /// Convex as defined: contracting the members into one leaves no circle.
+    fn contracts(graph: &Graph, members: &BTreeSet<usize>) -> bool {
+        let mut contracted = petgraph::graph::DiGraph::<(), ()>::new();
+        let nodes: Vec<_> = graph.ops.iter().map(|_| contracted.add_node(())).collect();
+        let group = contracted.add_node(());
+        let dag = graph.dependencies();
+        for edge in dag.edge_references() {
+            let place = |at: usize| if members.contains(&at) { group } else { nodes[at] };
+            let (from, to) = (place(edge.source().index()), place(edge.target().index()));
+            if from != to {
+                contracted.add_edge(from, to, ());
+            }
+        }
+        !is_cyclic_directed(&contracted)
+    }
+
+    fn respects_dependencies(graph: &Graph) -> bool {
+        graph.dependencies().edge_references().all(|edge| edge.source() < edge.target())
+    }
+
+    proptest! {
+        #[test]
+        fn convex_is_contractible(graph in graphs(), choice in prop::collection::vec(any::<prop::sample::Index>(), 1..5)) {
+            prop_assume!(!graph.ops.is_empty());
+            let members: BTreeSet<usize> = choice.iter().map(|index| index.index(graph.ops.len())).collect();
+            prop_assert_eq!(is_convex(&graph, &graph.users(), &members), contracts(&graph, &members));
+        }
+
+        #[test]
+        fn sorting_restores_an_order(graph in graphs(), keys in prop::collection::vec(any::<u32>(), 64)) {
+            prop_assert!(is_sorted(&graph));
+            let mut shuffled = graph.clone();
+            let mut order: Vec<usize> = (0..graph.ops.len()).collect();
+            order.sort_by_key(|&at| keys[at % keys.len()]);
+            shuffled.ops = order.iter().map(|&at| graph.ops[at].clone()).collect();
+            prop_assert_eq!(is_sorted(&shuffled), respects_dependencies(&shuffled));
+            prop_assert!(sort_stably(&mut shuffled));
+            prop_assert!(respects_dependencies(&shuffled));
+            prop_assert_eq!(shuffled.ops.len(), graph.ops.len());
+            let again = shuffled.ops.clone();
+            prop_assert!(sort_stably(&mut shuffled));
+            prop_assert_eq!(shuffled.ops, again);
+        }
+
+        #[test]
+        fn a_circle_has_no_order(graph in graphs(), from in any::<prop::sample::Index>(), to in any::<prop::sample::Index>()) {
+            prop_assume!(!graph.ops.is_empty());
+            let (from, to) = (from.index(graph.ops.len()), to.index(graph.ops.len()));
+            let dag = graph.dependencies();
+            let circle = has_path_connecting(&dag, petgraph::graph::NodeIndex::new(from), petgraph::graph::NodeIndex::new(to), None);
+            let result = graph.ops[to].results.first().copied();
+            prop_assume!(result.is_some());
+            let mut closed = graph.clone();
+            closed.ops[from].operands.extend(result.map(crate::ir::Operand::Value));
+            // A state that the new operand overwrites adds an edge of its own, so only circles are certain.
+            prop_assume!(circle);
+            prop_assert!(!sort_stably(&mut closed));
+        }
+    }
+}

@@ -218,3 +218,97 @@ fn common_scope<'a>(mut scopes: impl Iterator<Item = &'a str>) -> String {
     }
     common.join(".")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{UnaryFn, parse};
+
+    fn graph(body: &str) -> Graph {
+        parse(&format!("graph @g (%x: f32[T,8]) {{\n{body}\n}}")).expect("the text is a graph").graph
+    }
+
+    fn applied(patch: Patch, mut graph: Graph) -> String {
+        assert!(patch.apply(&mut graph));
+        graph.to_string()
+    }
+
+    fn exp(operand: ValueId, result: ValueId) -> Op {
+        Op::new(OpKind::Unary(UnaryFn::Exp), vec![operand.into()], vec![result], "")
+    }
+
+    #[test]
+    fn names_and_order_follow_from_what_is_there() {
+        let graph = graph("%a = tanh %x : f32[T,8]\n%b = neg %x : f32[T,8]\n%c = mul %b, %a : f32[T,8]\nreturn %c");
+        let (x, a) = (graph.inputs[0], graph.ops[0].results[0]);
+        let mut patch = Patch::new(&graph);
+        let ty = graph.ty(x).clone();
+        let first = patch.value("a", ty.clone());
+        let second = patch.value("a", ty);
+        let b = graph.ops[1].results[0];
+        let text =
+            applied(patch.remove(0).insert(exp(first, second)).insert(exp(b, first)).replace(a, second.into()), graph);
+        assert_eq!(
+            text,
+            "graph @g (%x: f32[T,8]) {\n  %b = neg %x : f32[T,8]\n  %a.1 = exp %b : f32[T,8]\n  %a.2 = exp %a.1 : f32[T,8]\n  \
+             %c = mul %b, %a.2 : f32[T,8]\n  return %c\n}\n"
+        );
+    }
+
+    #[test]
+    fn replacements_chain_reach_bodies_and_outputs() {
+        let graph = graph(
+            "%a = tanh %x : f32[T,8]\n%b = cast %a : f32[T,8]\n%c = fused[pointwise] %b, %a : f32[T,8] {\n\
+             %d = neg %b : f32[T,8]\n%c = add %d, %a : f32[T,8]\n}\nreturn %c, %b",
+        );
+        let (x, a, b) = (graph.inputs[0], graph.ops[0].results[0], graph.ops[1].results[0]);
+        let patch = Patch::new(&graph).remove(0).remove(1).replace(b, a.into()).replace(a, x.into());
+        assert_eq!(
+            applied(patch, graph),
+            "graph @g (%x: f32[T,8]) {\n  %c = fused[pointwise] %x : f32[T,8] {\n    %d = neg %x : f32[T,8]\n    \
+             %c = add %d, %x : f32[T,8]\n  }\n  return %c, %x\n}\n"
+        );
+    }
+
+    #[test]
+    fn an_output_cannot_become_a_number() {
+        let mut graph = graph("%a = tanh %x : f32[T,8]\nreturn %a");
+        let patch = Patch::new(&graph).remove(0).replace(graph.ops[0].results[0], Operand::Const(1.0));
+        assert!(!patch.apply(&mut graph));
+    }
+
+    #[test]
+    fn an_operator_without_a_place_goes_before_its_first_user() {
+        let graph = graph("%a = tanh %x : f32[T,8]\n%b = neg %a : f32[T,8]\n%c = abs %a : f32[T,8]\nreturn %b, %c");
+        let mut patch = Patch::new(&graph);
+        let made = patch.value("made", graph.ty(graph.inputs[0]).clone());
+        let patch = patch.insert(exp(graph.inputs[0], made)).replace(graph.ops[0].results[0], made.into());
+        let text = applied(patch, graph);
+        let order: Vec<&str> =
+            text.lines().filter_map(|line| line.trim().split(" = ").nth(1)?.split(' ').next()).collect();
+        assert_eq!(order, ["tanh", "exp", "neg", "abs"]);
+    }
+
+    #[test]
+    fn weights_are_found_by_contents_and_named_apart() {
+        let graph = graph("weight @w : f32[8]\n%a = mul %x, @w : f32[T,8]\nreturn %a");
+        let mut patch = Patch::new(&graph);
+        let same = patch.weight(&graph, graph.weights[0].clone());
+        let joined = Layout::Concat { axis: 0, block: None, parts: vec![same, same] };
+        let other = Weight { name: "w".into(), ty: Type::new(graph.weights[0].ty.dtype, [16u64]), layout: joined };
+        let first = patch.weight(&graph, other.clone());
+        assert_eq!((same, first, patch.weight(&graph, other)), (WeightId(0), WeightId(1), WeightId(1)));
+        let mut graph = graph;
+        assert!(patch.apply(&mut graph));
+        assert_eq!(graph.weights[1].name, "w.1");
+    }
+
+    #[test]
+    fn fusing_nothing_or_around_an_outsider_is_refused() {
+        let graph = graph("%a = tanh %x : f32[T,8]\n%b = neg %a : f32[T,8]\n%c = mul %a, %b : f32[T,8]\nreturn %c");
+        let users = graph.users();
+        let fuse = |positions: &[usize]| Patch::fuse(&graph, &users, positions, vec![Stage::Pointwise]);
+        assert!(fuse(&[]).is_none() && fuse(&[0, 2]).is_none());
+        assert!(fuse(&[2, 1, 0]).is_some());
+    }
+}
