@@ -244,7 +244,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
 }
 
 fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Unit> {
-    //VERIFY
+    crate::ir::verify(graph)?;
     let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
     let specs = match &options.prefill {
         Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(|rows| fixed(rows)).collect(),
