@@ -26,7 +26,7 @@ pub(super) fn chunks(
 pub(super) fn map<R: Send>(
     parallel: bool,
     count: usize,
-    function: impl Fn(usize) -> Result<R> + Sync,
+    function: impl Fn(usize) -> Result<R> + Sync + Send,
 ) -> Result<Vec<R>> {
     if parallel { (0..count).into_par_iter().map(function).collect() } else { (0..count).map(function).collect() }
 }
