@@ -33,7 +33,7 @@ impl Sample<'_> {
             };
             let params = self.params.chunks_exact(SAMPLING_COLUMNS as usize).nth(slot);
             let params = SamplingParams::from_row(params.with_context(|| format!("slot {slot} has no parameters"))?);
-            Ok(i32::try_from(choose(&*logits.part(i * vocab, vocab)?.to_f32()?, &params, pos))?)
+            Ok(i32::try_from(choose(&logits.part(i * vocab, vocab)?.to_f32()?, &params, pos))?)
         })
     }
 }

@@ -5,6 +5,9 @@ use proptest::prelude::*;
 use super::{Case, FLOATS, close, noise, ty};
 use crate::plan::{BinaryFn, DType, Expr, Op, UnaryFn};
 
+type Unary = fn(f64) -> f64;
+type Binary = fn(f64, f64) -> f64;
+
 /// The element of a broadcast operand for an element of the result.
 fn broadcast(shape: &[usize], result: &[usize], mut element: usize) -> usize {
     let (mut at, mut stride) = (0, 1);
@@ -93,7 +96,7 @@ fn rounds_inside_an_expression() {
 
 #[test]
 fn every_function_is_itself() {
-    let unary: [(UnaryFn, fn(f64) -> f64); 10] = [
+    let unary: [(UnaryFn, Unary); 10] = [
         (UnaryFn::Neg, |x| -x),
         (UnaryFn::Abs, f64::abs),
         (UnaryFn::Exp, f64::exp),
@@ -113,7 +116,7 @@ fn every_function_is_itself() {
         let found = Case::default().floats(DType::F32, &[1000], &x).run_f32(Op::Pointwise(body), DType::F32, &[1000]);
         close(&found, &x.iter().map(|x| reference(f64::from(*x))).collect::<Vec<_>>(), 1e-6);
     }
-    let binary: [(BinaryFn, fn(f64, f64) -> f64); 6] = [
+    let binary: [(BinaryFn, Binary); 6] = [
         (BinaryFn::Add, |x, y| x + y),
         (BinaryFn::Sub, |x, y| x - y),
         (BinaryFn::Mul, |x, y| x * y),

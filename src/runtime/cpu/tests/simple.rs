@@ -36,7 +36,7 @@ proptest! {
         for neighbour in [brain.to_bits().wrapping_sub(1), brain.to_bits().wrapping_add(1)] {
             let y = bf16::from_bits(neighbour).to_f32();
             if y.is_finite() && rounded[0].is_finite() {
-                let even = brain.to_bits() % 2 == 0;
+                let even = brain.to_bits().is_multiple_of(2);
                 prop_assert!(distance(rounded[0]) < distance(y) || (even && distance(rounded[0]) == distance(y)));
             }
         }
