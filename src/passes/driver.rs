@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::ir::Graph;
+use crate::ir::{Graph, verify};
 use crate::passes::{PIPELINE, Pass, PassContext, Stage, find, names};
 
 /// A pass that proposes more patches than this for each operator of the graph it began with is taken not to end.
@@ -190,9 +190,6 @@ impl<'a> Driver<'a> {
         }
         verify(graph).map_err(|faults| PassError::Invalid { place: place(), faults: faults.to_string() })
     }
-}
-fn verify(_: &Graph) -> Result<(), String> {
-    Ok(())
 }
 
 #[cfg(test)]
