@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lfm2c::ir::{Extents, Graph, parse, verify};
-use lfm2c::passes::{BucketSpec, PassContext, Phase, Target};
+use lfm2c::passes::{BucketSpec, Driver, PassContext, Phase, Target, find};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Set to 1, expectations are rewritten to what is found.
@@ -44,8 +44,11 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
 }
 
 /// The one place that knows how passes are looked up and driven.
-fn run_pass(name: &str, _graph: Graph, _context: &PassContext) -> Result<Graph, String> {
-    Err(format!("unknown pass `{name}`"))
+fn run_pass(name: &str, mut graph: Graph, context: &PassContext) -> Result<Graph, String> {
+    let pass = find(name).ok_or_else(|| format!("unknown pass `{name}`"))?;
+    let mut driver = Driver::new(&[], None, |_, _| ()).map_err(|error| error.to_string())?;
+    driver.run_pass(pass, &mut graph, context).map_err(|error| error.to_string())?;
+    Ok(graph)
 }
 
 enum Test {

@@ -58,7 +58,8 @@ fn graph_of(raw: &RawConfig) -> Graph {
 
 fn compile(raw: &RawConfig, context: &PassContext, disabled: &[&str]) -> Graph {
     let mut graph = graph_of(raw);
-    let mut driver = Driver::default().disable(disabled.iter().copied()).unwrap();
+    let disabled: Vec<String> = disabled.iter().map(|name| (*name).to_owned()).collect();
+    let mut driver = Driver::new(&disabled, None, |_, _| ()).unwrap();
     driver.run_stage(Stage::Once, &mut graph, context).unwrap();
     driver.run_stage(Stage::PerBucket, &mut graph, context).unwrap();
     graph
@@ -184,14 +185,14 @@ proptest! {
     #[test]
     fn fusing_changes_no_operator(
         raw in model(),
-        off in prop::collection::vec(prop::bool::ANY, lfm2c::passes::names().count()),
+        off in prop::collection::vec(prop::bool::ANY, lfm2c::passes::names().len()),
         decode in prop::bool::ANY,
         cpu in prop::bool::ANY,
         rows in prop::sample::select(vec![1u64, 3, 64, 512]),
     ) {
         let phase = if decode { Phase::Decode } else { Phase::Prefill };
         let context = context(if cpu { Target::Cpu } else { Target::Sm90a }, phase, rows);
-        let disabled: Vec<&str> = lfm2c::passes::names().zip(&off).filter(|(_, off)| **off).map(|(name, _)| name).collect();
+        let disabled: Vec<&str> = lfm2c::passes::names().into_iter().zip(&off).filter(|(_, off)| **off).map(|(name, _)| name).collect();
         let fused = compile(&raw, &context, &disabled);
         let plain = compile(&raw, &context, &disabled.iter().copied().chain(FUSIONS).collect::<Vec<_>>());
         prop_assert_eq!(primitives(&fused), primitives(&plain));

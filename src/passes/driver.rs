@@ -191,6 +191,7 @@ impl<'a> Driver<'a> {
         verify(graph).map_err(|faults| PassError::Invalid { place: place(), faults: faults.to_string() })
     }
 }
+
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
