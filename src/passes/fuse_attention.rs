@@ -4,7 +4,7 @@
 //! Needs: nothing; with q, k and v merged, their split is taken in too. Leaves: `headrope+kvwrite+attention`; where
 //! [`tactics::attention_with_prep`] says no, `headrope+kvwrite` and `attention`.
 
-use crate::ir::{Graph, OpKind, Operand, Stage, Users, ValueId};
+use crate::ir::{Graph, Op, OpKind, Operand, Stage, Users, ValueId};
 use crate::passes::view::{View, only_result};
 use crate::passes::{PassContext, Patch, Rewrite, tactics};
 
@@ -20,7 +20,7 @@ impl Rewrite for FuseAttention {
         }
         let [k, v, kv, table, pos, slot] = write.operands[..] else { return None };
         let cache = only_result(write)?;
-        let attends = |op: &crate::ir::Op| {
+        let attends = |op: &Op| {
             matches!(op.kind, OpKind::Attention { .. }) && op.operands[1..] == [cache.into(), table, pos, slot]
         };
         let attention = view.users.of(cache).iter().copied().find(|&user| attends(view.op(user)))?;
