@@ -78,7 +78,7 @@ impl Builder {
             }
             2 => {
                 let c = Operand::Const((b as f64 - 30000.0) * 10f64.powi((a % 40) as i32 - 20));
-                let operands = if b % 2 == 0 { vec![x.into(), c] } else { vec![c, x.into()] };
+                let operands = if b.is_multiple_of(2) { vec![x.into(), c] } else { vec![c, x.into()] };
                 self.op(OpKind::Binary(BinaryFn::Sub), operands, vec![ty])
             }
             3 => {
@@ -138,7 +138,7 @@ impl Builder {
                 self.op(OpKind::Embed, vec![self.tokens.into(), w.into()], vec![rows_type(DType::BF16, 16)])
             }
             _ => {
-                self.scope = if b % 4 == 0 { String::new() } else { format!("layers.{}.conv", a % 7) };
+                self.scope = if b.is_multiple_of(4) { String::new() } else { format!("layers.{}.conv", a % 7) };
                 return;
             }
         };

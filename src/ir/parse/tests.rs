@@ -70,7 +70,7 @@ fn an_error_shows_its_line_and_underlines_the_culprit() {
     let expected = "\
 line 11, column 40: unknown weight `@cc`: it must be declared above
       %y, %conv.next = conv1d_causal %m, @cc, %conv, %pos, %slot : bf16[T,16], bf16[4,8,16]
-                                        ^~~";
+                                         ^~~";
     assert_eq!(error.to_string(), expected);
 }
 
