@@ -1,5 +1,9 @@
 //! The plan: what the compiler writes and the runtime reads. Uses no other room.
 
+pub mod file;
 pub mod manifest;
+pub mod validate;
 
+pub use file::{PlanError, PlanFile};
 pub use manifest::*;
+pub use validate::{Fault, validate};

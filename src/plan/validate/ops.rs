@@ -1,0 +1,332 @@
+//! The shape and type rules of a plan's operators. Shapes are constant here, because a bucket fixes them.
+
+use super::Show;
+use crate::plan::{DType, Expr, Op, SAMPLING_COLUMNS, StateRole, TensorType};
+
+/// Registers of one pointwise expression.
+const MAX_REGISTERS: usize = 1 << 12;
+
+/// The arguments that are persistent state, and what they are for.
+pub(super) fn state_arguments(op: &Op) -> &'static [(usize, StateRole)] {
+    match op {
+        Op::Conv1dCausal => &[(2, StateRole::ConvRing)],
+        Op::KvWrite => &[(2, StateRole::KvPages), (3, StateRole::BlockTable)],
+        Op::Attention { .. } => &[(1, StateRole::KvPages), (2, StateRole::BlockTable)],
+        Op::Sample => &[(4, StateRole::Sampling)],
+        _ => &[],
+    }
+}
+
+/// The state argument that is written in place.
+pub(super) fn updated_argument(op: &Op) -> Option<usize> {
+    matches!(op, Op::Conv1dCausal | Op::KvWrite).then_some(2)
+}
+
+/// Checks count, types and shapes of an operator's arguments and results.
+pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType]) -> Result<(), String> {
+    let rule = Rule { arguments, results };
+    match op {
+        Op::Embed => {
+            let [tokens, table] = rule.arguments()?;
+            let ([rows], [_, width]) = (index(tokens)?, float(table)?);
+            rule.result(None, &[rows, width])
+        }
+        Op::RmsNorm { eps } => {
+            let [x, weight] = rule.arguments()?;
+            number("eps", *eps, *eps >= 0.0)?;
+            any_float(x)?;
+            let [group] = float(weight)?;
+            match x.1.last() {
+                Some(last) if last % group == 0 => rule.result(None, &x.1),
+                _ => Err(format!("expected a last axis of whole groups of {group}, found {}", Show(x))),
+            }
+        }
+        Op::Matmul => {
+            let [x, weight] = rule.arguments()?;
+            let ([rows, inner], [columns, weight_inner]) = (float(x)?, float(weight)?);
+            same("inner dimension", weight_inner, inner)?;
+            rule.result(None, &[rows, columns])
+        }
+        Op::Split { block } => rule.split(*block),
+        Op::Pointwise(registers) => rule.pointwise(registers),
+        Op::Conv1dCausal => {
+            let [u, weight, state, pos, slot] = rule.arguments()?;
+            let ([rows, channels], [weight_channels, taps]) = (float(u)?, float(weight)?);
+            let [_, ring, state_channels] = float(state)?;
+            same("channels of the weight", weight_channels, channels)?;
+            same("channels of the state", state_channels, channels)?;
+            row_data(rows, &[pos, slot])?;
+            if ring < taps {
+                return Err(format!("a ring of {ring} columns does not hold the {taps} taps"));
+            }
+            rule.result(None, &[rows, channels])
+        }
+        Op::Rope { theta, head_dim } => {
+            let [x, pos] = rule.arguments()?;
+            let [rows, width] = float(x)?;
+            row_data(rows, &[pos])?;
+            number("theta", *theta, *theta > 0.0)?;
+            if *head_dim == 0 || head_dim % 2 != 0 || width % head_dim != 0 {
+                return Err(format!("expected an even `head_dim` that divides {width}, found {head_dim}"));
+            }
+            rule.result(None, &x.1)
+        }
+        Op::KvWrite => {
+            let [k, v, kv, table, pos, slot] = rule.arguments()?;
+            let ([rows, width], [v_rows, v_width]) = (float(k)?, float(v)?);
+            same("rows of v", v_rows, rows)?;
+            same("width of v", v_width, width)?;
+            row_data(rows, &[pos, slot])?;
+            let (heads, head_dim) = cache(kv, table)?;
+            same("width of k", width, heads.saturating_mul(head_dim))?;
+            rule.no_result()
+        }
+        Op::Attention { heads, scale } => {
+            let [q, kv, table, pos, slot] = rule.arguments()?;
+            let [rows, width] = float(q)?;
+            row_data(rows, &[pos, slot])?;
+            number("scale", *scale, true)?;
+            let (kv_heads, head_dim) = cache(kv, table)?;
+            same("width of q", width, heads.saturating_mul(head_dim))?;
+            if *heads == 0 || heads % kv_heads != 0 {
+                return Err(format!("`heads`: expected a multiple of {kv_heads}, found {heads}"));
+            }
+            rule.result(None, &q.1)
+        }
+        Op::TopK => {
+            let [scores, slot] = rule.arguments()?;
+            let [rows, columns] = float(scores)?;
+            row_data(rows, &[slot])?;
+            let k = rule.last_of_result(2)?;
+            if k > columns {
+                return Err(format!("expected at most {columns} columns chosen, found {k}"));
+            }
+            rule.result(Some(DType::I32), &[rows, k])
+        }
+        Op::GatherRows => {
+            let [x, rows] = rule.arguments()?;
+            let ([_, width], [count]) = (float(x)?, index(rows)?);
+            rule.result(Some(x.0), &[count, width])
+        }
+        Op::GatherColumns => {
+            let [x, columns] = rule.arguments()?;
+            let ([rows, _], [column_rows, k]) = (float(x)?, index(columns)?);
+            same("rows", column_rows, rows)?;
+            rule.result(Some(x.0), &[rows, k])
+        }
+        Op::RowSum => {
+            let [x] = rule.arguments()?;
+            any_float(x)?;
+            match x.1.split_last() {
+                Some((_, outer)) => rule.result(None, &[outer, &[1]].concat()),
+                None => Err("expected an axis to sum, found a scalar".into()),
+            }
+        }
+        Op::ExpertMatmul => {
+            let [x, weight, experts] = rule.arguments()?;
+            let ([_, columns, weight_inner], [rows, k]) = (float(weight)?, index(experts)?);
+            any_float(x)?;
+            let expected = if x.1.len() == 2 { vec![rows, weight_inner] } else { vec![rows, k, weight_inner] };
+            shape("x", x, &expected)?;
+            rule.result(None, &[rows, k, columns])
+        }
+        Op::WeightedSum => {
+            let [y, weights, experts] = rule.arguments()?;
+            let [rows, k, width] = float(y)?;
+            any_float(weights)?;
+            shape("weights", weights, &[rows, k])?;
+            index_shape("experts", experts, &[rows, k])?;
+            rule.result(None, &[rows, width])
+        }
+        Op::GroupRows => {
+            let [experts] = rule.arguments()?;
+            let [rows, k] = index(experts)?;
+            let [pairs, places, offsets] = rule.results()?;
+            index_shape("pairs", pairs, &[rows.saturating_mul(k)])?;
+            index_shape("places", places, &[rows, k])?;
+            match index(offsets)? {
+                [count] if count >= 2 => Ok(()),
+                [count] => Err(format!("expected an offset for each expert and one more, found {count}")),
+            }
+        }
+        Op::GroupedMatmulGather { k } => {
+            let [x, weight, pairs, offsets] = rule.arguments()?;
+            let ([rows, inner], [count]) = (float(x)?, index(pairs)?);
+            same("number of pairs", count, rows.saturating_mul(*k))?;
+            rule.grouped(inner, weight, offsets, count)
+        }
+        Op::GroupedMatmul => {
+            let [x, weight, offsets] = rule.arguments()?;
+            let [rows, inner] = float(x)?;
+            rule.grouped(inner, weight, offsets, rows)
+        }
+        Op::GroupedWeightedSum => {
+            let [y, weights, places] = rule.arguments()?;
+            let ([pairs, width], [rows, k]) = (float(y)?, float(weights)?);
+            index_shape("places", places, &[rows, k])?;
+            same("number of pairs", pairs, rows.saturating_mul(k))?;
+            rule.result(None, &[rows, width])
+        }
+        Op::Sample => {
+            let [logits, rows, pos, slot, params] = rule.arguments()?;
+            let ([count, _], [tokens]) = (float(logits)?, index(pos)?);
+            row_data(count, &[rows])?;
+            row_data(tokens, &[slot])?;
+            let [_, columns] = index(params)?;
+            same("parameter columns", columns, SAMPLING_COLUMNS)?;
+            rule.result(Some(DType::I32), &[count])
+        }
+    }
+}
+
+struct Rule<'a> {
+    arguments: &'a [&'a TensorType],
+    results: &'a [&'a TensorType],
+}
+
+impl<'a> Rule<'a> {
+    fn arguments<const N: usize>(&self) -> Result<[&'a TensorType; N], String> {
+        self.arguments.try_into().map_err(|_| format!("expected {N} arguments, found {}", self.arguments.len()))
+    }
+
+    fn results<const N: usize>(&self) -> Result<[&'a TensorType; N], String> {
+        self.results.try_into().map_err(|_| format!("expected {N} results, found {}", self.results.len()))
+    }
+
+    fn no_result(&self) -> Result<(), String> {
+        self.results::<0>().map(|_| ())
+    }
+
+    /// One result of this type; of any float type if none is given.
+    fn result(&self, dtype: Option<DType>, expected: &[u64]) -> Result<(), String> {
+        let [result] = self.results()?;
+        shape("the result", result, expected)?;
+        match dtype {
+            Some(dtype) if dtype != result.0 => Err(format!("the result: expected {dtype:?}, found {}", Show(result))),
+            Some(_) => Ok(()),
+            None => any_float(result),
+        }
+    }
+
+    fn last_of_result(&self, rank: usize) -> Result<u64, String> {
+        let [result] = self.results()?;
+        match result.1.last() {
+            Some(&last) if result.1.len() == rank => Ok(last),
+            _ => Err(format!("the result: expected rank {rank}, found {}", Show(result))),
+        }
+    }
+
+    fn split(&self, block: Option<u64>) -> Result<(), String> {
+        let [x] = self.arguments()?;
+        any_float(x)?;
+        let (Some((last, outer)), Some(first)) = (x.1.split_last(), self.results.first()) else {
+            return Err("expected an axis to split, and results".into());
+        };
+        let mut sum = 0u64;
+        for result in self.results {
+            let size = *result.1.last().unwrap_or(&0);
+            if result.0 != x.0 || result.1.len() != x.1.len() || !result.1.starts_with(outer) {
+                return Err(format!("{} is no part of {}", Show(result), Show(x)));
+            }
+            if let Some(block) = block
+                && (block == 0 || size % block != 0 || result.1 != first.1)
+            {
+                return Err(format!("blocks of {block} need parts of one size that they divide, found {size}"));
+            }
+            sum = sum.saturating_add(size);
+        }
+        same("sum of the parts", sum, *last)
+    }
+
+    fn pointwise(&self, registers: &[Expr]) -> Result<(), String> {
+        let [result] = self.results()?;
+        any_float(result)?;
+        if registers.is_empty() || registers.len() > MAX_REGISTERS {
+            return Err(format!("expected 1 to {MAX_REGISTERS} registers, found {}", registers.len()));
+        }
+        for argument in self.arguments {
+            any_float(argument)?;
+            let skipped = result.1.len().checked_sub(argument.1.len());
+            let fits = |skipped: usize| argument.1.iter().zip(&result.1[skipped..]).all(|(a, r)| *a == 1 || a == r);
+            if !skipped.is_some_and(fits) {
+                return Err(format!("{} does not broadcast to {}", Show(argument), Show(result)));
+            }
+        }
+        for (i, expr) in registers.iter().enumerate() {
+            let earlier = |register: u32| (register as usize) < i;
+            let holds = match *expr {
+                Expr::Arg(argument) => (argument as usize) < self.arguments.len(),
+                Expr::Const(_) => true,
+                Expr::Round(x, dtype) => earlier(x) && dtype != DType::I32,
+                Expr::Unary(_, x) => earlier(x),
+                Expr::Binary(_, x, y) => earlier(x) && earlier(y),
+            };
+            if !holds {
+                let count = self.arguments.len();
+                return Err(format!("register {i}: expected earlier registers and {count} arguments, found {expr:?}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn grouped(&self, inner: u64, weight: &TensorType, offsets: &TensorType, rows: u64) -> Result<(), String> {
+        let [experts, columns, weight_inner] = float(weight)?;
+        same("inner dimension", weight_inner, inner)?;
+        index_shape("offsets", offsets, &[experts + 1])?;
+        self.result(None, &[rows, columns])
+    }
+}
+
+fn dims<const N: usize>(ty: &TensorType) -> Result<[u64; N], String> {
+    ty.1[..].try_into().map_err(|_| format!("expected rank {N}, found {}", Show(ty)))
+}
+
+/// The dimensions of a tensor of integers.
+fn index<const N: usize>(ty: &TensorType) -> Result<[u64; N], String> {
+    if ty.0 != DType::I32 {
+        return Err(format!("expected i32, found {}", Show(ty)));
+    }
+    dims(ty)
+}
+
+/// The dimensions of a tensor of numbers.
+fn float<const N: usize>(ty: &TensorType) -> Result<[u64; N], String> {
+    any_float(ty)?;
+    dims(ty)
+}
+
+fn any_float(ty: &TensorType) -> Result<(), String> {
+    if ty.0 == DType::I32 { Err(format!("expected a float type, found {}", Show(ty))) } else { Ok(()) }
+}
+
+fn shape(what: &str, ty: &TensorType, expected: &[u64]) -> Result<(), String> {
+    if ty.1 == expected { Ok(()) } else { Err(format!("{what}: expected shape {expected:?}, found {}", Show(ty))) }
+}
+
+fn index_shape(what: &str, ty: &TensorType, expected: &[u64]) -> Result<(), String> {
+    if ty.0 == DType::I32 {
+        shape(what, ty, expected)
+    } else {
+        Err(format!("{what}: expected i32, found {}", Show(ty)))
+    }
+}
+
+fn row_data(rows: u64, types: &[&TensorType]) -> Result<(), String> {
+    types.iter().try_for_each(|ty| index_shape("row data", ty, &[rows]))
+}
+
+/// KV heads and head size of a cache with its block table.
+fn cache(kv: &TensorType, table: &TensorType) -> Result<(u64, u64), String> {
+    let [_, halves, heads, _, head_dim] = float(kv)?;
+    let [_, _] = index(table)?;
+    same("halves of the cache", halves, 2)?;
+    Ok((heads, head_dim))
+}
+
+fn same(what: &str, found: u64, expected: u64) -> Result<(), String> {
+    if found == expected { Ok(()) } else { Err(format!("{what}: expected {expected}, found {found}")) }
+}
+
+fn number(what: &str, value: f64, holds: bool) -> Result<(), String> {
+    if value.is_finite() && holds { Ok(()) } else { Err(format!("`{what}` cannot be {value}")) }
+}
