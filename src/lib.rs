@@ -2,9 +2,9 @@
 //!
 //! The rooms, in the order of the pipeline: [`ir`], [`passes`], [`plan`], [`codegen`], [`runtime`], [`cli`].
 
+pub mod cli;
+pub mod codegen;
 pub mod ir;
 pub mod passes;
 pub mod plan;
 pub mod runtime;
-pub mod cli;
-pub mod codegen;

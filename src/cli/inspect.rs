@@ -137,10 +137,7 @@ fn summary(manifest: &Manifest, hash: &str) -> String {
             ]
         })
         .collect();
-    text += &table(
-        &["bucket", "T", "S", "R", "steps", "arena", "lower bound", "over", "mean padding", "worst"],
-        &rows,
-    );
+    text += &table(&["bucket", "T", "S", "R", "steps", "arena", "lower bound", "over", "mean padding", "worst"], &rows);
     text + "\narena: largest sum of live bytes is the lower bound; padding: share of rows unused, over the row counts that\n\
      a bucket is the smallest for\n"
 }

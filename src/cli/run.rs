@@ -66,7 +66,7 @@ pub struct Arguments {
     /// Writes the logits of every position of a single prompt, float32 [prompt length, vocab]
     #[arg(long, value_name = "FILE.npy")]
     prompt_logits: Option<PathBuf>,
-    /// Writes the logits that each new token was chosen from, float32 [sequences, new tokens, vocab]
+    /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
     /// How to print; json is one object, and a line for each sequence with --input
@@ -167,14 +167,10 @@ fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<R
         .collect()
 }
 
-fn write_logits(
-    arguments: &Arguments,
-    results: &[std::result::Result<Finished, String>],
-    vocab: u64,
-) -> Result<()> {
+fn write_logits(arguments: &Arguments, results: &[std::result::Result<Finished, String>], vocab: u64) -> Result<()> {
     let good = || results.iter().filter_map(|result| result.as_ref().ok());
     if let Some(path) = &arguments.logits {
-        let new_tokens = good().map(|finished| finished.tokens.len()).max().unwrap_or(0);
+        let new_tokens = arguments.max_new_tokens;
         let table = logits_table(good(), new_tokens, vocab as usize);
         write_npy(path, &[good().count() as u64, new_tokens as u64, vocab], &table)?;
     }

@@ -29,7 +29,9 @@ pub fn prompts(tokens: &[String], input: Option<&Path>, manifest: &Manifest) -> 
         return tokens.iter().map(|text| Ok(Ok(parse_tokens(text)?))).collect();
     }
     if manifest.model.prompt.is_empty() {
-        return usage("nothing to run: expected --tokens 5,17,3 or --input FILE.jsonl, because the recipe has no prompt");
+        return usage(
+            "nothing to run: expected --tokens 5,17,3 or --input FILE.jsonl, because the recipe has no prompt",
+        );
     }
     Ok(vec![Ok(manifest.model.prompt.clone())])
 }

@@ -260,8 +260,7 @@ fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Uni
         weights: WeightSource::Synthetic(0),
         prompt: vec![],
     };
-    let limits =
-        Limits { max_sequences: 1, max_context: 1, kv_tokens: 1, page_tokens: 1, ring_columns: RING_COLUMNS };
+    let limits = Limits { max_sequences: 1, max_context: 1, kv_tokens: 1, page_tokens: 1, ring_columns: RING_COLUMNS };
     let dtype = graph.inputs.first().map_or(DType::F32, |&input| graph.ty(input).dtype);
     Ok(Unit {
         graph: graph.clone(),

@@ -33,7 +33,8 @@ pub fn lower(
     checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
 ) -> Result<(Vec<plan::Tensor>, Program), String> {
     let mut tables = Tables::default();
-    let lowered = buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
+    let lowered =
+        buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
     let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
     let last = |offset: u64, ty: &plan::TensorType| ty.bytes().map(|bytes| offset + bytes);

@@ -67,7 +67,8 @@ impl Recipe {
     /// # Errors
     /// The file cannot be read or is no recipe.
     pub fn read(path: &Path) -> Result<Recipe> {
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the recipe {}", path.display()))?;
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the recipe {}", path.display()))?;
         let mut recipe = Recipe::parse(&text).with_context(|| format!("{} is not a recipe", path.display()))?;
         if let ModelSource::Directory(directory) = &mut recipe.model
             && directory.is_relative()

@@ -20,8 +20,7 @@ pub struct Lowered {
 
 /// Lowers one operator. `roots` maps each version of a state to its first.
 pub fn lower(graph: &Graph, op: &Op, roots: &HashMap<ValueId, ValueId>, extents: &Extents) -> Result<Lowered, String> {
-    let mut lowering =
-        Lowering { graph, roots, extents, slots: HashMap::new(), weights: vec![], inputs: vec![], temps: vec![] };
+    let mut lowering = Lowering { graph, roots, slots: HashMap::new(), weights: vec![], inputs: vec![], temps: vec![] };
     let updated: Vec<ValueId> = op.state_updates().iter().filter_map(|(_, new)| roots.get(new).copied()).collect();
     for operand in &op.operands {
         lowering.add_input(*operand);
@@ -59,7 +58,6 @@ pub fn lower(graph: &Graph, op: &Op, roots: &HashMap<ValueId, ValueId>, extents:
 struct Lowering<'a> {
     graph: &'a Graph,
     roots: &'a HashMap<ValueId, ValueId>,
-    extents: &'a Extents,
     slots: HashMap<ValueId, Slot>,
     weights: Vec<(ir::WeightId, Slot)>,
     inputs: Vec<Operand>,
@@ -117,8 +115,7 @@ impl Lowering<'_> {
             return self.expression(std::slice::from_ref(op), op.results[0]);
         }
         let arguments = op.operands.iter().map(|&operand| self.argument(operand)).collect::<Result<_, _>>()?;
-        let results =
-            op.results.iter().filter(|value| !self.roots.contains_key(value)).copied().collect::<Vec<_>>();
+        let results = op.results.iter().filter(|value| !self.roots.contains_key(value)).copied().collect::<Vec<_>>();
         let results = results.into_iter().map(|value| self.result(value)).collect();
         Ok(Instr(plan_op(&op.kind)?, arguments, results))
     }

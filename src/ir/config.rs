@@ -206,14 +206,14 @@ impl Config {
         let heads = faults.size("num_attention_heads", raw.num_attention_heads);
         let kv_heads = faults.size("num_key_value_heads", raw.num_key_value_heads);
         let conv_taps = faults.size("conv_L_cache", raw.conv_l_cache);
-        if heads % kv_heads != 0 {
+        if !heads.is_multiple_of(kv_heads) {
             faults.add(format!("`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}"));
         }
-        if raw.head_dim.is_none() && hidden % heads != 0 {
+        if raw.head_dim.is_none() && !hidden.is_multiple_of(heads) {
             faults.add(format!("`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}"));
         }
         let head_dim = raw.head_dim.unwrap_or(hidden / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
             faults.add(format!("the head size must be even for rotary embedding, found {head_dim}"));
         }
         let norm_eps = raw.norm_eps.unwrap_or_else(|| faults.missing("norm_eps", 1e-5));

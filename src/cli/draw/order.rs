@@ -122,7 +122,8 @@ fn uncross(layers: &mut Layers) {
         let count = layers.ranks.len();
         for step in 1..count {
             let rank = if downwards { step } else { count - 1 - step };
-            let sizes = (layers.ranks[rank].len() as f64, layers.ranks[if downwards { rank - 1 } else { rank + 1 }].len());
+            let sizes =
+                (layers.ranks[rank].len() as f64, layers.ranks[if downwards { rank - 1 } else { rank + 1 }].len());
             let key = |&at: &usize| {
                 let links = if downwards { &above[at] } else { &below[at] };
                 if links.is_empty() {

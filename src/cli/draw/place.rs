@@ -181,8 +181,7 @@ impl Blocks {
     /// The roots, each after all that stands to its left: possible because vertical segments do not cross.
     fn left_to_right(&self, left: &[Vec<(usize, f64)>], right: &[Vec<(usize, f64)>]) -> Vec<usize> {
         let mut missing: Vec<usize> = left.iter().map(Vec::len).collect();
-        let mut order: Vec<usize> =
-            (0..left.len()).filter(|&at| self.root[at] == at && missing[at] == 0).collect();
+        let mut order: Vec<usize> = (0..left.len()).filter(|&at| self.root[at] == at && missing[at] == 0).collect();
         let mut next = 0;
         while next < order.len() {
             for &(other, _) in &right[order[next]] {

@@ -55,13 +55,20 @@ impl<'a> Picture<'a> {
         let graph = view.graph;
         let chips: HashMap<ValueId, Source> =
             view.sources.iter().copied().filter(|&(value, source)| is_chip(view, value, source)).collect();
-        let mut picture =
-            Picture { view, sections: vec![Section::default()], bodies: vec![], items: vec![], nets: vec![], values: vec![] };
+        let mut picture = Picture {
+            view,
+            sections: vec![Section::default()],
+            bodies: vec![],
+            items: vec![],
+            nets: vec![],
+            values: vec![],
+        };
         let mut takers: HashMap<ValueId, Vec<usize>> = HashMap::new();
         let mut makers: HashMap<ValueId, usize> = HashMap::new();
         let taken: HashSet<ValueId> =
             view.ops.iter().flat_map(|&at| graph.ops[at].uses()).chain(view.leaving.iter().copied()).collect();
-        for &(value, _) in view.sources.iter().filter(|(value, _)| !chips.contains_key(value) && taken.contains(value)) {
+        for &(value, _) in view.sources.iter().filter(|(value, _)| !chips.contains_key(value) && taken.contains(value))
+        {
             makers.insert(value, picture.pill(value, 0));
         }
         for &at in &view.ops {
@@ -267,12 +274,12 @@ impl<'a> Picture<'a> {
                     lines += &format!("M{ax:.1} {ay:.1}V{tip:.1}");
                 } else {
                     let middle = (turn + tip) / 2.0;
-                    lines += &format!(
-                        "M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {tip:.1}"
-                    );
+                    lines +=
+                        &format!("M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {tip:.1}");
                 }
                 if segment.arrives.is_some() {
-                    heads += &format!("M{:.1} {:.1}L{bx:.1} {by:.1}L{:.1} {:.1}Z", bx - 3.6, by - 7.0, bx + 3.6, by - 7.0);
+                    heads +=
+                        &format!("M{:.1} {:.1}L{bx:.1} {by:.1}L{:.1} {:.1}Z", bx - 3.6, by - 7.0, bx + 3.6, by - 7.0);
                 }
             }
             let class = if self.view.is_state(value) { "class=\"e v\"" } else { "class=\"e\"" };

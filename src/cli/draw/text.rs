@@ -71,7 +71,8 @@ fn ems(c: char) -> f64 {
 pub fn style() -> String {
     let mut css = format!("text{{font-family:{SANS}}}");
     for font in FONTS {
-        let _ = write!(css, ".{}{{font-size:{}px;font-weight:{};fill:{}", font.class, font.size, font.weight, font.fill);
+        let _ =
+            write!(css, ".{}{{font-size:{}px;font-weight:{};fill:{}", font.class, font.size, font.weight, font.fill);
         if font.mono {
             let _ = write!(css, ";font-family:{MONO}");
         }
@@ -135,8 +136,7 @@ impl Svg {
             Anchor::End => " text-anchor=\"end\"",
         };
         let (x, y) = (px(x), px(y + font.drop()));
-        let _ =
-            write!(self.body, "<text class=\"{}\" x=\"{x}\" y=\"{y}\"{anchor}>{}</text>", font.class, escape(text));
+        let _ = write!(self.body, "<text class=\"{}\" x=\"{x}\" y=\"{y}\"{anchor}>{}</text>", font.class, escape(text));
     }
 
     /// A text turned to read upwards, its middle at `(x, y)`.

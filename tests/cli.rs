@@ -1,0 +1,295 @@
+//! The command line as a contract: arguments, files, outputs and exit codes of the built binary.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn project(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfm2c"));
+    command.current_dir(folder).args(arguments).output().expect("the binary starts")
+}
+
+/// Standard output of a command that must succeed.
+fn done(folder: &Path, arguments: &[&str]) -> String {
+    let output = lfm2c(folder, arguments);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?} failed: {errors}");
+    String::from_utf8(output.stdout).expect("the output is UTF-8")
+}
+
+/// Standard error of a command that must fail with an exit code.
+fn fails(folder: &Path, code: i32, arguments: &[&str]) -> String {
+    let output = lfm2c(folder, arguments);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {errors}");
+    assert!(!errors.contains("panicked"), "{arguments:?}: {errors}");
+    errors
+}
+
+fn folder_with_plan() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let demo = project("plans/demo.ron");
+    done(folder.path(), &["compile", demo.to_str().expect("UTF-8"), "--target", "cpu", "-o", "demo.plan"]);
+    folder
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+/// Shape and numbers of an NPY file.
+fn npy(path: &Path) -> (Vec<u64>, Vec<f32>) {
+    let bytes = std::fs::read(path).expect("the file was written");
+    let file = npyz::NpyFile::new(&bytes[..]).expect("it is NPY");
+    (file.shape().to_vec(), file.into_vec::<f32>().expect("it holds float32"))
+}
+
+#[test]
+fn compile_prints_what_the_passes_did() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let recipe = project("plans/lfm2-8b-a1b.ron");
+    let recipe = recipe.to_str().expect("UTF-8");
+    let text = done(folder.path(), &["compile", recipe, "--target", "sm_90a", "--decode", "1,64", "-o", "big.plan"]);
+    assert!(text.contains("rewrites") && text.contains("fuse-shortconv"), "{text}");
+    let manifest = json(&done(folder.path(), &["inspect", "big.plan", "--format", "json"]));
+    let buckets = manifest["ranks"][0]["buckets"].as_array().expect("buckets");
+    for bucket in buckets.iter().filter(|bucket| bucket["phase"] == "Decode") {
+        let steps = bucket["steps"].as_array().expect("steps").len();
+        assert!(steps <= 150, "{}: {steps} steps", bucket["name"]);
+    }
+    for bucket in buckets {
+        let number = |name: &str| bucket[name].as_u64().expect("a number");
+        let (arena, bound) = (number("arena_bytes"), number("arena_lower_bound"));
+        assert!(arena <= bound + (bound / 20).max(64 << 10), "{}: {arena} for {bound}", bucket["name"]);
+    }
+}
+
+#[test]
+fn compiling_twice_gives_the_same_bytes() {
+    let folder = folder_with_plan();
+    let demo = project("plans/demo.ron");
+    done(folder.path(), &["compile", demo.to_str().expect("UTF-8"), "--target", "cpu", "-o", "again.plan"]);
+    let read = |name: &str| std::fs::read(folder.path().join(name)).expect("the plan was written");
+    assert!(read("demo.plan") == read("again.plan"));
+}
+
+#[test]
+fn run_gives_json_and_logits() {
+    let folder = folder_with_plan();
+    let arguments =
+        ["run", "demo.plan", "--tokens", "5,17,3", "--tokens", "9", "--max-new-tokens", "4", "--ignore-eos"];
+    let object = json(&done(folder.path(), &[&arguments[..], &["--format", "json", "--logits", "l.npy"]].concat()));
+    let sequences = object["sequences"].as_array().expect("sequences");
+    assert_eq!(sequences.len(), 2);
+    assert_eq!(sequences[0]["prompt_tokens"], 3);
+    assert_eq!(sequences[1]["prompt_tokens"], 1);
+    assert!(object["timing"].is_object());
+    let (shape, logits) = npy(&folder.path().join("l.npy"));
+    assert_eq!(shape, [2, 4, 512]);
+    for (sequence, rows) in sequences.iter().zip(logits.chunks(4 * 512)) {
+        assert_eq!(sequence["finish_reason"], "length");
+        let tokens = sequence["tokens"].as_array().expect("tokens");
+        for (token, row) in tokens.iter().zip(rows.chunks(512)) {
+            let best = (0..512).max_by(|&a, &b| row[a].total_cmp(&row[b])).expect("a row has entries");
+            assert_eq!(token.as_u64(), Some(best as u64), "greedy takes the largest logit");
+        }
+    }
+    let text = done(folder.path(), &arguments);
+    let lines: Vec<String> = sequences.iter().map(|s| s["tokens"].to_string().replace(['[', ']'], "")).collect();
+    assert_eq!(text.lines().collect::<Vec<_>>(), lines, "text output holds the same tokens");
+}
+
+#[test]
+fn prompt_logits_cover_every_position() {
+    let folder = folder_with_plan();
+    let prompt: Vec<String> = (0..40).map(|i| (i * 7 % 512).to_string()).collect();
+    let whole = ["run", "demo.plan", "--tokens", &prompt.join(","), "--max-new-tokens", "1", "--prompt-logits"];
+    done(folder.path(), &[&whole[..], &["a.npy"]].concat());
+    done(folder.path(), &[&whole[..], &["b.npy", "--chunk", "3"]].concat());
+    let (a, b) = (npy(&folder.path().join("a.npy")), npy(&folder.path().join("b.npy")));
+    assert_eq!(a.0, [40, 512]);
+    assert_eq!(a, b, "chunks change nothing");
+}
+
+#[test]
+fn a_recipe_runs_with_its_own_prompt() {
+    let demo = project("plans/demo.ron");
+    let demo = demo.to_str().expect("UTF-8");
+    let folder = folder_with_plan();
+    let from_recipe = done(folder.path(), &["run", demo]);
+    assert_eq!(from_recipe, done(folder.path(), &["run", "demo.plan"]));
+    assert!(!from_recipe.trim().is_empty());
+}
+
+#[test]
+fn jsonl_in_and_out_with_a_bad_line() {
+    let folder = folder_with_plan();
+    let input = "{\"tokens\": [1, 2]}\n{\"tokens\": []}\nnonsense\n{\"tokens\": [3]}\n";
+    std::fs::write(folder.path().join("in.jsonl"), input).expect("the file is written");
+    let arguments = ["run", "demo.plan", "--input", "in.jsonl", "--max-new-tokens", "2", "--format", "json"];
+    let output = lfm2c(folder.path(), &arguments);
+    assert_eq!(output.status.code(), Some(1));
+    let lines: Vec<Value> = String::from_utf8_lossy(&output.stdout).lines().map(json).collect();
+    assert_eq!(lines.len(), 4);
+    assert_eq!(lines[0]["prompt_tokens"], 2);
+    assert!(lines[1]["error"].as_str().expect("an error").contains("expected at least 1 token"));
+    assert!(lines[2]["error"].as_str().expect("an error").contains("line 3"));
+    assert_eq!(lines[3]["prompt_tokens"], 1);
+}
+
+#[test]
+fn an_end_of_sequence_token_ends_it() {
+    let folder = folder_with_plan();
+    let arguments = ["run", "demo.plan", "--tokens", "5,17,3", "--max-new-tokens", "400", "--format", "json"];
+    let object = json(&done(folder.path(), &[&arguments[..], &["--temperature", "3", "--seed", "4"]].concat()));
+    let sequence = &object["sequences"][0];
+    let tokens = sequence["tokens"].as_array().expect("tokens");
+    assert_eq!(sequence["finish_reason"], "eos", "400 tokens at a high temperature meet token 7");
+    assert_eq!(tokens.last(), Some(&Value::from(7)));
+    assert!(tokens[..tokens.len() - 1].iter().all(|token| *token != Value::from(7)));
+}
+
+#[test]
+fn drawings_are_written() {
+    let folder = folder_with_plan();
+    let stages: [&[&str]; 4] = [&[], &["--after", "build"], &["--after", "fuse-swiglu"], &["--layers", "2..3"]];
+    for stage in stages {
+        let dot = done(folder.path(), &[&["dot", "demo.plan"], stage].concat());
+        assert!(dot.starts_with("digraph"), "{stage:?}: {}", &dot[..40]);
+        done(folder.path(), &[&["dot", "demo.plan", "-o", "graph.svg"], stage].concat());
+        let svg = std::fs::read_to_string(folder.path().join("graph.svg")).expect("it was written");
+        assert!(svg.contains("<svg"), "{stage:?}");
+    }
+    done(folder.path(), &["inspect", "demo.plan", "--memory", "memory.svg"]);
+    assert!(std::fs::read_to_string(folder.path().join("memory.svg")).expect("it was written").contains("<svg"));
+}
+
+#[test]
+fn wrong_usage_has_exit_code_2() {
+    let folder = folder_with_plan();
+    for arguments in [
+        &["compile", "-o", "x.plan"][..],
+        &["run", "demo.plan", "--tokens", "five"],
+        &["run", "demo.plan", "--no-such-option"],
+        &["dot", "demo.plan", "--after", "no-such-pass"],
+        &["dot", "demo.plan", "--bucket", "decode_3"],
+        &["dot", "demo.plan", "-o", "graph.txt"],
+        &["run", "demo.plan", "--tokens", "1", "--tokens", "2", "--prompt-logits", "x.npy"],
+    ] {
+        assert!(!fails(folder.path(), 2, arguments).is_empty());
+    }
+}
+
+#[test]
+fn what_cannot_run_says_why() {
+    let folder = folder_with_plan();
+    let at = folder.path();
+    let demo = project("plans/demo.ron");
+    let long: Vec<String> = (0..520).map(|_| "1".to_owned()).collect();
+    let cases: [(&[&str], &str); 7] = [
+        (&["run", "missing.plan"], "missing.plan"),
+        (&["run", "demo.plan", "--tokens", "512"], "vocabulary"),
+        (&["run", "demo.plan", "--tokens", &long.join(",")], "max-context"),
+        (&["run", "demo.plan", "--device", "cuda"], "--device cpu"),
+        (&["run", "demo.plan", "--require-graphs"], "graphs"),
+        (&["compile", demo.to_str().expect("UTF-8"), "--disable-pass", "fuse", "-o", "x.plan"], "fuse-swiglu"),
+        (&["compile", "--model", "nowhere", "-o", "x.plan"], "nowhere"),
+    ];
+    for (arguments, expected) in cases {
+        let errors = fails(at, 1, arguments);
+        assert!(errors.contains(expected), "{arguments:?}: {errors}");
+    }
+}
+
+#[test]
+fn damaged_and_foreign_plans_are_refused() {
+    let folder = folder_with_plan();
+    let at = folder.path();
+    let plan = std::fs::read(at.join("demo.plan")).expect("the plan was written");
+    let write = |name: &str, bytes: &[u8]| std::fs::write(at.join(name), bytes).expect("it is written");
+    write("short.plan", &plan[..plan.len() / 2]);
+    let mut flipped = plan.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    write("flipped.plan", &flipped);
+    let mut version = plan.clone();
+    version[8] = version[8].wrapping_add(1);
+    write("version.plan", &version);
+    write("other.plan", b"not a plan at all");
+    write("empty.plan", b"");
+    let mut seen = vec![];
+    for name in ["short.plan", "flipped.plan", "version.plan", "other.plan", "empty.plan"] {
+        let errors = fails(at, 1, &["run", name]);
+        assert!(errors.contains("expected") && errors.contains("found"), "{name}: {errors}");
+        seen.push(errors.replace(name, ""));
+    }
+    assert!(seen[0] != seen[1] && seen[1] != seen[2] && seen[2] != seen[3], "{seen:?}");
+    let other = project("tests/goldens/moe-base");
+    let errors = fails(at, 1, &["run", "demo.plan", "--model", other.to_str().expect("UTF-8")]);
+    assert!(errors.contains("another model"), "{errors}");
+}
+
+#[test]
+fn verify_holds_and_fails() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let model = project("tests/goldens/moe-no-dense");
+    let (model, golden) = (model.to_str().expect("UTF-8"), model.join("golden.safetensors"));
+    let golden = golden.to_str().expect("UTF-8");
+    let compile = ["compile", "--model", model, "--max-context", "256", "--prefill", "64", "--decode", "1"];
+    done(folder.path(), &[&compile[..], &["--dtype", "f32", "-o", "f32.plan"]].concat());
+    let verify = |plan| ["verify", plan, "--model", model, "--golden", golden];
+    assert!(done(folder.path(), &verify("f32.plan")).contains("9 of 9 prompts hold"));
+    done(folder.path(), &[&compile[..], &["--dtype", "bf16", "-o", "bf16.plan"]].concat());
+    let errors = fails(folder.path(), 1, &[&verify("bf16.plan")[..], &["--tolerance", "1e-5"]].concat());
+    assert!(errors.contains("tolerance"), "{errors}");
+}
+
+#[test]
+fn checkpoint_faults_are_told_all_at_once() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let source = project("tests/goldens/moe-no-dense");
+    let copy = folder.path().join("model");
+    std::fs::create_dir(&copy).expect("it can be made");
+    for entry in std::fs::read_dir(&source).expect("it can be listed") {
+        let entry = entry.expect("it can be listed");
+        std::fs::copy(entry.path(), copy.join(entry.file_name())).expect("it can be copied");
+    }
+    let path = copy.join("model.safetensors");
+    let bytes = std::fs::read(&path).expect("the checkpoint is there");
+    // Same length, other names: two tensors are then missing and two unexpected.
+    let text = replace(&bytes, b"model.embedding_norm.weight", b"model.embedding_norX.weight");
+    let text = replace(&text, b"layers.0.operator_norm.weight", b"layers.0.operator_norX.weight");
+    std::fs::write(&path, text).expect("it is written");
+    let errors = fails(folder.path(), 1, &["run", "model.plan", "--model", "model"]);
+    assert!(errors.contains("model.plan"), "{errors}");
+    done(
+        folder.path(),
+        &[
+            "compile",
+            "--model",
+            source.to_str().expect("UTF-8"),
+            "--prefill",
+            "16",
+            "--decode",
+            "1",
+            "-o",
+            "model.plan",
+        ],
+    );
+    let errors = fails(folder.path(), 1, &["run", "model.plan", "--model", "model", "--tokens", "1"]);
+    for name in ["model.embedding_norm.weight", "operator_norm.weight", "embedding_norX", "operator_norX"] {
+        assert!(errors.contains(name), "{name} is not in: {errors}");
+    }
+}
+
+/// Replaces a byte string by one of the same length.
+fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
+    assert_eq!(from.len(), to.len());
+    let at = bytes.windows(from.len()).position(|window| window == from).expect("the name is in the file");
+    [&bytes[..at], to, &bytes[at + from.len()..]].concat()
+}

@@ -1,0 +1,147 @@
+//! Models, plans, executors and runs for the tests beside.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lfm2c::codegen::compile::{Silent, listing};
+use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
+use lfm2c::ir::DType;
+use lfm2c::plan::{PlanFile, WeightSource};
+use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
+use lfm2c::runtime::weights::{self, Checkpoint};
+use lfm2c::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams};
+use safetensors::SafeTensors;
+
+/// A prompt with what the reference computed for it.
+pub struct Golden {
+    pub ids: Vec<u32>,
+    /// `[length, vocab]`
+    pub logits: Vec<f32>,
+    pub greedy: Vec<u32>,
+}
+
+/// The folder of a file that comes with the project.
+pub fn project(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The model directories with goldens.
+pub fn cases() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(project("tests/goldens")).expect("tests/goldens is there");
+    let mut cases: Vec<PathBuf> = entries.map(|entry| entry.expect("it can be listed").path()).collect();
+    cases.sort();
+    assert!(cases.len() >= 12, "expected at least 12 golden models, found {}", cases.len());
+    cases
+}
+
+/// The golden prompts of a model directory, by number.
+pub fn goldens(directory: &Path) -> BTreeMap<usize, Golden> {
+    let bytes = std::fs::read(directory.join("golden.safetensors")).expect("the golden file is there");
+    let file = SafeTensors::deserialize(&bytes).expect("the golden file is whole");
+    let words = |name: String| -> Vec<[u8; 4]> {
+        file.tensor(&name).expect("the golden file is complete").data().as_chunks::<4>().0.to_vec()
+    };
+    let tokens = |name| words(name).into_iter().map(u32::from_le_bytes).collect();
+    let numbers = file.names().into_iter().filter_map(|name| name.strip_prefix("ids.")?.parse::<usize>().ok());
+    let numbers: Vec<usize> = numbers.collect();
+    let golden = |n: usize| Golden {
+        ids: tokens(format!("ids.{n}")),
+        logits: words(format!("logits.{n}")).into_iter().map(f32::from_le_bytes).collect(),
+        greedy: tokens(format!("greedy.{n}")),
+    };
+    numbers.into_iter().map(|n| (n, golden(n))).collect()
+}
+
+/// Options with small buckets, so that tests pad, pack and chunk.
+pub fn options() -> CompileOptions {
+    CompileOptions {
+        dtype: Some(DType::F32),
+        prefill: Some(vec![16, 64, 256]),
+        decode: Some(vec![1, 4, 8]),
+        max_sequences: Some(8),
+        max_context: Some(256),
+        kv_tokens: Some(2048),
+        ..CompileOptions::default()
+    }
+}
+
+/// The plan of a model directory.
+pub fn directory_plan(directory: &Path, options: &CompileOptions) -> PlanFile {
+    let listing = listing(directory).expect("the checkpoint is readable");
+    let source = Source::Recipe(Recipe::for_directory(directory), Some(listing));
+    compile(&source, options, &Silent).expect("the model compiles").file
+}
+
+/// The plan of the demo recipe.
+pub fn demo_plan(options: &CompileOptions) -> PlanFile {
+    let recipe = Recipe::read(&project("plans/demo.ron")).expect("the demo recipe is readable");
+    compile(&Source::Recipe(recipe, None), options, &Silent).expect("the demo compiles").file
+}
+
+/// An executor that poisons everything not live before each step.
+pub fn executor(file: &PlanFile, directory: Option<&Path>) -> CpuExecutor {
+    let manifest = Arc::new(file.manifest.clone());
+    let program = &manifest.ranks[0];
+    let mut pool = HostPool::new(program).expect("the pool fits");
+    match (&manifest.model.weights, directory) {
+        (WeightSource::Synthetic(seed), _) => {
+            weights::fill_synthetic(&manifest, program, *seed, pool.weights_mut(), &|_| ()).expect("weights fit");
+        }
+        (WeightSource::Checkpoint, directory) => {
+            let directory = directory.expect("a checkpoint needs its directory");
+            let checkpoint = Checkpoint::open(directory).expect("the checkpoint is readable");
+            weights::load(&manifest, program, &checkpoint, pool.weights_mut(), &|_| ()).expect("weights fit");
+        }
+    }
+    CpuExecutor::new(manifest.clone(), 0, pool).expect("the plan runs on the CPU").with_poison(true)
+}
+
+/// A greedy request that ignores the end of the sequence.
+pub fn request(prompt: &[u32], max_new_tokens: usize) -> Request {
+    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens, eos: vec![], sampling: SamplingParams::default() }
+}
+
+/// Runs requests together; each must succeed.
+pub fn run(executor: &mut CpuExecutor, requests: Vec<Request>, options: Options) -> Vec<Finished> {
+    let mut generator = Generator::new(executor, options).expect("the plan is of a language model");
+    let results = generator.generate(requests, |_, _| ControlFlow::Continue(())).expect("the run ends");
+    results.into_iter().map(|result| result.expect("the request fits")).collect()
+}
+
+/// Options that keep all logits.
+pub fn all_logits(chunk: Option<usize>) -> Options {
+    Options { chunk, capture_logits: true, capture_prompt_logits: true }
+}
+
+/// Distance over norm, in f64; NaN anywhere gives NaN.
+pub fn relative_l2(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let pairs = || found.iter().zip(expected).map(|(&a, &b)| (f64::from(a), f64::from(b)));
+    let distance: f64 = pairs().map(|(a, b)| (a - b).powi(2)).sum();
+    (distance / pairs().map(|(_, b)| b * b).sum::<f64>()).sqrt()
+}
+
+/// Asserts that two rows of numbers are the same bits.
+pub fn assert_same_bits(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    if let Some(at) = found.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits()) {
+        panic!("{what}: number {at}: expected {:e}, found {:e}", expected[at], found[at]);
+    }
+}
+
+/// The vocabulary size of a plan.
+pub fn vocab(executor: &CpuExecutor) -> u64 {
+    executor.manifest().model.vocab
+}
+
+/// Tokens from a counter: the same for the same seed.
+pub fn tokens(seed: u64, count: usize, vocab: u64) -> Vec<u32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state >> 33
+    };
+    (0..count).map(|_| (next() % vocab) as u32).collect()
+}

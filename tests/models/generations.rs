@@ -1,0 +1,38 @@
+//! Generations of random lengths through random slots with refill, on the demo model, equal to solo runs.
+//!
+//! `LFM2C_GENERATIONS=10000 cargo test --release generations` runs that many; the default is small, for every day.
+
+use lfm2c::runtime::Options;
+
+use crate::common::*;
+
+#[test]
+fn generations_equal_their_solo_runs() {
+    let count: usize = match std::env::var("LFM2C_GENERATIONS") {
+        Ok(text) => text.parse().expect("LFM2C_GENERATIONS is a number"),
+        Err(_) => 150,
+    };
+    let mut compile = options();
+    compile.max_sequences = Some(7);
+    compile.decode = Some(vec![1, 2, 4, 7]);
+    compile.kv_tokens = Some(640);
+    let file = demo_plan(&compile);
+    let mut batched = executor(&file, None).with_poison(false);
+    let mut solo = executor(&file, None).with_poison(false);
+    let vocab = vocab(&batched);
+    let requests: Vec<_> = (0..count as u64)
+        .map(|i| {
+            let [length, new] = tokens(i ^ 0xA5A5, 2, 1 << 20)[..] else { unreachable!("two were asked for") };
+            // Mostly short, some longer than the middle prefill bucket.
+            let length = if length % 16 == 0 { 65 + length as usize % 60 } else { 1 + length as usize % 24 };
+            request(&tokens(i, length, vocab), 1 + new as usize % 20)
+        })
+        .collect();
+    let found = run(&mut batched, requests.clone(), Options::default());
+    assert_eq!(found.len(), count);
+    for (i, (request, found)) in requests.into_iter().zip(found).enumerate() {
+        let expected = run(&mut solo, vec![request], Options::default()).remove(0);
+        assert_eq!(found.tokens, expected.tokens, "generation {i}");
+    }
+    println!("{count} generations equal their solo runs");
+}
