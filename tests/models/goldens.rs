@@ -76,10 +76,10 @@ fn random_subsets_of_passes() {
         proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
     );
     let cases = cases();
-    let mut turn = 0;
+    let turn = std::cell::Cell::new(0);
     let result = runner.run(&strategy, |disabled| {
-        turn += 1;
-        check(&cases[turn % cases.len()], (&disabled, None), 20, true);
+        turn.set(turn.get() + 1);
+        check(&cases[turn.get() % cases.len()], (&disabled, None), 20, true);
         Ok(())
     });
     assert!(result.is_ok(), "{result:?}");
