@@ -81,6 +81,7 @@ fn header(text: &str) -> Result<Test, String> {
     let (Some(test), None) = (tests.next(), tests.next()) else {
         return Err("expected one line `; test: verify|print|parse-error|pass NAME ...`".into());
     };
+    let test = test.split(ERROR).next().unwrap_or(test);
     let mut words = test.split_whitespace();
     let test = match (words.next(), words.clone().next()) {
         (Some("parse-error"), None) => Test::ParseError,

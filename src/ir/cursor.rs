@@ -53,7 +53,8 @@ impl<'a> Cursor<'a> {
     pub(crate) fn new(text: &'a str) -> Self {
         let mut lexer = Lexer::new(text);
         let next = lexer.next();
-        Cursor { text, lexer, next, last: next }
+        let last = Spanned { token: Token::End, start: 0, end: 0, line: 1, starts_line: true };
+        Cursor { text, lexer, next, last }
     }
 
     pub(crate) fn advance(&mut self) {

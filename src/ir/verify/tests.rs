@@ -215,3 +215,14 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn very_many_faults_on_one_line_are_shown_in_little_space() {
+    let many = 50_000;
+    let list = |item: &str| vec![item; many].join(", ");
+    let text = format!("graph @g (%x: f32[T,8]) {{\n  neg {}\n  return {}\n}}\n", list("1.0"), list("%x"));
+    let errors = verify(&parse(&text).unwrap().graph).unwrap_err();
+    assert!(errors.faults.len() >= 2 * many - 1);
+    assert!(errors.faults.iter().all(|fault| fault.context.len() < 200));
+    assert!(errors.to_string().len() < text.len() + errors.faults.len() * 300);
+}
