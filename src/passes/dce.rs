@@ -1,11 +1,12 @@
 //! Removes what nothing uses.
 //!
-//! Needs nothing. Leaves no operator whose results nothing uses, except those that update a state; no unused result and no
-//! unused inner operator of a fused one. An operator with one used result keeps the others: they are part of its kind.
+//! Needs nothing. Leaves no operator whose results nothing uses, except those that update a state, and no inner
+//! operator of a fused one that its results do not need. A primitive operator with one used result keeps the others: they
+//! are part of its kind.
 
 use std::collections::{BTreeSet, HashSet};
 
-use crate::ir::{Graph, Op, OpKind, Users, ValueId, outside_operands};
+use crate::ir::{Graph, Op, Users, ValueId, outside_operands};
 use crate::passes::{PassContext, Patch, Rewrite};
 
 /// See the module.
@@ -17,7 +18,7 @@ impl Rewrite for Dce {
         if is_dead(users, op, &BTreeSet::new()) {
             return Some(dead_with_producers(graph, users, at).into_iter().fold(Patch::new(graph), Patch::remove));
         }
-        let trimmed = trimmed(op, users)?;
+        let trimmed = trimmed(op)?;
         Some(Patch::new(graph).remove(at).insert(trimmed))
     }
 }
@@ -43,21 +44,16 @@ fn dead_with_producers(graph: &Graph, users: &Users, dead: usize) -> BTreeSet<us
     gone
 }
 
-/// A fused operator without its unused results and the inner operators that only they needed, if there are any.
-fn trimmed(op: &Op, users: &Users) -> Option<Op> {
-    if !matches!(op.kind, OpKind::Fused(_)) {
-        return None;
-    }
-    let results: Vec<ValueId> = op.results.iter().copied().filter(|&result| !users.is_unused(result)).collect();
-    let mut needed: HashSet<ValueId> = results.iter().copied().collect();
+/// A fused operator without the inner operators that none of its results needs, if there are any.
+fn trimmed(op: &Op) -> Option<Op> {
+    let mut needed: HashSet<ValueId> = op.results.iter().copied().collect();
     let mut body: Vec<Op> = vec![];
     for inner in op.body.iter().rev() {
-        if inner.results.iter().any(|result| needed.contains(result)) || !inner.state_updates().is_empty() {
+        if inner.results.iter().any(|result| needed.contains(result)) || inner.kind.state_update().is_some() {
             needed.extend(inner.uses());
             body.push(inner.clone());
         }
     }
     body.reverse();
-    let same = results.len() == op.results.len() && body.len() == op.body.len();
-    (!same).then(|| Op { results, operands: outside_operands(&body), body, ..op.clone() })
+    (body.len() < op.body.len()).then(|| Op { operands: outside_operands(&body), body, ..op.clone() })
 }

@@ -8,12 +8,15 @@ use crate::passes::{PIPELINE, Pass, PassContext, Stage, find, names};
 /// A pass that proposes more patches than this for each operator of the graph it began with is taken not to end.
 const PATCHES_PER_OP: usize = 100;
 
+/// Called with a pass's name and the graph it left.
+type OnPass<'a> = Box<dyn Fn(&str, &Graph) + 'a>;
+
 /// Runs the pipeline. Make one for [`Stage::Once`], then one for each bucket, told [`Driver::after`] how many patches came before:
 /// patches count as if that bucket were the only one.
 pub struct Driver<'a> {
     disabled: BTreeSet<String>,
     stop_after_patch: Option<usize>,
-    on_pass: Box<dyn Fn(&str, &Graph) + 'a>,
+    on_pass: OnPass<'a>,
     verify: bool,
     patches: usize,
     last_patch: Option<String>,
@@ -196,7 +199,10 @@ impl<'a> Driver<'a> {
 mod tests {
     use std::cell::RefCell;
 
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::ir::testing::graphs;
     use crate::ir::{BinaryFn, Extents, Op, OpKind, Operand, Users, parse};
     use crate::passes::{BucketSpec, Patch, Phase, Rewrite, Target};
 
@@ -322,5 +328,21 @@ mod tests {
         assert!(error.to_string().starts_with("the graph is invalid after pass `test`"), "{error}");
         let mut unverified = driver().unverified();
         assert_eq!(run(&mut unverified, &Reshape, &mut chain()).expect("nobody looks").rewrites, 1);
+    }
+
+    proptest! {
+        #[test]
+        fn every_pass_and_all_in_turn_leave_random_graphs_valid(graph in graphs()) {
+            let mut whole = graph.clone();
+            let mut all = driver();
+            for pass in PIPELINE {
+                let mut alone = graph.clone();
+                let report = driver().run_pass(pass, &mut alone, &context());
+                prop_assert!(report.is_ok(), "{} alone: {}", pass.name, report.unwrap_err());
+                let report = all.run_pass(pass, &mut whole, &context());
+                prop_assert!(report.is_ok(), "{} in turn: {}", pass.name, report.unwrap_err());
+            }
+            prop_assert_eq!(whole.outputs.len(), graph.outputs.len());
+        }
     }
 }

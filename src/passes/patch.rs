@@ -134,6 +134,7 @@ impl Patch {
             }
         }
         self.splice(graph);
+        drop_unused_results(graph);
         sort_stably(graph)
     }
 
@@ -190,6 +191,17 @@ impl Patch {
             }
             op.operands = outside_operands(&op.body);
         }
+    }
+}
+
+/// Takes from fused operators the results that nothing uses any more: results are what the outside takes.
+fn drop_unused_results(graph: &mut Graph) {
+    let mut used = vec![false; graph.values.len()];
+    for value in graph.ops.iter().flat_map(Op::uses).chain(graph.outputs.iter().copied()) {
+        used[value.index()] = true;
+    }
+    for op in graph.ops.iter_mut().filter(|op| !op.body.is_empty()) {
+        op.results.retain(|result| used[result.index()]);
     }
 }
 
@@ -268,6 +280,16 @@ mod tests {
             "graph @g (%x: f32[T,8]) {\n  %c = fused[pointwise] %x : f32[T,8] {\n    %d = neg %x : f32[T,8]\n    \
              %c = add %d, %x : f32[T,8]\n  }\n  return %c, %x\n}\n"
         );
+    }
+
+    #[test]
+    fn a_fused_operator_gives_only_what_is_still_used() {
+        let graph = graph(
+            "%a, %b = fused[pointwise] %x : f32[T,8], f32[T,8] {\n%a = tanh %x : f32[T,8]\n%b = neg %a : f32[T,8]\n}\n\
+             %c = exp %b : f32[T,8]\nreturn %a",
+        );
+        let text = applied(Patch::new(&graph).remove(1), graph);
+        assert!(text.contains("  %a = fused[pointwise] %x : f32[T,8] {\n"), "{text}");
     }
 
     #[test]
