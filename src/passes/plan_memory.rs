@@ -15,6 +15,9 @@ use fixedbitset::FixedBitSet;
 use crate::ir::{Extents, Graph, ValueId};
 use crate::passes::schedule::{Schedule, Storage, reduce, storage};
 
+/// More tries at a placement above the lower bound.
+const MAX_RETRIES: usize = 64;
+
 /// Where every value of the arena lies.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Placement {
@@ -161,8 +164,9 @@ struct Placed {
     bytes: u64,
 }
 
-/// The best of several greedy placements: by size, by size and lifetime together, by lifetime, by start. Then, while it
-/// is above the lower bound, a few more tries with the buffers that reached the top moved to the front.
+/// The best of several greedy placements: by size, by size and lifetime together, by lifetime, by start. Then, while it is
+/// above the lower bound, more tries, each with the buffers that reached the top in the last one moved to the front, also
+/// where that one was worse: only so does it leave a local minimum.
 fn place(live: &[Live], conflicts: &[FixedBitSet], lower_bound: u64) -> Option<Placed> {
     let lifetime = |at: usize| live[at].last - live[at].first + 1;
     let sorted = |key: &dyn Fn(usize) -> (u128, u128)| {
@@ -185,19 +189,24 @@ fn place(live: &[Live], conflicts: &[FixedBitSet], lower_bound: u64) -> Option<P
         }
     }
     let (mut best, mut order) = best?;
-    for _ in 0..32 {
+    let mut tops = top(live, &best);
+    for _ in 0..MAX_RETRIES {
         if best.bytes <= lower_bound {
             break;
         }
-        let top = |at: &usize| best.offsets[*at] + live[*at].room == best.bytes;
-        order.sort_by_key(|at| !top(at));
+        order.sort_by_key(|&at| !tops.contains(at));
         let placed = best_fit(live, conflicts, &order)?;
-        if placed.bytes > best.bytes {
-            break;
+        tops = top(live, &placed);
+        if placed.bytes < best.bytes {
+            best = placed;
         }
-        best = placed;
     }
     Some(best)
+}
+
+/// The buffers that reach the highest byte.
+fn top(live: &[Live], placed: &Placed) -> FixedBitSet {
+    (0..live.len()).filter(|&at| placed.offsets[at] + live[at].room == placed.bytes).collect()
 }
 
 /// Places buffers in the given order, each into the smallest gap between its conflicting neighbours that holds it.

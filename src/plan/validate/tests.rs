@@ -191,7 +191,11 @@ fn steps() {
         ("it is written by step 0, which need not be done before", |m| {
             step(m, "layers.0.attn.norm+matmul").after.clear();
         }),
-        ("it is read before it is written", |m| m.ranks[0].buckets[0].steps.swap(0, 1)),
+        ("it is read before it is written", |m| {
+            let steps = &mut m.ranks[0].buckets[0].steps;
+            steps.swap(0, 1);
+            steps[0].after.clear();
+        }),
         ("`cost`: expected numbers up to", |m| step(m, "embed").cost.flops = u64::MAX),
         ("steps: `embed` is there more than once", |m| step(m, "head.gather").name = "embed".into()),
         ("state kv.0: steps 3 and 4 use it in no order", |m| step(m, "layers.0.attn.attention").after[0] = 2),
