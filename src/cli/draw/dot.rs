@@ -14,7 +14,8 @@ pub fn dot(graph: &Graph, options: &DotOptions) -> String {
     let view = View::new(graph, options);
     let mut writer = Writer { view: &view, text: String::new(), depth: 1 };
     writer.line(&format!("graph [label={}, labelloc=t, fontname=\"Helvetica\"]", quote(&format!("@{}", graph.name))));
-    writer.line("node [shape=box, style=\"rounded,filled\", fontname=\"Helvetica\", fontsize=11, margin=\"0.12,0.06\"]");
+    writer
+        .line("node [shape=box, style=\"rounded,filled\", fontname=\"Helvetica\", fontsize=11, margin=\"0.12,0.06\"]");
     writer.line("edge [fontname=\"Courier\", fontsize=9, color=\"#66717e\", arrowsize=0.7]");
     writer.sources();
     writer.clusters();

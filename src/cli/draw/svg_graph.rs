@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::cli::draw::DotOptions;
 use crate::cli::draw::family::Family;
-use crate::cli::draw::layout::{Band, Item, Layout, Net, Spacing, layout};
+use crate::cli::draw::layout::{Item, Layout, Net, Segment, Spacing, layout};
 use crate::cli::draw::node::{Node, is_chip};
 use crate::cli::draw::text::{Anchor, CHIP, CLUSTER, CODE, DETAIL, HEADING, SUBHEADING, Svg};
 use crate::cli::draw::view::{Source, View, layer, part};
@@ -20,6 +20,12 @@ const PADDING: f64 = 12.0;
 const PILL: f64 = 24.0;
 /// Height of a label on an edge.
 const LABEL: f64 = 15.0;
+/// A drawing higher than this is broken into columns.
+const COLUMN: f64 = 4200.0;
+/// Between columns, and above a column for the edges that come from the one before.
+const GUTTER: (f64, f64) = (44.0, 34.0);
+/// Width to height of a drawing in columns.
+const ASPECT: f64 = 1.4;
 
 /// The graph as a self-contained SVG that a browser shows: boxes coloured by what they compute, fused operators with the
 /// primitive operators they are made of, types on the edges, tooltips with the exact text form.
@@ -55,13 +61,20 @@ impl<'a> Picture<'a> {
         let graph = view.graph;
         let chips: HashMap<ValueId, Source> =
             view.sources.iter().copied().filter(|&(value, source)| is_chip(view, value, source)).collect();
-        let mut picture =
-            Picture { view, sections: vec![Section::default()], bodies: vec![], items: vec![], nets: vec![], values: vec![] };
+        let mut picture = Picture {
+            view,
+            sections: vec![Section::default()],
+            bodies: vec![],
+            items: vec![],
+            nets: vec![],
+            values: vec![],
+        };
         let mut takers: HashMap<ValueId, Vec<usize>> = HashMap::new();
         let mut makers: HashMap<ValueId, usize> = HashMap::new();
         let taken: HashSet<ValueId> =
             view.ops.iter().flat_map(|&at| graph.ops[at].uses()).chain(view.leaving.iter().copied()).collect();
-        for &(value, _) in view.sources.iter().filter(|(value, _)| !chips.contains_key(value) && taken.contains(value)) {
+        for &(value, _) in view.sources.iter().filter(|(value, _)| !chips.contains_key(value) && taken.contains(value))
+        {
             makers.insert(value, picture.pill(value, 0));
         }
         for &at in &view.ops {
@@ -167,22 +180,26 @@ impl<'a> Picture<'a> {
         let subheading = self.subheading(options);
         let heads = HEADING.width(&heading) + 12.0 + SUBHEADING.width(&subheading);
         let content = layout.width + strips + padding;
-        let width = content.max(heads).max(legend.least()) + 2.0 * MARGIN;
-        let left = MARGIN + strips + (width - 2.0 * MARGIN - content) / 2.0;
-        let (x, y) = (left, 58.0);
+        let columns = self.columns(&layout, content);
+        let all = columns.width + content;
+        let width = all.max(heads).max(legend.least()) + 2.0 * MARGIN;
+        let left = MARGIN + strips + (width - 2.0 * MARGIN - all) / 2.0;
+        let origin = (left, 58.0);
         let mut svg = Svg::default();
         svg.raw(
             "<style>.e{fill:none;stroke:#7b8794;stroke-width:1.2}.e.v{stroke:#5b6b8c;stroke-dasharray:4 3}\
-             .a{fill:#7b8794}.l{fill:#ffffff;fill-opacity:.92}\
+             .a{fill:#7b8794}.b{fill:#5b6b8c}.l{fill:#ffffff;fill-opacity:.92}\
              .state{fill:#ffffff;stroke:#5b6b8c;stroke-width:1.1;stroke-dasharray:3.5 2.5}\
              .input{fill:#ffffff;stroke:#86a3cc;stroke-width:.9}</style>\n",
         );
         svg.text(HEADING, Anchor::Start, MARGIN, 22.0, &heading);
         svg.text(SUBHEADING, Anchor::Start, MARGIN + HEADING.width(&heading) + 12.0, 22.5, &subheading);
-        self.draw_frames(&mut svg, &layout, (left, left + layout.width), y);
-        self.draw_edges(&mut svg, &layout, (x, y));
+        let places: Vec<(f64, f64)> = columns.shifts.iter().map(|(dx, dy)| (origin.0 + dx, origin.1 + dy)).collect();
+        self.draw_frames(&mut svg, &layout, &places);
+        self.draw_edges(&mut svg, &layout, &places);
         for (at, body) in self.bodies.iter().enumerate() {
-            let (x, y) = (x + layout.x[at], y + layout.y[at]);
+            let (left, top) = places[self.items[at].section];
+            let (x, y) = (left + layout.x[at], top + layout.y[at]);
             match body {
                 Body::Op(node) => node.draw(&mut svg, x, y),
                 Body::Pill { value, width } => {
@@ -194,44 +211,77 @@ impl<'a> Picture<'a> {
                 }
             }
         }
-        self.draw_labels(&mut svg, &layout, (x, y));
-        let bottom = y + layout.height + 20.0;
+        self.draw_labels(&mut svg, &layout, &places);
+        let bottom = origin.1 + columns.height + 22.0;
         let bottom = bottom + legend.draw(&mut svg, bottom, width);
         svg.finish(width, bottom + MARGIN)
     }
 
-    fn subheading(&self, options: &DotOptions) -> String {
-        let view = self.view;
-        let ops = view.ops.len();
-        let fused = view.ops.iter().filter(|&&at| !view.graph.ops[at].body.is_empty()).count();
-        let primitives: usize = view.ops.iter().map(|&at| view.graph.ops[at].primitives().len()).sum();
-        let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let mut parts = vec![];
-        match &options.layers {
-            Some(range) if range.start() == range.end() => parts.push(format!("layer {}", range.start())),
-            Some(range) => parts.push(format!("layers {}–{}", range.start(), range.end())),
-            None => {}
+    /// Breaks what is too high into columns, between layers.
+    fn columns(&self, layout: &Layout, width: f64) -> Columns {
+        let count = self.sections.len();
+        let single = Columns { shifts: vec![(0.0, 0.0); count], width: 0.0, height: layout.height };
+        if layout.height <= COLUMN {
+            return single;
         }
-        parts.push(count(ops, "operator"));
-        if fused > 0 {
-            parts.push(format!("{fused} of them fused, from {} in all", count(primitives, "primitive operator")));
+        let groups: Vec<(usize, usize, f64, f64)> = self
+            .groups()
+            .filter_map(|(first, last)| extent(layout, first, last).map(|(top, bottom)| (first, last, top, bottom)))
+            .collect();
+        let breaks = |most: f64| {
+            let (mut breaks, mut start) = (vec![], 0.0);
+            for &(first, _, top, bottom) in &groups {
+                if top > start && bottom - start > most {
+                    breaks.push(first);
+                    start = top;
+                }
+            }
+            breaks
+        };
+        let wanted = (ASPECT * layout.height / width).sqrt().round().max(1.0);
+        let mut most = layout.height / wanted;
+        while breaks(most).len() + 1 > wanted as usize {
+            most *= 1.02;
         }
-        parts.join(" · ")
+        let breaks = breaks(most);
+        let mut columns = Columns { height: 0.0, ..single };
+        let (mut dx, mut dy) = (0.0, 0.0);
+        for (first, last, top, bottom) in groups {
+            if breaks.contains(&first) {
+                dx += width + GUTTER.0;
+                dy = GUTTER.1 - top;
+            }
+            columns.height = columns.height.max(bottom + dy + GUTTER.1);
+            columns.shifts[first..=last].fill((dx, dy));
+        }
+        columns.width = dx;
+        columns
+    }
+
+    /// First and last section of each layer, and each other section by itself.
+    fn groups(&self) -> impl Iterator<Item = (usize, usize)> {
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let layer = self.sections.get(first)?.layer;
+            let same = |section: &&Section| layer.is_some() && section.layer == layer;
+            let last = first + self.sections[first..].iter().take_while(same).count().max(1) - 1;
+            let group = (first, last);
+            first = last + 1;
+            Some(group)
+        })
     }
 
     /// Frames of layers, and in them of parts, each with its name on a strip at the left.
-    fn draw_frames(&self, svg: &mut Svg, layout: &Layout, (left, right): (f64, f64), y: f64) {
-        let extent = |sections: std::ops::RangeInclusive<usize>| {
-            let bands: Vec<&Band> = layout.bands.iter().filter(|band| sections.contains(&band.section)).collect();
-            Some((y + bands.first()?.top, y + bands.last()?.bottom))
+    fn draw_frames(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
+        let extent = |first: usize, last: usize| {
+            let (top, bottom) = extent(layout, first, last)?;
+            Some((places[first].1 + top, places[first].1 + bottom))
         };
         let least = |title: &str| CLUSTER.width(title) + 6.0;
-        let mut first = 0;
-        while first < self.sections.len() {
+        for (first, last) in self.groups() {
             let layer = self.sections[first].layer;
-            let same = |section: &&Section| layer.is_some() && section.layer == layer;
-            let last = first + self.sections[first..].iter().take_while(same).count().max(1) - 1;
-            if let (Some(layer), Some((top, bottom))) = (layer, extent(first..=last)) {
+            let (left, right) = (places[first].0, places[first].0 + layout.width);
+            if let (Some(layer), Some((top, bottom))) = (layer, extent(first, last)) {
                 let title = format!("layer {layer}");
                 let bottom = bottom.max(top + least(&title) - 12.0);
                 let x = left - PADDING - STRIPS[1] - PADDING - STRIPS[0];
@@ -241,7 +291,7 @@ impl<'a> Picture<'a> {
             }
             for section in first..=last {
                 let part = &self.sections[section].part;
-                if let Some((top, bottom)) = extent(section..=section).filter(|_| !part.is_empty()) {
+                if let Some((top, bottom)) = extent(section, section).filter(|_| !part.is_empty()) {
                     let bottom = bottom.max(top + least(part) - 12.0);
                     let x = left - PADDING - STRIPS[1];
                     let size = (right + PADDING - x, bottom - top + 12.0);
@@ -249,42 +299,45 @@ impl<'a> Picture<'a> {
                     svg.upright(CLUSTER, x + STRIPS[1] / 2.0 + 2.0, (top + bottom - 4.0) / 2.0, part);
                 }
             }
-            first = last + 1;
         }
     }
 
-    fn draw_edges(&self, svg: &mut Svg, layout: &Layout, (x, y): (f64, f64)) {
-        for (net, &value) in self.values.iter().enumerate() {
-            let segments: Vec<_> = layout.segments.iter().filter(|segment| segment.net == net).collect();
-            let ty = self.view.graph.ty(value);
-            svg.open("edge", &format!("%{} : {ty}", self.view.graph.value(value).name));
+    fn draw_edges(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
+        let mut segments: Vec<Vec<&Segment>> = vec![vec![]; self.nets.len()];
+        layout.segments.iter().for_each(|segment| segments[segment.net].push(segment));
+        let mut crossed: HashMap<usize, f64> = HashMap::new();
+        for (value, segments) in self.values.iter().zip(segments) {
             let (mut lines, mut heads) = (String::new(), String::new());
             for segment in segments {
-                let ((ax, ay), turn) = ((x + segment.start.0, y + segment.start.1), y + segment.turn);
-                let (bx, by) = (x + segment.end.0, y + segment.end.1);
-                let tip = if segment.arrives.is_some() { by - 5.0 } else { by };
-                if (ax - bx).abs() < 0.05 {
-                    lines += &format!("M{ax:.1} {ay:.1}V{tip:.1}");
+                let (from, to) = (places[segment.sections.0], places[segment.sections.1]);
+                let start = (from.0 + segment.start.0, from.1 + segment.start.1);
+                let end = (to.0 + segment.end.0, to.1 + segment.end.1);
+                let tip = (end.0, if segment.arrives { end.1 - 5.0 } else { end.1 });
+                let turn = from.1 + segment.turn;
+                if from == to {
+                    lines += &curve(start, turn, tip);
                 } else {
-                    let middle = (turn + tip) / 2.0;
-                    lines += &format!(
-                        "M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {tip:.1}"
-                    );
+                    let before = crossed.entry(segment.sections.1).or_default();
+                    let gutter = to.0 - STRIPS.iter().sum::<f64>() - 2.0 * PADDING - 12.0 - *before;
+                    lines += &detour(start, turn + 22.0 + *before, gutter, end.1 - 26.0 - *before, tip);
+                    *before += 5.0;
                 }
-                if segment.arrives.is_some() {
-                    heads += &format!("M{:.1} {:.1}L{bx:.1} {by:.1}L{:.1} {:.1}Z", bx - 3.6, by - 7.0, bx + 3.6, by - 7.0);
+                if segment.arrives {
+                    let (x, y) = end;
+                    heads += &format!("M{:.1} {:.1}L{x:.1} {y:.1}L{:.1} {:.1}Z", x - 3.6, y - 7.0, x + 3.6, y - 7.0);
                 }
             }
-            let class = if self.view.is_state(value) { "class=\"e v\"" } else { "class=\"e\"" };
-            svg.path(&lines, class);
+            svg.open("edge", &format!("%{} : {}", self.view.graph.value(*value).name, self.view.graph.ty(*value)));
+            svg.path(&lines, if self.view.is_state(*value) { "class=\"e v\"" } else { "class=\"e\"" });
             svg.path(&heads, "class=\"a\"");
             svg.close();
         }
     }
 
     /// The type of each value, once, where it leaves its box.
-    fn draw_labels(&self, svg: &mut Svg, layout: &Layout, (x, y): (f64, f64)) {
+    fn draw_labels(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
         for (net, &value) in self.nets.iter().zip(&self.values) {
+            let (x, y) = places[self.items[net.from].section];
             let width = self.label_width(value);
             let middle = x + layout.x[net.from] + net.port;
             let top = y + layout.y[net.from] + self.items[net.from].height + 6.0;
@@ -292,6 +345,49 @@ impl<'a> Picture<'a> {
             svg.text(CODE, Anchor::Middle, middle, top + LABEL / 2.0, &self.view.graph.ty(value).to_string());
         }
     }
+}
+
+/// Top and bottom of the ranks of some sections; nothing if they have none.
+fn extent(layout: &Layout, first: usize, last: usize) -> Option<(f64, f64)> {
+    let mut bands = layout.bands.iter().filter(|band| (first..=last).contains(&band.section));
+    let band = bands.next()?;
+    Some((band.top, bands.last().unwrap_or(band).bottom))
+}
+
+/// Straight down to `turn`, then in a curve.
+fn curve((ax, ay): (f64, f64), turn: f64, (bx, by): (f64, f64)) -> String {
+    if (ax - bx).abs() < 0.05 {
+        return format!("M{ax:.1} {ay:.1}V{by:.1}");
+    }
+    let middle = (turn + by) / 2.0;
+    format!("M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {by:.1}")
+}
+
+/// From the foot of a column through the gutter to the head of the next, with round corners.
+fn detour((ax, ay): (f64, f64), low: f64, gutter: f64, high: f64, (bx, by): (f64, f64)) -> String {
+    let r = 8.0;
+    format!(
+        "M{ax:.1} {ay:.1}V{:.1}Q{ax:.1} {low:.1} {:.1} {low:.1}H{:.1}Q{gutter:.1} {low:.1} {gutter:.1} {:.1}\
+         V{:.1}Q{gutter:.1} {high:.1} {:.1} {high:.1}H{:.1}Q{bx:.1} {high:.1} {bx:.1} {:.1}V{by:.1}",
+        low - r,
+        ax + r,
+        gutter - r,
+        low - r,
+        high + r,
+        gutter + r,
+        bx - r,
+        high + r,
+    )
+}
+
+/// Where sections are moved.
+struct Columns {
+    /// Of each section.
+    shifts: Vec<(f64, f64)>,
+    /// Of the last column.
+    width: f64,
+    /// Of the highest column.
+    height: f64,
 }
 
 /// What the colours mean.
@@ -312,13 +408,13 @@ impl Legend {
             entries.push(("state", "class=\"state\"".to_owned()));
         }
         if view.sources.iter().any(|&(_, source)| source != Source::State) {
-            entries.push(("input", "class=\"input\"".to_owned()));
+            entries.push(("input, output", "class=\"input\"".to_owned()));
         }
         Legend { entries }
     }
 
     fn width((name, _): &(&'static str, String)) -> f64 {
-        16.0 + 6.0 + DETAIL.width(name) + 16.0
+        14.0 + 5.0 + DETAIL.width(name) + 11.0
     }
 
     fn least(&self) -> f64 {
@@ -333,8 +429,8 @@ impl Legend {
             if x > MARGIN && x + Legend::width(entry) > width - MARGIN {
                 (x, line) = (MARGIN, line + 18.0);
             }
-            svg.rect((x, y + line), (16.0, 11.0), 3.0, &entry.1);
-            svg.text(DETAIL, Anchor::Start, x + 22.0, y + line + 5.5, entry.0);
+            svg.rect((x, y + line), (14.0, 11.0), 3.0, &entry.1);
+            svg.text(DETAIL, Anchor::Start, x + 19.0, y + line + 5.5, entry.0);
             x += Legend::width(entry);
         }
         svg.close();

@@ -43,7 +43,7 @@ const MONO: &str = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono
 impl Font {
     /// Width of a text in pixels, a little more than the widest of the usual fonts takes.
     pub fn width(&self, text: &str) -> f64 {
-        let ems: f64 = text.chars().map(|c| if self.mono { 0.61 } else { ems(c) }).sum();
+        let ems: f64 = text.chars().map(|c| if self.mono { 0.62 } else { ems(c) }).sum();
         let bold = if !self.mono && self.weight >= 600 { 1.1 } else { 1.0 };
         ems * bold * self.size
     }
@@ -71,7 +71,8 @@ fn ems(c: char) -> f64 {
 pub fn style() -> String {
     let mut css = format!("text{{font-family:{SANS}}}");
     for font in FONTS {
-        let _ = write!(css, ".{}{{font-size:{}px;font-weight:{};fill:{}", font.class, font.size, font.weight, font.fill);
+        let _ =
+            write!(css, ".{}{{font-size:{}px;font-weight:{};fill:{}", font.class, font.size, font.weight, font.fill);
         if font.mono {
             let _ = write!(css, ";font-family:{MONO}");
         }
@@ -135,8 +136,7 @@ impl Svg {
             Anchor::End => " text-anchor=\"end\"",
         };
         let (x, y) = (px(x), px(y + font.drop()));
-        let _ =
-            write!(self.body, "<text class=\"{}\" x=\"{x}\" y=\"{y}\"{anchor}>{}</text>", font.class, escape(text));
+        let _ = write!(self.body, "<text class=\"{}\" x=\"{x}\" y=\"{y}\"{anchor}>{}</text>", font.class, escape(text));
     }
 
     /// A text turned to read upwards, its middle at `(x, y)`.
