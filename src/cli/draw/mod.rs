@@ -1,8 +1,10 @@
 //! Drawings: a graph as Graphviz DOT or SVG, the memory of a plan's bucket as SVG. No external program is needed.
 
+mod columns;
 mod dot;
 mod family;
 mod layout;
+mod legend;
 mod node;
 mod order;
 mod place;

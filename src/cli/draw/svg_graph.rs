@@ -3,10 +3,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::cli::draw::DotOptions;
-use crate::cli::draw::family::Family;
+use crate::cli::draw::columns::{Section, columns, extent, groups};
 use crate::cli::draw::layout::{Item, Layout, Net, Segment, Spacing, layout};
+use crate::cli::draw::legend::Legend;
 use crate::cli::draw::node::{Node, is_chip};
-use crate::cli::draw::text::{Anchor, CHIP, CLUSTER, CODE, DETAIL, HEADING, SUBHEADING, Svg};
+use crate::cli::draw::text::{Anchor, CHIP, CLUSTER, CODE, HEADING, SUBHEADING, Svg};
 use crate::cli::draw::view::{Source, View, layer, part};
 use crate::ir::{Graph, ValueId};
 
@@ -20,12 +21,6 @@ const PADDING: f64 = 12.0;
 const PILL: f64 = 24.0;
 /// Height of a label on an edge.
 const LABEL: f64 = 15.0;
-/// A drawing higher than this is broken into columns.
-const COLUMN: f64 = 4200.0;
-/// Between columns, and above a column for the edges that come from the one before.
-const GUTTER: (f64, f64) = (44.0, 34.0);
-/// Width to height of a drawing in columns.
-const ASPECT: f64 = 1.4;
 
 /// The graph as a self-contained SVG that a browser shows: boxes coloured by what they compute, fused operators with the
 /// primitive operators they are made of, types on the edges, tooltips with the exact text form.
@@ -33,13 +28,6 @@ pub fn svg(graph: &Graph, options: &DotOptions) -> String {
     let view = View::new(graph, options);
     let picture = Picture::new(&view);
     picture.draw(options)
-}
-
-/// A frame's names: the layer, and the part of it.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct Section {
-    layer: Option<u64>,
-    part: String,
 }
 
 enum Body {
@@ -175,12 +163,12 @@ impl<'a> Picture<'a> {
         let strips = if frames { STRIPS.iter().sum::<f64>() + 2.0 * PADDING } else { 0.0 };
         let padding = if frames { 2.0 * PADDING } else { 0.0 };
 
-        let legend = Legend::new(self);
+        let legend = Legend::new(self.view);
         let heading = format!("@{}", self.view.graph.name);
         let subheading = self.subheading(options);
         let heads = HEADING.width(&heading) + 12.0 + SUBHEADING.width(&subheading);
         let content = layout.width + strips + padding;
-        let columns = self.columns(&layout, content);
+        let columns = columns(&self.sections, &layout, content);
         let all = columns.width + content;
         let width = all.max(heads).max(legend.least()) + 2.0 * MARGIN;
         let left = MARGIN + strips + (width - 2.0 * MARGIN - all) / 2.0;
@@ -213,62 +201,26 @@ impl<'a> Picture<'a> {
         }
         self.draw_labels(&mut svg, &layout, &places);
         let bottom = origin.1 + columns.height + 22.0;
-        let bottom = bottom + legend.draw(&mut svg, bottom, width);
+        let bottom = bottom + legend.draw(&mut svg, (MARGIN, bottom), width - MARGIN);
         svg.finish(width, bottom + MARGIN)
     }
 
-    /// Breaks what is too high into columns, between layers.
-    fn columns(&self, layout: &Layout, width: f64) -> Columns {
-        let count = self.sections.len();
-        let single = Columns { shifts: vec![(0.0, 0.0); count], width: 0.0, height: layout.height };
-        if layout.height <= COLUMN {
-            return single;
+    fn subheading(&self, options: &DotOptions) -> String {
+        let view = self.view;
+        let ops = view.ops.len();
+        let fused = view.ops.iter().filter(|&&at| !view.graph.ops[at].body.is_empty()).count();
+        let primitives: usize = view.ops.iter().map(|&at| view.graph.ops[at].primitives().len()).sum();
+        let mut parts = vec![];
+        match &options.layers {
+            Some(range) if range.start() == range.end() => parts.push(format!("layer {}", range.start())),
+            Some(range) => parts.push(format!("layers {}–{}", range.start(), range.end())),
+            None => {}
         }
-        let groups: Vec<(usize, usize, f64, f64)> = self
-            .groups()
-            .filter_map(|(first, last)| extent(layout, first, last).map(|(top, bottom)| (first, last, top, bottom)))
-            .collect();
-        let breaks = |most: f64| {
-            let (mut breaks, mut start) = (vec![], 0.0);
-            for &(first, _, top, bottom) in &groups {
-                if top > start && bottom - start > most {
-                    breaks.push(first);
-                    start = top;
-                }
-            }
-            breaks
-        };
-        let wanted = (ASPECT * layout.height / width).sqrt().round().max(1.0);
-        let mut most = layout.height / wanted;
-        while breaks(most).len() + 1 > wanted as usize {
-            most *= 1.02;
+        parts.push(format!("{ops} operator{}", if ops == 1 { "" } else { "s" }));
+        if fused > 0 {
+            parts.push(format!("{fused} of them fused, {primitives} primitive ones in all"));
         }
-        let breaks = breaks(most);
-        let mut columns = Columns { height: 0.0, ..single };
-        let (mut dx, mut dy) = (0.0, 0.0);
-        for (first, last, top, bottom) in groups {
-            if breaks.contains(&first) {
-                dx += width + GUTTER.0;
-                dy = GUTTER.1 - top;
-            }
-            columns.height = columns.height.max(bottom + dy + GUTTER.1);
-            columns.shifts[first..=last].fill((dx, dy));
-        }
-        columns.width = dx;
-        columns
-    }
-
-    /// First and last section of each layer, and each other section by itself.
-    fn groups(&self) -> impl Iterator<Item = (usize, usize)> {
-        let mut first = 0;
-        std::iter::from_fn(move || {
-            let layer = self.sections.get(first)?.layer;
-            let same = |section: &&Section| layer.is_some() && section.layer == layer;
-            let last = first + self.sections[first..].iter().take_while(same).count().max(1) - 1;
-            let group = (first, last);
-            first = last + 1;
-            Some(group)
-        })
+        parts.join(" · ")
     }
 
     /// Frames of layers, and in them of parts, each with its name on a strip at the left.
@@ -278,7 +230,7 @@ impl<'a> Picture<'a> {
             Some((places[first].1 + top, places[first].1 + bottom))
         };
         let least = |title: &str| CLUSTER.width(title) + 6.0;
-        for (first, last) in self.groups() {
+        for (first, last) in groups(&self.sections) {
             let layer = self.sections[first].layer;
             let (left, right) = (places[first].0, places[first].0 + layout.width);
             if let (Some(layer), Some((top, bottom))) = (layer, extent(first, last)) {
@@ -305,9 +257,11 @@ impl<'a> Picture<'a> {
     fn draw_edges(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
         let mut segments: Vec<Vec<&Segment>> = vec![vec![]; self.nets.len()];
         layout.segments.iter().for_each(|segment| segments[segment.net].push(segment));
-        let mut crossed: HashMap<usize, f64> = HashMap::new();
+        // Of each column's first section: how many values came from the column before.
+        let mut crossed: HashMap<usize, usize> = HashMap::new();
         for (value, segments) in self.values.iter().zip(segments) {
             let (mut lines, mut heads) = (String::new(), String::new());
+            let mut crosses = BTreeSet::new();
             for segment in segments {
                 let (from, to) = (places[segment.sections.0], places[segment.sections.1]);
                 let start = (from.0 + segment.start.0, from.1 + segment.start.1);
@@ -317,16 +271,17 @@ impl<'a> Picture<'a> {
                 if from == to {
                     lines += &curve(start, turn, tip);
                 } else {
-                    let before = crossed.entry(segment.sections.1).or_default();
-                    let gutter = to.0 - STRIPS.iter().sum::<f64>() - 2.0 * PADDING - 12.0 - *before;
-                    lines += &detour(start, turn + 22.0 + *before, gutter, end.1 - 26.0 - *before, tip);
-                    *before += 5.0;
+                    crosses.insert(segment.sections.1);
+                    let beside = 5.0 * crossed.get(&segment.sections.1).map_or(0.0, |&nets| nets as f64);
+                    let gutter = to.0 - STRIPS.iter().sum::<f64>() - 2.0 * PADDING - 12.0 - beside;
+                    lines += &detour(start, turn + 22.0 + beside, gutter, end.1 - 26.0 - beside, tip);
                 }
                 if segment.arrives {
                     let (x, y) = end;
                     heads += &format!("M{:.1} {:.1}L{x:.1} {y:.1}L{:.1} {:.1}Z", x - 3.6, y - 7.0, x + 3.6, y - 7.0);
                 }
             }
+            crosses.into_iter().for_each(|section| *crossed.entry(section).or_default() += 1);
             svg.open("edge", &format!("%{} : {}", self.view.graph.value(*value).name, self.view.graph.ty(*value)));
             svg.path(&lines, if self.view.is_state(*value) { "class=\"e v\"" } else { "class=\"e\"" });
             svg.path(&heads, "class=\"a\"");
@@ -345,13 +300,6 @@ impl<'a> Picture<'a> {
             svg.text(CODE, Anchor::Middle, middle, top + LABEL / 2.0, &self.view.graph.ty(value).to_string());
         }
     }
-}
-
-/// Top and bottom of the ranks of some sections; nothing if they have none.
-fn extent(layout: &Layout, first: usize, last: usize) -> Option<(f64, f64)> {
-    let mut bands = layout.bands.iter().filter(|band| (first..=last).contains(&band.section));
-    let band = bands.next()?;
-    Some((band.top, bands.last().unwrap_or(band).bottom))
 }
 
 /// Straight down to `turn`, then in a curve.
@@ -378,62 +326,4 @@ fn detour((ax, ay): (f64, f64), low: f64, gutter: f64, high: f64, (bx, by): (f64
         bx - r,
         high + r,
     )
-}
-
-/// Where sections are moved.
-struct Columns {
-    /// Of each section.
-    shifts: Vec<(f64, f64)>,
-    /// Of the last column.
-    width: f64,
-    /// Of the highest column.
-    height: f64,
-}
-
-/// What the colours mean.
-struct Legend {
-    entries: Vec<(&'static str, String)>,
-}
-
-impl Legend {
-    fn new(picture: &Picture) -> Legend {
-        let view = picture.view;
-        let ops = view.ops.iter().flat_map(|&at| view.graph.ops[at].primitives());
-        let families: BTreeSet<Family> = ops.map(Family::of).collect();
-        let used = Family::ALL.iter().filter(|family| families.contains(family));
-        let mut entries: Vec<(&str, String)> = used
-            .map(|family| (family.name(), format!("fill=\"{}\" stroke=\"{}\"", family.fill(), family.stroke())))
-            .collect();
-        if view.sources.iter().any(|&(value, _)| view.is_state(value)) {
-            entries.push(("state", "class=\"state\"".to_owned()));
-        }
-        if view.sources.iter().any(|&(_, source)| source != Source::State) {
-            entries.push(("input, output", "class=\"input\"".to_owned()));
-        }
-        Legend { entries }
-    }
-
-    fn width((name, _): &(&'static str, String)) -> f64 {
-        14.0 + 5.0 + DETAIL.width(name) + 11.0
-    }
-
-    fn least(&self) -> f64 {
-        self.entries.iter().map(Legend::width).fold(0.0, f64::max)
-    }
-
-    /// Draws it in as many lines as the width needs; returns its height.
-    fn draw(&self, svg: &mut Svg, y: f64, width: f64) -> f64 {
-        let (mut x, mut line) = (MARGIN, 0.0);
-        svg.open("legend", "");
-        for entry in &self.entries {
-            if x > MARGIN && x + Legend::width(entry) > width - MARGIN {
-                (x, line) = (MARGIN, line + 18.0);
-            }
-            svg.rect((x, y + line), (14.0, 11.0), 3.0, &entry.1);
-            svg.text(DETAIL, Anchor::Start, x + 19.0, y + line + 5.5, entry.0);
-            x += Legend::width(entry);
-        }
-        svg.close();
-        line + 11.0
-    }
 }
