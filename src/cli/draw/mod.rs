@@ -10,6 +10,8 @@ mod order;
 mod place;
 mod svg_graph;
 mod svg_memory;
+#[cfg(test)]
+mod tests;
 mod text;
 mod view;
 
