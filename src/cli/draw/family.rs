@@ -1,6 +1,7 @@
 //! Families of operators, and their colours.
 
 use crate::ir::{Op, OpKind, Stage};
+use crate::plan;
 
 /// What an operator mostly is. The order is precedence: a fused operator belongs to the first family of its stages.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -70,6 +71,26 @@ impl Family {
             Stage::Norm => Family::Norm,
             Stage::Swiglu | Stage::Residual | Stage::Pointwise => Family::Pointwise,
             Stage::Gather => Family::Movement,
+        }
+    }
+
+    /// The family of an operator of a plan.
+    pub fn of_instruction(op: &plan::Op) -> Family {
+        match op {
+            plan::Op::Matmul => Family::Matmul,
+            plan::Op::RmsNorm { .. } => Family::Norm,
+            plan::Op::Conv1dCausal => Family::Conv,
+            plan::Op::Attention { .. } | plan::Op::KvWrite | plan::Op::Rope { .. } => Family::Attention,
+            plan::Op::ExpertMatmul
+            | plan::Op::WeightedSum
+            | plan::Op::TopK
+            | plan::Op::GroupRows
+            | plan::Op::GroupedMatmulGather { .. }
+            | plan::Op::GroupedMatmul
+            | plan::Op::GroupedWeightedSum => Family::Experts,
+            plan::Op::Pointwise(_) | plan::Op::RowSum => Family::Pointwise,
+            plan::Op::Split { .. } | plan::Op::GatherRows | plan::Op::GatherColumns => Family::Movement,
+            plan::Op::Embed | plan::Op::Sample => Family::Ends,
         }
     }
 

@@ -82,8 +82,10 @@ pub struct Segment {
     pub turn: f64,
     /// End.
     pub end: (f64, f64),
-    /// The box it arrives at, unless it goes on.
-    pub arrives: Option<usize>,
+    /// True if it ends at a box, false if it goes on.
+    pub arrives: bool,
+    /// The sections of its ends.
+    pub sections: (usize, usize),
 }
 
 /// Lays out.
@@ -102,8 +104,8 @@ pub fn layout(items: &[Item], nets: &[Net], spacing: &Spacing) -> Layout {
                 None => bands[upper.rank].top,
             };
             let (end, arrives) = match y.get(segment.lower) {
-                Some(&top) => (top, Some(segment.lower)),
-                None => (bands[lower.rank].top, None),
+                Some(&top) => (top, true),
+                None => (bands[lower.rank].top, false),
             };
             Segment {
                 net: segment.net,
@@ -111,6 +113,7 @@ pub fn layout(items: &[Item], nets: &[Net], spacing: &Spacing) -> Layout {
                 turn: bands[upper.rank].bottom,
                 end: (placed.x[segment.lower] + arrival, end),
                 arrives,
+                sections: (bands[upper.rank].section, bands[lower.rank].section),
             }
         })
         .collect();
@@ -149,7 +152,7 @@ fn rows(
     let mut section_top = 0.0;
     for (rank, order) in layers.ranks.iter().enumerate() {
         let here: Vec<usize> = order.iter().copied().filter(|&at| at < items.len()).collect();
-        let section = here.first().map_or(0, |&at| items[at].section);
+        let section = layers.sections[rank];
         if let Some(last) = bands.last()
             && last.section != section
         {

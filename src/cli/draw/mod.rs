@@ -1,13 +1,17 @@
 //! Drawings: a graph as Graphviz DOT or SVG, the memory of a plan's bucket as SVG. No external program is needed.
 
+mod columns;
 mod dot;
 mod family;
 mod layout;
+mod legend;
 mod node;
 mod order;
 mod place;
 mod svg_graph;
 mod svg_memory;
+#[cfg(test)]
+mod tests;
 mod text;
 mod view;
 

@@ -20,7 +20,7 @@ const HEAD: f64 = 24.0;
 /// Least width.
 const LEAST: f64 = 96.0;
 /// From a box to the states beside it.
-const ASIDE: f64 = 30.0;
+const ASIDE: f64 = 34.0;
 
 /// The box of an operator.
 pub struct Node {
@@ -178,22 +178,14 @@ impl Node {
         for [name, ty] in &self.states {
             let (x, middle) = (right + ASIDE, top + 16.0);
             let (a, b) = (right + 2.0, x - 2.0);
-            svg.path(
-                &format!(
-                    "M{:.1} {middle:.1}H{:.1}M{:.1} {:.1}L{a:.1} {middle:.1}L{:.1} {:.1}M{:.1} {:.1}L{b:.1} {middle:.1}L{:.1} {:.1}",
-                    a,
-                    b,
-                    a + 5.0,
-                    middle - 3.5,
-                    a + 5.0,
-                    middle + 3.5,
-                    b - 5.0,
-                    middle - 3.5,
-                    b - 5.0,
-                    middle + 3.5
-                ),
-                "class=\"state\"",
+            svg.path(&format!("M{:.1} {middle:.1}H{:.1}", a + 5.0, b - 5.0), "class=\"e v\"");
+            let (up, down) = (middle - 3.6, middle + 3.6);
+            let heads = format!(
+                "M{a:.1} {middle:.1}L{:.1} {up:.1}V{down:.1}ZM{b:.1} {middle:.1}L{:.1} {up:.1}V{down:.1}Z",
+                a + 7.0,
+                b - 7.0
             );
+            svg.path(&heads, "class=\"b\"");
             svg.rect((x, top), (width, 32.0), 8.0, "class=\"state\"");
             svg.text(CHIP, Anchor::Middle, x + width / 2.0, middle - 6.5, name);
             svg.text(CODE, Anchor::Middle, x + width / 2.0, middle + 6.5, ty);
@@ -274,19 +266,16 @@ impl Line {
 }
 
 /// The part of a weight's name that its place in the drawing does not say: `in_proj` for
-/// `model.layers.3.conv.in_proj.weight`; of joined weights, each part's.
+/// `model.layers.3.conv.in_proj.weight`.
 fn short_weight(name: &str, scope: &str) -> String {
     let prefix = layer(scope).map(|layer| format!("model.layers.{layer}."));
-    let one = |name: &str| {
-        let inner = prefix.as_deref().and_then(|prefix| name.strip_prefix(prefix));
-        let inner = match inner.and_then(|inner| inner.split_once('.')) {
-            Some((_, rest)) if rest != "weight" => Some(rest),
-            _ => inner,
-        };
-        let short = inner.unwrap_or(name);
-        short.strip_suffix(".weight").unwrap_or(short).to_owned()
+    let inner = prefix.as_deref().and_then(|prefix| name.strip_prefix(prefix));
+    let inner = match inner.and_then(|inner| inner.split_once('.')) {
+        Some((_, rest)) if rest != "weight" => Some(rest),
+        _ => inner,
     };
-    name.split('+').map(one).collect::<Vec<_>>().join("+")
+    let short = inner.unwrap_or(name);
+    short.strip_suffix(".weight").unwrap_or(short).to_owned()
 }
 
 #[cfg(test)]

@@ -14,6 +14,8 @@ pub struct Layers {
     pub vertices: Vec<Vertex>,
     /// Vertices of each rank from left to right.
     pub ranks: Vec<Vec<usize>>,
+    /// The section of each rank.
+    pub sections: Vec<usize>,
     /// Edges from a rank to the next.
     pub segments: Vec<Link>,
 }
@@ -70,10 +72,14 @@ pub fn order(items: &[Item], nets: &[Net]) -> Layers {
         }
     }
     let mut ranks = vec![vec![]; vertices.iter().map(|v| v.rank + 1).max().unwrap_or(0)];
+    let mut sections = vec![0; ranks.len()];
     for (at, vertex) in vertices.iter().enumerate() {
         ranks[vertex.rank].push(at);
+        if let Some(item) = items.get(at) {
+            sections[vertex.rank] = item.section;
+        }
     }
-    let mut layers = Layers { vertices, ranks, segments };
+    let mut layers = Layers { vertices, ranks, sections, segments };
     uncross(&mut layers);
     layers
 }

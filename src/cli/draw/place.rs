@@ -1,5 +1,6 @@
 //! Horizontal coordinates: chains of boxes and bends become straight columns ("blocks"), which then move towards what they
-//! are connected with as far as their neighbours let them.
+//! are connected with as far as their neighbours let them. Sections are placed one by one and then moved as a whole, within
+//! the width of the widest, so that what leaves one goes straight into the next: many layers are no wider than one.
 
 use crate::cli::draw::order::{Layers, Link};
 
@@ -7,6 +8,8 @@ use crate::cli::draw::order::{Layers, Link};
 const GAPS: [f64; 3] = [26.0, 16.0, 12.0];
 /// Between two edges that arrive at a box.
 const ARRIVAL: f64 = 22.0;
+/// How much wider than the widest section everything may become.
+const SLACK: f64 = 48.0;
 /// Rounds of moves.
 const ROUNDS: usize = 60;
 
@@ -28,15 +31,61 @@ pub fn place(layers: &Layers) -> Placed {
     let aligned = align(layers, &position);
     let arrival = arrivals(layers, &position, &aligned);
     let mut blocks = Blocks { root: (0..count).collect(), shift: vec![0.0; count] };
-    let mut by_rank: Vec<usize> = (0..layers.segments.len()).filter(|&at| aligned[at]).collect();
+    let section = |at: usize| layers.sections[layers.vertices[at].rank];
+    let inside = |link: &Link| section(link.upper) == section(link.lower);
+    let mut by_rank: Vec<usize> =
+        (0..layers.segments.len()).filter(|&at| aligned[at] && inside(&layers.segments[at])).collect();
     by_rank.sort_by_key(|&at| layers.vertices[layers.segments[at].upper].rank);
     for at in by_rank {
         let Link { upper, lower, port, .. } = layers.segments[at];
         blocks.root[lower] = blocks.root[upper];
         blocks.shift[lower] = blocks.shift[upper] + port;
     }
-    let x = blocks.solve(layers, &arrival);
+    let mut x = blocks.solve(layers, &arrival);
+    join(layers, &aligned, &arrival, &mut x);
     Placed { x, arrival }
+}
+
+/// Moves sections, so that the leftmost extent is 0, none reaches much farther than the widest, and edges between sections
+/// are straight where that leaves room.
+fn join(layers: &Layers, aligned: &[bool], arrival: &[f64], x: &mut [f64]) {
+    let section = |at: usize| layers.sections[layers.vertices[at].rank];
+    let count = layers.sections.iter().max().map_or(0, |last| last + 1);
+    let mut extents = vec![(f64::INFINITY, f64::NEG_INFINITY); count];
+    for (at, vertex) in layers.vertices.iter().enumerate() {
+        let (low, high) = &mut extents[section(at)];
+        (*low, *high) = (low.min(x[at] - vertex.left), high.max(x[at] + vertex.right));
+    }
+    // How far each section should move when the one before stays.
+    let mut straight: Vec<Option<f64>> = vec![None; count];
+    for (at, link) in layers.segments.iter().enumerate() {
+        let lower = section(link.lower);
+        if lower != section(link.upper) && (aligned[at] || straight[lower].is_none()) {
+            straight[lower] = Some(x[link.upper] + link.port - x[link.lower] - arrival[at]);
+        }
+    }
+    let width = |section: usize| extents[section].1 - extents[section].0;
+    let Some(widest) = (0..count).max_by(|&a, &b| width(a).total_cmp(&width(b))) else { return };
+    let room = width(widest) + SLACK;
+    let within = |section: usize, ideal: f64| {
+        let (low, high) = extents[section];
+        if low > high { 0.0 } else { ideal.min(room - high).max(-low) }
+    };
+    let mut moves = vec![0.0; count];
+    moves[widest] = SLACK / 2.0 - extents[widest].0;
+    for at in widest + 1..count {
+        let ideal = straight[at].map(|by| moves[at - 1] + by);
+        moves[at] = within(at, ideal.unwrap_or((room - extents[at].0 - extents[at].1) / 2.0));
+    }
+    for at in (0..widest).rev() {
+        let ideal = straight[at + 1].map(|by| moves[at + 1] - by);
+        moves[at] = within(at, ideal.unwrap_or((room - extents[at].0 - extents[at].1) / 2.0));
+    }
+    let extent = |section: usize| extents[section].0 + moves[section];
+    let leftmost = (0..count).map(extent).fold(f64::INFINITY, f64::min);
+    for (at, x) in x.iter_mut().enumerate() {
+        *x += moves[section(at)] - leftmost;
+    }
 }
 
 /// Chooses the segments that become vertical: no two share an end on the same side, and no two cross.
@@ -125,7 +174,7 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// Coordinates of all vertices, the leftmost extent at 0.
+    /// Coordinates of all vertices; those of different sections have nothing to do with each other.
     fn solve(&self, layers: &Layers, arrival: &[f64]) -> Vec<f64> {
         let count = layers.vertices.len();
         // For each block: what stands to the left and to the right of it, and at which distance at least.
@@ -143,7 +192,8 @@ impl Blocks {
         let mut pulls: Vec<Vec<(usize, f64, f64)>> = vec![vec![]; count];
         for (segment, arrival) in layers.segments.iter().zip(arrival) {
             let (upper, lower) = (self.root[segment.upper], self.root[segment.lower]);
-            if upper == lower {
+            let section = |at: usize| layers.sections[layers.vertices[at].rank];
+            if upper == lower || section(segment.upper) != section(segment.lower) {
                 continue;
             }
             let distance = self.shift[segment.upper] + segment.port - self.shift[segment.lower] - arrival;
@@ -172,10 +222,7 @@ impl Blocks {
             };
             if round % 2 == 0 { order.iter().rev().for_each(|&b| step(b)) } else { order.iter().for_each(|&b| step(b)) }
         }
-        let anchors: Vec<f64> = (0..count).map(|at| x[self.root[at]] + self.shift[at]).collect();
-        let extent = anchors.iter().zip(&layers.vertices).map(|(x, vertex)| x - vertex.left);
-        let leftmost = extent.fold(f64::INFINITY, f64::min);
-        anchors.iter().map(|x| x - leftmost).collect()
+        (0..count).map(|at| x[self.root[at]] + self.shift[at]).collect()
     }
 
     /// The roots, each after all that stands to its left: possible because vertical segments do not cross.

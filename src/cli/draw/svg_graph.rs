@@ -3,10 +3,11 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::cli::draw::DotOptions;
-use crate::cli::draw::family::Family;
-use crate::cli::draw::layout::{Band, Item, Layout, Net, Spacing, layout};
+use crate::cli::draw::columns::{Section, columns, extent, groups};
+use crate::cli::draw::layout::{Item, Layout, Net, Segment, Spacing, layout};
+use crate::cli::draw::legend::Legend;
 use crate::cli::draw::node::{Node, is_chip};
-use crate::cli::draw::text::{Anchor, CHIP, CLUSTER, CODE, DETAIL, HEADING, SUBHEADING, Svg};
+use crate::cli::draw::text::{Anchor, CHIP, CLUSTER, CODE, HEADING, SUBHEADING, Svg};
 use crate::cli::draw::view::{Source, View, layer, part};
 use crate::ir::{Graph, ValueId};
 
@@ -27,13 +28,6 @@ pub fn svg(graph: &Graph, options: &DotOptions) -> String {
     let view = View::new(graph, options);
     let picture = Picture::new(&view);
     picture.draw(options)
-}
-
-/// A frame's names: the layer, and the part of it.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-struct Section {
-    layer: Option<u64>,
-    part: String,
 }
 
 enum Body {
@@ -169,27 +163,31 @@ impl<'a> Picture<'a> {
         let strips = if frames { STRIPS.iter().sum::<f64>() + 2.0 * PADDING } else { 0.0 };
         let padding = if frames { 2.0 * PADDING } else { 0.0 };
 
-        let legend = Legend::new(self);
+        let legend = Legend::new(self.view);
         let heading = format!("@{}", self.view.graph.name);
         let subheading = self.subheading(options);
         let heads = HEADING.width(&heading) + 12.0 + SUBHEADING.width(&subheading);
         let content = layout.width + strips + padding;
-        let width = content.max(heads).max(legend.least()) + 2.0 * MARGIN;
-        let left = MARGIN + strips + (width - 2.0 * MARGIN - content) / 2.0;
-        let (x, y) = (left, 58.0);
+        let columns = columns(&self.sections, &layout, content);
+        let all = columns.width + content;
+        let width = all.max(heads).max(legend.least()) + 2.0 * MARGIN;
+        let left = MARGIN + strips + (width - 2.0 * MARGIN - all) / 2.0;
+        let origin = (left, 58.0);
         let mut svg = Svg::default();
         svg.raw(
             "<style>.e{fill:none;stroke:#7b8794;stroke-width:1.2}.e.v{stroke:#5b6b8c;stroke-dasharray:4 3}\
-             .a{fill:#7b8794}.l{fill:#ffffff;fill-opacity:.92}\
+             .a{fill:#7b8794}.b{fill:#5b6b8c}.l{fill:#ffffff;fill-opacity:.92}\
              .state{fill:#ffffff;stroke:#5b6b8c;stroke-width:1.1;stroke-dasharray:3.5 2.5}\
              .input{fill:#ffffff;stroke:#86a3cc;stroke-width:.9}</style>\n",
         );
         svg.text(HEADING, Anchor::Start, MARGIN, 22.0, &heading);
         svg.text(SUBHEADING, Anchor::Start, MARGIN + HEADING.width(&heading) + 12.0, 22.5, &subheading);
-        self.draw_frames(&mut svg, &layout, (left, left + layout.width), y);
-        self.draw_edges(&mut svg, &layout, (x, y));
+        let places: Vec<(f64, f64)> = columns.shifts.iter().map(|(dx, dy)| (origin.0 + dx, origin.1 + dy)).collect();
+        self.draw_frames(&mut svg, &layout, &places);
+        self.draw_edges(&mut svg, &layout, &places);
         for (at, body) in self.bodies.iter().enumerate() {
-            let (x, y) = (x + layout.x[at], y + layout.y[at]);
+            let (left, top) = places[self.items[at].section];
+            let (x, y) = (left + layout.x[at], top + layout.y[at]);
             match body {
                 Body::Op(node) => node.draw(&mut svg, x, y),
                 Body::Pill { value, width } => {
@@ -201,9 +199,9 @@ impl<'a> Picture<'a> {
                 }
             }
         }
-        self.draw_labels(&mut svg, &layout, (x, y));
-        let bottom = y + layout.height + 20.0;
-        let bottom = bottom + legend.draw(&mut svg, bottom, width);
+        self.draw_labels(&mut svg, &layout, &places);
+        let bottom = origin.1 + columns.height + 22.0;
+        let bottom = bottom + legend.draw(&mut svg, (MARGIN, bottom), width - MARGIN);
         svg.finish(width, bottom + MARGIN)
     }
 
@@ -212,33 +210,30 @@ impl<'a> Picture<'a> {
         let ops = view.ops.len();
         let fused = view.ops.iter().filter(|&&at| !view.graph.ops[at].body.is_empty()).count();
         let primitives: usize = view.ops.iter().map(|&at| view.graph.ops[at].primitives().len()).sum();
-        let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
         let mut parts = vec![];
         match &options.layers {
             Some(range) if range.start() == range.end() => parts.push(format!("layer {}", range.start())),
             Some(range) => parts.push(format!("layers {}–{}", range.start(), range.end())),
             None => {}
         }
-        parts.push(count(ops, "operator"));
+        parts.push(format!("{ops} operator{}", if ops == 1 { "" } else { "s" }));
         if fused > 0 {
-            parts.push(format!("{fused} of them fused, from {} in all", count(primitives, "primitive operator")));
+            parts.push(format!("{fused} of them fused, {primitives} primitive ones in all"));
         }
         parts.join(" · ")
     }
 
     /// Frames of layers, and in them of parts, each with its name on a strip at the left.
-    fn draw_frames(&self, svg: &mut Svg, layout: &Layout, (left, right): (f64, f64), y: f64) {
-        let extent = |sections: std::ops::RangeInclusive<usize>| {
-            let bands: Vec<&Band> = layout.bands.iter().filter(|band| sections.contains(&band.section)).collect();
-            Some((y + bands.first()?.top, y + bands.last()?.bottom))
+    fn draw_frames(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
+        let extent = |first: usize, last: usize| {
+            let (top, bottom) = extent(layout, first, last)?;
+            Some((places[first].1 + top, places[first].1 + bottom))
         };
         let least = |title: &str| CLUSTER.width(title) + 6.0;
-        let mut first = 0;
-        while first < self.sections.len() {
+        for (first, last) in groups(&self.sections) {
             let layer = self.sections[first].layer;
-            let same = |section: &&Section| layer.is_some() && section.layer == layer;
-            let last = first + self.sections[first..].iter().take_while(same).count().max(1) - 1;
-            if let (Some(layer), Some((top, bottom))) = (layer, extent(first..=last)) {
+            let (left, right) = (places[first].0, places[first].0 + layout.width);
+            if let (Some(layer), Some((top, bottom))) = (layer, extent(first, last)) {
                 let title = format!("layer {layer}");
                 let bottom = bottom.max(top + least(&title) - 12.0);
                 let x = left - PADDING - STRIPS[1] - PADDING - STRIPS[0];
@@ -248,7 +243,7 @@ impl<'a> Picture<'a> {
             }
             for section in first..=last {
                 let part = &self.sections[section].part;
-                if let Some((top, bottom)) = extent(section..=section).filter(|_| !part.is_empty()) {
+                if let Some((top, bottom)) = extent(section, section).filter(|_| !part.is_empty()) {
                     let bottom = bottom.max(top + least(part) - 12.0);
                     let x = left - PADDING - STRIPS[1];
                     let size = (right + PADDING - x, bottom - top + 12.0);
@@ -256,42 +251,48 @@ impl<'a> Picture<'a> {
                     svg.upright(CLUSTER, x + STRIPS[1] / 2.0 + 2.0, (top + bottom - 4.0) / 2.0, part);
                 }
             }
-            first = last + 1;
         }
     }
 
-    fn draw_edges(&self, svg: &mut Svg, layout: &Layout, (x, y): (f64, f64)) {
-        for (net, &value) in self.values.iter().enumerate() {
-            let segments: Vec<_> = layout.segments.iter().filter(|segment| segment.net == net).collect();
-            let ty = self.view.graph.ty(value);
-            svg.open("edge", &format!("%{} : {ty}", self.view.graph.value(value).name));
+    fn draw_edges(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
+        let mut segments: Vec<Vec<&Segment>> = vec![vec![]; self.nets.len()];
+        layout.segments.iter().for_each(|segment| segments[segment.net].push(segment));
+        // Of each column's first section: how many values came from the column before.
+        let mut crossed: HashMap<usize, usize> = HashMap::new();
+        for (value, segments) in self.values.iter().zip(segments) {
             let (mut lines, mut heads) = (String::new(), String::new());
+            let mut crosses = BTreeSet::new();
             for segment in segments {
-                let ((ax, ay), turn) = ((x + segment.start.0, y + segment.start.1), y + segment.turn);
-                let (bx, by) = (x + segment.end.0, y + segment.end.1);
-                let tip = if segment.arrives.is_some() { by - 5.0 } else { by };
-                if (ax - bx).abs() < 0.05 {
-                    lines += &format!("M{ax:.1} {ay:.1}V{tip:.1}");
+                let (from, to) = (places[segment.sections.0], places[segment.sections.1]);
+                let start = (from.0 + segment.start.0, from.1 + segment.start.1);
+                let end = (to.0 + segment.end.0, to.1 + segment.end.1);
+                let tip = (end.0, if segment.arrives { end.1 - 5.0 } else { end.1 });
+                let turn = from.1 + segment.turn;
+                if from == to {
+                    lines += &curve(start, turn, tip);
                 } else {
-                    let middle = (turn + tip) / 2.0;
-                    lines +=
-                        &format!("M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {tip:.1}");
+                    crosses.insert(segment.sections.1);
+                    let beside = 5.0 * crossed.get(&segment.sections.1).map_or(0.0, |&nets| nets as f64);
+                    let gutter = to.0 - STRIPS.iter().sum::<f64>() - 2.0 * PADDING - 12.0 - beside;
+                    lines += &detour(start, turn + 22.0 + beside, gutter, end.1 - 26.0 - beside, tip);
                 }
-                if segment.arrives.is_some() {
-                    heads +=
-                        &format!("M{:.1} {:.1}L{bx:.1} {by:.1}L{:.1} {:.1}Z", bx - 3.6, by - 7.0, bx + 3.6, by - 7.0);
+                if segment.arrives {
+                    let (x, y) = end;
+                    heads += &format!("M{:.1} {:.1}L{x:.1} {y:.1}L{:.1} {:.1}Z", x - 3.6, y - 7.0, x + 3.6, y - 7.0);
                 }
             }
-            let class = if self.view.is_state(value) { "class=\"e v\"" } else { "class=\"e\"" };
-            svg.path(&lines, class);
+            crosses.into_iter().for_each(|section| *crossed.entry(section).or_default() += 1);
+            svg.open("edge", &format!("%{} : {}", self.view.graph.value(*value).name, self.view.graph.ty(*value)));
+            svg.path(&lines, if self.view.is_state(*value) { "class=\"e v\"" } else { "class=\"e\"" });
             svg.path(&heads, "class=\"a\"");
             svg.close();
         }
     }
 
     /// The type of each value, once, where it leaves its box.
-    fn draw_labels(&self, svg: &mut Svg, layout: &Layout, (x, y): (f64, f64)) {
+    fn draw_labels(&self, svg: &mut Svg, layout: &Layout, places: &[(f64, f64)]) {
         for (net, &value) in self.nets.iter().zip(&self.values) {
+            let (x, y) = places[self.items[net.from].section];
             let width = self.label_width(value);
             let middle = x + layout.x[net.from] + net.port;
             let top = y + layout.y[net.from] + self.items[net.from].height + 6.0;
@@ -301,50 +302,28 @@ impl<'a> Picture<'a> {
     }
 }
 
-/// What the colours mean.
-struct Legend {
-    entries: Vec<(&'static str, String)>,
+/// Straight down to `turn`, then in a curve.
+fn curve((ax, ay): (f64, f64), turn: f64, (bx, by): (f64, f64)) -> String {
+    if (ax - bx).abs() < 0.05 {
+        return format!("M{ax:.1} {ay:.1}V{by:.1}");
+    }
+    let middle = (turn + by) / 2.0;
+    format!("M{ax:.1} {ay:.1}V{turn:.1}C{ax:.1} {middle:.1} {bx:.1} {middle:.1} {bx:.1} {by:.1}")
 }
 
-impl Legend {
-    fn new(picture: &Picture) -> Legend {
-        let view = picture.view;
-        let ops = view.ops.iter().flat_map(|&at| view.graph.ops[at].primitives());
-        let families: BTreeSet<Family> = ops.map(Family::of).collect();
-        let used = Family::ALL.iter().filter(|family| families.contains(family));
-        let mut entries: Vec<(&str, String)> = used
-            .map(|family| (family.name(), format!("fill=\"{}\" stroke=\"{}\"", family.fill(), family.stroke())))
-            .collect();
-        if view.sources.iter().any(|&(value, _)| view.is_state(value)) {
-            entries.push(("state", "class=\"state\"".to_owned()));
-        }
-        if view.sources.iter().any(|&(_, source)| source != Source::State) {
-            entries.push(("input", "class=\"input\"".to_owned()));
-        }
-        Legend { entries }
-    }
-
-    fn width((name, _): &(&'static str, String)) -> f64 {
-        16.0 + 6.0 + DETAIL.width(name) + 16.0
-    }
-
-    fn least(&self) -> f64 {
-        self.entries.iter().map(Legend::width).fold(0.0, f64::max)
-    }
-
-    /// Draws it in as many lines as the width needs; returns its height.
-    fn draw(&self, svg: &mut Svg, y: f64, width: f64) -> f64 {
-        let (mut x, mut line) = (MARGIN, 0.0);
-        svg.open("legend", "");
-        for entry in &self.entries {
-            if x > MARGIN && x + Legend::width(entry) > width - MARGIN {
-                (x, line) = (MARGIN, line + 18.0);
-            }
-            svg.rect((x, y + line), (16.0, 11.0), 3.0, &entry.1);
-            svg.text(DETAIL, Anchor::Start, x + 22.0, y + line + 5.5, entry.0);
-            x += Legend::width(entry);
-        }
-        svg.close();
-        line + 11.0
-    }
+/// From the foot of a column through the gutter to the head of the next, with round corners.
+fn detour((ax, ay): (f64, f64), low: f64, gutter: f64, high: f64, (bx, by): (f64, f64)) -> String {
+    let r = 8.0;
+    format!(
+        "M{ax:.1} {ay:.1}V{:.1}Q{ax:.1} {low:.1} {:.1} {low:.1}H{:.1}Q{gutter:.1} {low:.1} {gutter:.1} {:.1}\
+         V{:.1}Q{gutter:.1} {high:.1} {:.1} {high:.1}H{:.1}Q{bx:.1} {high:.1} {bx:.1} {:.1}V{by:.1}",
+        low - r,
+        ax + r,
+        gutter - r,
+        low - r,
+        high + r,
+        gutter + r,
+        bx - r,
+        high + r,
+    )
 }

@@ -5,12 +5,14 @@ use crate::cli::draw::text::{Anchor, CLUSTER, CODE, DETAIL, HEADING, ROW, SUBHEA
 use crate::cli::draw::view::{layer, part};
 use crate::cli::table::size;
 use crate::ir::Stage;
-use crate::plan::{ALIGNMENT, Bucket, Program, Ref, Region};
+use crate::plan::{ALIGNMENT, Bucket, Instr, Op, Program, Ref, Region, Semantic};
 
-/// Height of the axes.
-const HEIGHT: f64 = 420.0;
-/// Upper end of the axes.
-const TOP: f64 = 72.0;
+/// The plot of live bytes: upper end, height.
+const LIVE: (f64, f64) = (70.0, 84.0);
+/// Upper end of the arena's axes.
+const TOP: f64 = LIVE.0 + LIVE.1 + 16.0;
+/// Height of the arena's axes.
+const HEIGHT: f64 = 400.0;
 /// Right margin.
 const MARGIN: f64 = 20.0;
 /// The pool: left end, width.
@@ -18,7 +20,7 @@ const POOL: (f64, f64) = (MARGIN, 118.0);
 /// From the pool to the axes: room for ticks.
 const TICKS: f64 = 86.0;
 /// Width of the axes that is aimed at, and limits on the width of a step.
-const WIDTH: f64 = 900.0;
+const WIDTH: f64 = 752.0;
 const STEP: (f64, f64) = (2.0, 30.0);
 /// Least width of a step that has its name under it.
 const NAMED: f64 = 9.5;
@@ -41,14 +43,15 @@ enum Role {
 }
 
 impl Role {
-    /// By the stages of the step that writes it.
-    fn of(stages: &str) -> Role {
-        let named = |name: &str| Stage::ALL.iter().find(|(_, known)| *known == name).map(|(stage, _)| *stage);
-        let stages: Vec<Stage> = stages.split('+').filter_map(named).collect();
-        if stages.iter().any(|stage| matches!(stage, Stage::Residual | Stage::Embed)) {
+    /// By the step that writes it.
+    fn of(semantic: &Semantic) -> Role {
+        let residual = Stage::Residual.to_string();
+        let embeds = semantic.body.iter().any(|Instr(op, ..)| *op == Op::Embed);
+        if embeds || semantic.name.split('+').any(|stage| stage == residual) {
             return Role::Residual;
         }
-        Role::Of(stages.iter().map(|&stage| Family::of_stage(stage)).min().unwrap_or(Family::Pointwise))
+        let families = semantic.body.iter().map(|Instr(op, ..)| Family::of_instruction(op));
+        Role::Of(families.min().unwrap_or(Family::Pointwise))
     }
 
     fn name(self) -> &'static str {
@@ -116,7 +119,7 @@ impl<'p> Memory<'p> {
         let mut svg = Svg::default();
         svg.raw(
             "<style>.grid{stroke:#e6eaef;stroke-width:1}.axis{stroke:#9aa5b1;stroke-width:1;fill:none}\
-             .live{fill:none;stroke:#c0392b;stroke-width:1.4}\
+             .live{fill:none;stroke:#c0392b;stroke-width:1.3}.area{fill:#c0392b;fill-opacity:.1}\
              .bound{fill:none;stroke:#c0392b;stroke-width:1;stroke-dasharray:6 4;opacity:.75}</style>\n",
         );
         let heading = format!("arena of {}", bucket.name);
@@ -139,7 +142,7 @@ impl<'p> Memory<'p> {
         self.draw_pool(&mut svg);
         let below = self.draw_axes(&mut svg);
         self.draw_buffers(&mut svg);
-        self.draw_lines(&mut svg);
+        self.draw_live(&mut svg);
         let bottom = self.draw_legend(&mut svg, below + 22.0);
         let text = SUBHEADING.width(&subheading).max(HEADING.width(&heading)) + MARGIN;
         svg.finish((self.right() + MARGIN).max(text + MARGIN).max(self.legend_width()), bottom + 16.0)
@@ -169,6 +172,12 @@ impl<'p> Memory<'p> {
             svg.text(ROW, Anchor::Middle, middle, centre - 7.0, name);
             svg.text(CODE, Anchor::Middle, middle, centre + 7.0, &size(region.bytes));
             svg.close();
+            if name == "arena" {
+                let (a, b) = (px(POOL.0 + POOL.1), px(self.left()));
+                let (low, high) = (px(TOP + HEIGHT), px(self.y(region.bytes).max(TOP)));
+                let commands = format!("M{a} {}L{b} {high}V{low}L{a} {}Z", px(top + 5.0), px(top + height - 5.0));
+                svg.path(&commands, "fill=\"#fdf5d4\" fill-opacity=\".55\"");
+            }
             bottom = top;
         }
         let total = format!("pool {}", size(pool.bytes()));
@@ -222,7 +231,7 @@ impl<'p> Memory<'p> {
         while bytes <= self.scale * HEIGHT {
             let y = self.y(bytes as u64);
             svg.path(&format!("M{} {}H{}", px(left), px(y), px(right)), "class=\"grid\"");
-            let label = format!("{} {suffix}", px(bytes / unit));
+            let label = if bytes > 0.0 { format!("{} {suffix}", px(bytes / unit)) } else { "0".to_owned() };
             svg.text(CODE, Anchor::End, left - 7.0, y, &label);
             bytes += tick;
         }
@@ -261,24 +270,35 @@ impl<'p> Memory<'p> {
         }
     }
 
-    /// Live bytes at each step, and the largest of them as a line.
-    fn draw_lines(&self, svg: &mut Svg) {
+    /// Live bytes at each step, and the largest of them as a line, here and in the arena.
+    fn draw_live(&self, svg: &mut Svg) {
         let mut live = vec![0u64; self.bucket.steps.len()];
         for life in &self.lives {
             let room = life.bytes.checked_next_multiple_of(ALIGNMENT).unwrap_or(life.bytes);
-            live[life.first..=life.last].iter_mut().for_each(|bytes| *bytes = bytes.saturating_add(room));
+            let steps = live.iter_mut().take(life.last + 1).skip(life.first);
+            steps.for_each(|bytes| *bytes = bytes.saturating_add(room));
         }
+        let bound = self.bucket.arena_lower_bound;
+        let most = live.iter().copied().max().unwrap_or(0).max(bound).max(1);
+        let bottom = LIVE.0 + LIVE.1;
+        let y = |bytes: u64| bottom - bytes as f64 / most as f64 * (LIVE.1 - 6.0);
+        let (left, right) = (px(self.left()), px(self.right()));
         let mut commands = String::new();
         for (step, &bytes) in live.iter().enumerate() {
-            let y = self.y(bytes).max(TOP);
             let start = if step == 0 { 'M' } else { 'L' };
-            commands += &format!("{start}{} {}H{}", px(self.x(step)), px(y), px(self.x(step + 1)));
+            commands += &format!("{start}{} {}H{}", px(self.x(step)), px(y(bytes)), px(self.x(step + 1)));
         }
         if !commands.is_empty() {
+            svg.path(&format!("{commands}V{bottom}H{left}Z"), "class=\"area\"");
             svg.path(&commands, "class=\"live\"");
         }
-        let y = self.y(self.bucket.arena_lower_bound);
-        svg.path(&format!("M{} {}H{}", px(self.left()), px(y), px(self.right())), "class=\"bound\"");
+        svg.path(&format!("M{left} {}V{bottom}H{right}", px(LIVE.0)), "class=\"axis\"");
+        svg.text(CODE, Anchor::End, self.left() - 7.0, y(most), &size(most));
+        svg.text(CODE, Anchor::End, self.left() - 7.0, bottom - 2.0, "0");
+        svg.text(DETAIL, Anchor::End, self.left() - 7.0, (y(most) + bottom) / 2.0, "live bytes");
+        for height in [y(bound), self.y(bound)] {
+            svg.path(&format!("M{left} {}H{right}", px(height)), "class=\"bound\"");
+        }
     }
 
     fn roles(&self) -> Vec<Role> {
@@ -329,7 +349,7 @@ fn lives<'p>(program: &'p Program, bucket: &'p Bucket) -> Vec<Life<'p>> {
             if let Ref::Arena(id) = place
                 && let Some(role) = role.get_mut(*id as usize)
             {
-                *role = program.semantics.get(step.op as usize).map_or(*role, |semantic| Role::of(&semantic.name));
+                *role = program.semantics.get(step.op as usize).map_or(*role, Role::of);
             }
         }
     }
@@ -358,8 +378,8 @@ fn unit(bytes: f64) -> (f64, &'static str) {
     (1024f64.powi(step as i32), UNITS[step])
 }
 
-/// The smallest of 1, 2, 4, 5, 8 times a power of ten that is at least `x`; at least 1/10.
+/// The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `x`; at least 1/10.
 fn nice(x: f64) -> f64 {
     let power = 10f64.powf(x.max(0.1).log10().floor());
-    [1.0, 2.0, 4.0, 5.0, 8.0, 10.0].into_iter().map(|n| n * power).find(|&n| n >= x * 0.999).unwrap_or(10.0 * power)
+    [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|n| n * power).find(|&n| n >= x * 0.999).unwrap_or(10.0 * power)
 }

@@ -43,7 +43,7 @@ const MONO: &str = "ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono
 impl Font {
     /// Width of a text in pixels, a little more than the widest of the usual fonts takes.
     pub fn width(&self, text: &str) -> f64 {
-        let ems: f64 = text.chars().map(|c| if self.mono { 0.61 } else { ems(c) }).sum();
+        let ems: f64 = text.chars().map(|c| if self.mono { 0.62 } else { ems(c) }).sum();
         let bold = if !self.mono && self.weight >= 600 { 1.1 } else { 1.0 };
         ems * bold * self.size
     }
