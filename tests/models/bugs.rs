@@ -76,13 +76,17 @@ fn three_sequences_in_a_bucket_of_four() {
 
 #[test]
 fn a_reused_slot_starts_fresh() {
-    let (_, mut executor) = demo(|options| options.max_sequences = Some(1));
+    let one_slot = |options: &mut CompileOptions| {
+        options.max_sequences = Some(1);
+        options.decode = Some(vec![1]);
+    };
+    let (_, mut executor) = demo(one_slot);
     let vocab = vocab(&executor);
     for length in [1, 2, 3, 9, 70] {
         let (first, second) = (tokens(7, 50, vocab), tokens(8, length, vocab));
         let requests = vec![request(&first, 9), request(&second, 9)];
         let after = run(&mut executor, requests, all_logits(None)).remove(1);
-        let (_, mut fresh) = demo(|options| options.max_sequences = Some(1));
+        let (_, mut fresh) = demo(one_slot);
         assert_same(&after, &alone(&mut fresh, &second, 9), &format!("{length} tokens in a used slot"));
     }
 }

@@ -85,20 +85,24 @@ fn random_subsets_of_passes() {
     assert!(result.is_ok(), "{result:?}");
 }
 
-/// Narrow types against the f32 truth. `transformers` itself is off by up to 0.14 in bf16 and 0.0082 in f16 on these models,
-/// because a flipped expert choice moves logits far.
+/// Narrow types against the f32 truth, by the median over positions of the error of a position's logits. An expert choice near a
+/// tie flips now and then, as it does in `transformers`, and moves that position's logits far: the median leaves those out.
 #[test]
 fn narrow_types() {
-    for (dtype, bound) in [(DType::BF16, 0.15), (DType::F16, 0.02)] {
+    for (dtype, bound) in [(DType::BF16, 0.045), (DType::F16, 0.006)] {
         for case in cases() {
             let file = directory_plan(&case, &CompileOptions { dtype: Some(dtype), ..options() });
             let mut executor = executor(&file, Some(&case));
-            for golden in goldens(&case).into_values().filter(|golden| golden.ids.len() <= 40) {
+            let vocab = vocab(&executor) as usize;
+            let mut errors = vec![];
+            for golden in goldens(&case).into_values() {
                 let finished = run(&mut executor, vec![request(&golden.ids, 1)], all_logits(None));
-                let error = relative_l2(&finished[0].prompt_logits, &golden.logits);
-                let length = golden.ids.len();
-                assert!(error <= bound, "{} in {dtype}, {length} tokens: error {error:e}", case.display());
+                let rows = finished[0].prompt_logits.chunks(vocab).zip(golden.logits.chunks(vocab));
+                errors.extend(rows.map(|(found, expected)| relative_l2(found, expected)));
             }
+            errors.sort_by(f64::total_cmp);
+            let median = errors[errors.len() / 2];
+            assert!(median <= bound, "{} in {dtype}: median error {median:e}", case.display());
         }
     }
 }
