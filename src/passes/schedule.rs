@@ -22,7 +22,8 @@ const NOMINAL: Extents = Extents { tokens: 64, sequences: 64, rows: 64 };
 pub struct Schedule {
     /// One step for each operator.
     pub steps: Vec<ScheduledStep>,
-    /// The first step of the head: all that depends on a graph input with rows `R`. The number of steps if there is none.
+    /// The first step of the head: all that depends on a graph input with rows `R`. The number of steps if there is none, or
+    /// if some of it updates a state, so that it cannot run again.
     pub head: usize,
 }
 
@@ -107,7 +108,7 @@ pub(crate) fn reduce(after: &[BTreeSet<usize>]) -> Vec<Vec<usize>> {
     result
 }
 
-/// For each operator, true if it depends on a graph input with rows `R`.
+/// For each operator, true if it is part of the head.
 fn head_ops(graph: &Graph, dag: &DiGraph<usize, ValueId>) -> Vec<bool> {
     let is_rows = |value: &ValueId| graph.ty(*value).shape.iter().any(|dim| dim.sym == Some(Sym::R));
     let rows: BTreeSet<ValueId> = graph.inputs.iter().copied().filter(is_rows).collect();
@@ -119,7 +120,8 @@ fn head_ops(graph: &Graph, dag: &DiGraph<usize, ValueId>) -> Vec<bool> {
             pending.extend(dag.neighbors_directed(NodeIndex::new(at), Outgoing).map(|next| next.index()));
         }
     }
-    head
+    let updates = graph.ops.iter().zip(&head).any(|(op, &head)| head && !op.state_updates().is_empty());
+    if updates { vec![false; graph.ops.len()] } else { head }
 }
 
 /// A topological order, the head last, and its peak of live bytes. Among ready operators, the one that adds least to the

@@ -11,6 +11,8 @@
 //!
 //! Numbers are little-endian. Sections in order: the manifest (RON), the recipe, then one graph text after the other.
 
+mod text;
+
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -27,24 +29,6 @@ const PREFIX_BYTES: usize = 16;
 const MAX_SECTIONS: usize = 1 << 12;
 /// Larger than any plan: a file beyond this is not read.
 const MAX_FILE_BYTES: u64 = 1 << 28;
-/// Deeper than the manifest's types.
-const MAX_RON_DEPTH: usize = 32;
-/// Down to this depth the manifest's RON gets a line for each field; below, an item is one line.
-const RON_LINE_DEPTH: usize = 6;
-/// What is put onto one line although it lies above that depth: fields ...
-const ONE_LINE: [&str; 9] = [
-    "eos_tokens: [",
-    "prompt: [",
-    "inputs: [",
-    "outputs: [",
-    "temps: [",
-    "weights: (",
-    "state: (",
-    "arena: (",
-    "io: (",
-];
-/// ... and the items of lists.
-const ONE_LINE_ITEMS: [&str; 4] = ["tensors: [", "weights: [", "states: [", "io: ["];
 
 /// A plan file's contents.
 #[derive(Clone, PartialEq, Debug)]
@@ -147,9 +131,7 @@ fn list(faults: &[Fault]) -> String {
 impl PlanFile {
     /// The manifest as text: RON, with a line for each tensor, weight, state, buffer and step.
     pub fn manifest_text(&self) -> String {
-        let config = ron::ser::PrettyConfig::new().depth_limit(RON_LINE_DEPTH).indentor("  ").new_line("\n");
-        let text = ron::ser::to_string_pretty(&self.manifest, config).expect("plain data, written to a String");
-        join_lines(&text)
+        text::print(&self.manifest)
     }
 
     /// Reads what [`PlanFile::manifest_text`] wrote, or RON of the same meaning; does not validate it.
@@ -157,11 +139,7 @@ impl PlanFile {
     /// # Errors
     /// The first thing that does not belong into a manifest, with line and column.
     pub fn parse_manifest(text: &str) -> Result<Manifest, PlanError> {
-        let options = ron::Options::default().with_recursion_limit(MAX_RON_DEPTH);
-        options.from_str(text).map_err(|fault| {
-            let at = fault.span.end;
-            PlanError::Manifest { line: at.line, column: at.col, message: fault.code.to_string() }
-        })
+        text::parse(text)
     }
 
     /// The file's bytes: the same for the same plan.
@@ -367,41 +345,6 @@ fn check_hash(section: &str, bytes: &[u8], expected: &[u8]) -> Result<(), PlanEr
 fn text(section: &[u8], position: usize) -> Result<&str, PlanError> {
     std::str::from_utf8(section)
         .map_err(|fault| PlanError::NotText { section: Kind::of(position).name(), at: fault.valid_up_to() })
-}
-
-/// Joins lines: each of [`ONE_LINE`], and each item of [`ONE_LINE_ITEMS`].
-fn join_lines(pretty: &str) -> String {
-    let mut text = String::with_capacity(pretty.len());
-    // What is being joined up to a line of this indentation or less, and what a list of items lies at.
-    let (mut joining, mut items) = (None, None);
-    for line in pretty.lines() {
-        let content = line.trim_start();
-        let indent = line.len() - content.len();
-        if items.is_some_and(|items| indent <= items) {
-            items = None;
-        }
-        if joining.is_none() {
-            let begins = ONE_LINE.contains(&content) || (items.is_some() && content == "(");
-            joining = begins.then_some(indent);
-            if ONE_LINE_ITEMS.contains(&content) {
-                items = Some(indent);
-            }
-            text.push_str(line);
-            text.push_str(if begins { "" } else { "\n" });
-            continue;
-        }
-        if content.starts_with([')', ']']) {
-            text.truncate(text.trim_end_matches([' ', ',']).len());
-        }
-        text.push_str(content);
-        if joining == Some(indent) {
-            joining = None;
-            text.push('\n');
-        } else if !content.ends_with(['(', '[']) {
-            text.push(' ');
-        }
-    }
-    text
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ mod ops;
 mod order;
 mod pool;
 mod semantic;
+mod steps;
 
 use std::collections::HashSet;
 use std::fmt::{self, Display};

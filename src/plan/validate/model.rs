@@ -42,7 +42,7 @@ fn limits(limits: &Limits, faults: &mut Faults) {
             faults.add("limits", format!("`{name}`: expected 1 to {}, found {value}", MAX_DIM + 1));
         }
     }
-    if limits.page_tokens != 0 && limits.kv_tokens % limits.page_tokens != 0 {
+    if limits.page_tokens != 0 && !limits.kv_tokens.is_multiple_of(limits.page_tokens) {
         faults.add(
             "limits",
             format!("`kv_tokens`: expected whole pages of {}, found {}", limits.page_tokens, limits.kv_tokens),

@@ -60,7 +60,7 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
 }
 
 fn region_end(region: Region, start: u64) -> Result<u64, String> {
-    if region.offset % ALIGNMENT != 0 {
+    if !region.offset.is_multiple_of(ALIGNMENT) {
         return Err(format!("expected an offset aligned to {ALIGNMENT}, found {}", region.offset));
     }
     if region.offset < start {
@@ -91,7 +91,7 @@ fn inside(kind: &str, region: Region, mut places: Vec<(u64, u64, &str)>, at: &st
 
 /// Checks that a range is aligned and inside so many bytes.
 pub(super) fn place(offset: u64, bytes: u64, room: u64) -> Result<(), String> {
-    if offset % ALIGNMENT != 0 {
+    if !offset.is_multiple_of(ALIGNMENT) {
         return Err(format!("expected an offset aligned to {ALIGNMENT}, found {offset}"));
     }
     match offset.checked_add(bytes) {
