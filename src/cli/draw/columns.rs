@@ -28,7 +28,7 @@ pub struct Columns {
     pub height: f64,
 }
 
-/// Breaks what is too high into columns, between layers.
+/// Breaks what is too high into columns, before layers.
 pub fn columns(sections: &[Section], layout: &Layout, width: f64) -> Columns {
     let count = sections.len();
     let single = Columns { shifts: vec![(0.0, 0.0); count], width: 0.0, height: layout.height };
@@ -41,7 +41,7 @@ pub fn columns(sections: &[Section], layout: &Layout, width: f64) -> Columns {
     let breaks = |most: f64| {
         let (mut breaks, mut start) = (vec![], 0.0);
         for &(first, _, top, bottom) in &groups {
-            if top > start && bottom - start > most {
+            if sections[first].layer.is_some() && top > start && bottom - start > most {
                 breaks.push(first);
                 start = top;
             }

@@ -216,10 +216,12 @@ impl<'a> Picture<'a> {
             Some(range) => parts.push(format!("layers {}–{}", range.start(), range.end())),
             None => {}
         }
-        parts.push(format!("{ops} operator{}", if ops == 1 { "" } else { "s" }));
-        if fused > 0 {
-            parts.push(format!("{fused} of them fused, {primitives} primitive ones in all"));
-        }
+        let plural = if ops == 1 { "" } else { "s" };
+        parts.push(match fused {
+            0 => format!("{ops} operator{plural}"),
+            _ if fused == ops => format!("{ops} fused operator{plural} of {primitives} primitive ones"),
+            _ => format!("{ops} operators, {fused} of them fused, of {primitives} primitive ones"),
+        });
         parts.join(" · ")
     }
 

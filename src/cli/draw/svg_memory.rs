@@ -241,7 +241,7 @@ impl<'p> Memory<'p> {
 
     fn draw_buffers(&self, svg: &mut Svg) {
         for life in &self.lives {
-            let (a, b) = (self.x(life.first), self.x(life.last + 1));
+            let (a, b) = (self.x(life.first), self.x((life.last + 1).min(self.bucket.steps.len())));
             let (bottom, top) = (self.y(life.offset), self.y(life.offset.saturating_add(life.bytes)));
             let height = (bottom - top).max(0.8);
             let (fill, stroke) = life.role.colours();
@@ -262,7 +262,12 @@ impl<'p> Memory<'p> {
             svg.open("buffer", &tooltip);
             let inset = (self.step * 0.06).min(1.0);
             let look = format!("fill=\"{fill}\" fill-opacity=\".9\" stroke=\"{stroke}\" stroke-width=\".8\"");
-            svg.rect((a + inset, bottom - height), (b - a - 2.0 * inset, height), 1.5f64.min(height / 3.0), &look);
+            svg.rect(
+                (a + inset, bottom - height),
+                ((b - a - 2.0 * inset).max(0.0), height),
+                1.5f64.min(height / 3.0),
+                &look,
+            );
             if height >= 13.0 && DETAIL.width(life.name) + 6.0 <= b - a {
                 svg.text(DETAIL, Anchor::Middle, (a + b) / 2.0, bottom - height / 2.0, life.name);
             }
