@@ -59,7 +59,9 @@ pub enum PlanError {
         found: u64,
     },
     /// Something else.
-    #[error("this is no plan file: it begins with {found:?}, a plan with \"LFM2PLAN\"; make one with `lfm2c compile`")]
+    #[error(
+        "this is no plan file: expected \"LFM2PLAN\" at its beginning, found {found:?}; make one with `lfm2c compile`"
+    )]
     NotAPlan {
         /// The first bytes.
         found: String,
