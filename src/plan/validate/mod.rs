@@ -5,9 +5,9 @@
 //!   inside their regions, aligned, and those that live for ever do not overlap.
 //! - A weight's layout takes existing tensors whose shapes add up to its own; a tensor's sources can hold it.
 //! - A semantic's body takes what is written, writes each output and temporary once, and follows the shape rules of
-//!   [`ops`]; integers are used only as what they are made for ([`meaning`]).
+//!   `ops`; integers are used only as what they are made for (`meaning`).
 //! - A step's reads and writes have the types of its semantic; each buffer has one writer; every reader of it happens after
-//!   that; two buffers share bytes only if all accesses to one happen before the other is written ([`order`]).
+//!   that; two buffers share bytes only if all accesses to one happen before the other is written (`order`).
 //! - The head can run again: it updates no state, and what it reads of earlier steps, like what the graph returns, lives to
 //!   the end.
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
