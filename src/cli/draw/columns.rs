@@ -85,5 +85,5 @@ pub fn groups(sections: &[Section]) -> impl Iterator<Item = (usize, usize)> {
 pub fn extent(layout: &Layout, first: usize, last: usize) -> Option<(f64, f64)> {
     let mut bands = layout.bands.iter().filter(|band| (first..=last).contains(&band.section));
     let band = bands.next()?;
-    Some((band.top, bands.last().unwrap_or(band).bottom))
+    Some((band.top, bands.next_back().unwrap_or(band).bottom))
 }

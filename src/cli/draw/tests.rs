@@ -57,8 +57,11 @@ fn nodes<'g>(graph: &'g Graph, options: &DotOptions) -> Vec<(String, &'g Op)> {
     nodes
 }
 
+/// Attributes of the edges between two nodes.
+type Edges = BTreeMap<(String, String), Vec<String>>;
+
 /// Nodes and edges of DOT text; fails if quotes or braces are not balanced.
-fn read_dot(text: &str) -> (Vec<String>, BTreeMap<(String, String), Vec<String>>) {
+fn read_dot(text: &str) -> (Vec<String>, Edges) {
     let (mut depth, mut quoted, mut escaped) = (0i64, false, false);
     for c in text.chars() {
         match c {
@@ -72,7 +75,7 @@ fn read_dot(text: &str) -> (Vec<String>, BTreeMap<(String, String), Vec<String>>
         assert!(depth >= 0 && !(quoted && c == '\n'), "unbalanced:\n{text}");
     }
     assert_eq!((depth, quoted), (0, false), "unbalanced:\n{text}");
-    let (mut nodes, mut edges) = (vec![], BTreeMap::<_, Vec<_>>::new());
+    let (mut nodes, mut edges) = (vec![], Edges::new());
     for line in text.lines().map(str::trim) {
         let Some((head, attributes)) = line.split_once(" [") else { continue };
         match head.split_once(" -> ") {
