@@ -83,7 +83,17 @@ fn compiled_demo(disabled: &[&str]) -> PlanFile {
         disabled: disabled.iter().map(|name| (*name).to_owned()).collect(),
         ..CompileOptions::default()
     };
-    let small = DEMO.replace("vocab_size: 512", "vocab_size: 48").replace("hidden_size: 128", "hidden_size: 32");
+    let small = [
+        ("vocab_size: 512", "vocab_size: 48"),
+        ("hidden_size: 128", "hidden_size: 32"),
+        ("num_hidden_layers: 6", "num_hidden_layers: 3"),
+        (
+            r#"["conv", "conv", "full_attention", "conv", "full_attention", "conv"]"#,
+            r#"["conv", "full_attention", "conv"]"#,
+        ),
+        ("num_dense_layers: 2", "num_dense_layers: 1"),
+    ];
+    let small = small.into_iter().fold(DEMO.to_owned(), |text, (from, to)| text.replace(from, to));
     let mut recipe = Recipe::parse(&small).expect("the demo recipe is valid");
     recipe.prompt.clear();
     compile(&Source::Recipe(recipe, None), &options, &Silent).expect("the demo compiles").file
