@@ -3,7 +3,7 @@
 # left out: CI has run it before. What the commands write at the top of the checkout is ignored by git.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/target/release:$PATH"
+export PATH="$PWD/target/release:$PATH" CARGO_TERM_COLOR=never
 count=0
 while IFS= read -r command; do
     printf '$ %s\n' "$command"
