@@ -46,6 +46,7 @@ fn context(target: Target, phase: Phase, tokens: u64) -> PassContext {
 fn graph_of(raw: &RawConfig) -> Graph {
     let config = Config::resolve(raw).unwrap();
     let options = BuildOptions {
+        forced_routing: false,
         dtype: DType::BF16,
         max_sequences: 64,
         max_context: 4096,

@@ -43,6 +43,9 @@ pub struct Choices {
     /// Leaves a pass out; may be repeated
     #[arg(long, value_name = "NAME")]
     pub disable_pass: Vec<String>,
+    /// Makes the choice of experts an input, for `verify` with a golden file that holds the reference's choices
+    #[arg(long)]
+    pub forced_routing: bool,
     /// Applies only the first N patches of each bucket's pipeline, to find a bad one by bisection
     #[arg(long, value_name = "N")]
     pub stop_after_patch: Option<usize>,
@@ -115,6 +118,7 @@ impl Choices {
             kv_tokens: self.kv_tokens,
             disabled: self.disable_pass.clone(),
             stop_after_patch: self.stop_after_patch,
+            forced_routing: self.forced_routing,
         }
     }
 }

@@ -9,13 +9,13 @@ use rayon::prelude::*;
 use crate::codegen::Recipe;
 use crate::codegen::lower::{self, Prepared};
 use crate::ir::build::{BuildOptions, build};
-use crate::ir::config::Config;
+use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
 use crate::passes::driver::{Driver, PassReport};
 use crate::passes::plan_memory::plan_memory;
 use crate::passes::schedule::schedule;
 use crate::passes::{BucketSpec, PassContext, Phase, Stage, Target};
-use crate::plan::{self, ALIGNMENT, Limits, Manifest, Model, PlanFile, WeightSource};
+use crate::plan::{self, ALIGNMENT, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
 
 /// Positions of one KV page.
 const PAGE_TOKENS: u64 = 64;
@@ -51,6 +51,8 @@ pub struct CompileOptions {
     pub disabled: Vec<String>,
     /// Applies only so many patches in each bucket's pipeline, to find a bad one.
     pub stop_after_patch: Option<usize>,
+    /// Makes the choice of experts an input, to compare runs with the choices of a reference.
+    pub forced_routing: bool,
 }
 
 impl Default for CompileOptions {
@@ -65,6 +67,7 @@ impl Default for CompileOptions {
             kv_tokens: None,
             disabled: vec![],
             stop_after_patch: None,
+            forced_routing: false,
         }
     }
 }
@@ -225,6 +228,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         pages: limits.pages(),
         page_tokens: limits.page_tokens,
         ring_columns: limits.ring_columns,
+        forced_routing: options.forced_routing,
     };
     let graph = build(&config, &build_options, &in_pool).map_err(|fault| anyhow!("cannot build the graph: {fault}"))?;
     let model = Model {
@@ -235,12 +239,24 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         eos_tokens: config.eos_tokens.clone(),
         weights: recipe.weights.clone(),
         prompt: recipe.prompt.clone(),
+        forced_routing: options.forced_routing.then(|| forced_routing(&config)).flatten(),
     };
     if let Some(token) = model.prompt.iter().find(|&&token| u64::from(token) >= model.vocab) {
         bail!("the recipe's `prompt`: expected tokens below {}, found {token}", model.vocab);
     }
     let checkpoint_dtype = Box::new(move |weight: &crate::ir::Weight| in_checkpoint(&weight.name));
     Ok(Unit { graph, specs, model, limits, dtype, recipe: recipe.to_text()?, checkpoint_dtype })
+}
+
+/// The choices that a model's routers would make; none if it has no experts.
+fn forced_routing(config: &Config) -> Option<ForcedRouting> {
+    let experts = config.layers.iter().enumerate().filter_map(|(i, layer)| match &layer.feed_forward {
+        FeedForward::Experts(experts) => Some((i as u64, experts)),
+        FeedForward::Dense(_) => None,
+    });
+    let (layers, experts): (Vec<u64>, Vec<&Experts>) = experts.unzip();
+    let first = experts.first()?;
+    Some(ForcedRouting { layers, experts: first.count, per_token: first.per_token })
 }
 
 fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Unit> {
@@ -259,6 +275,7 @@ fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Uni
         eos_tokens: vec![],
         weights: WeightSource::Synthetic(0),
         prompt: vec![],
+        forced_routing: None,
     };
     let limits = Limits { max_sequences: 1, max_context: 1, kv_tokens: 1, page_tokens: 1, ring_columns: RING_COLUMNS };
     let dtype = graph.inputs.first().map_or(DType::F32, |&input| graph.ty(input).dtype);

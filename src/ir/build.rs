@@ -23,6 +23,8 @@ pub struct BuildOptions {
     pub page_tokens: u64,
     /// Columns of the convolution state of a slot.
     pub ring_columns: u64,
+    /// Makes each router's choice of experts an input, `experts.N` i32[T,k] for layer N.
+    pub forced_routing: bool,
 }
 
 /// Builds the graph. `weight_dtype` gives a weight's element type in the pool by its name.
@@ -93,7 +95,7 @@ impl Builder<'_> {
             let n = self.norm(h, &format!("{base}.ffn_norm.weight"), hidden)?;
             let out = match &layer.feed_forward {
                 FeedForward::Dense(width) => self.dense(n, &base, *width)?,
-                FeedForward::Experts(experts) => self.experts(n, &base, experts)?,
+                FeedForward::Experts(experts) => self.experts(n, &base, i, experts)?,
             };
             h = self.binary(BinaryFn::Add, h, out, "h")?;
         }
@@ -170,21 +172,23 @@ impl Builder<'_> {
         self.linear(product, &format!("{base}.w2"), self.config.hidden, width, false, "d")
     }
 
-    fn experts(&mut self, n: ValueId, base: &str, experts: &Experts) -> Result<ValueId, String> {
+    fn experts(&mut self, n: ValueId, base: &str, layer: usize, experts: &Experts) -> Result<ValueId, String> {
         let base = format!("{base}.feed_forward");
         let Experts { count, per_token, width, .. } = *experts;
         let hidden = self.config.hidden;
         let gate = self.weight(&format!("{base}.gate.weight"), &[count, hidden]);
         let router = self.op_as(OpKind::Matmul, &[n.into(), gate.into()], "router", DType::F32)?;
         let scores = self.op_as(OpKind::Unary(UnaryFn::Sigmoid), &[router.into()], "scores", DType::F32)?;
-        let mut selection = scores;
-        if experts.bias {
-            let bias = self.f32_weight(&format!("{base}.expert_bias"), &[count]);
-            let add = OpKind::Binary(BinaryFn::Add);
-            selection = self.op_as(add, &[scores.into(), bias.into()], "selection", DType::F32)?;
-        }
-        let top = OpKind::TopK { k: per_token };
-        let chosen = self.op_as(top, &[selection.into(), self.slot.into()], "experts", DType::I32)?;
+        let chosen = if self.options.forced_routing {
+            let chosen = self.graph.add_value(
+                &format!("experts.{layer}"),
+                Type::new(DType::I32, [Dim::from(Sym::T), Dim::fixed(per_token)]),
+            );
+            self.graph.inputs.push(chosen);
+            chosen
+        } else {
+            self.selection(scores, &base, experts)?
+        };
         let mut weights = self.op_as(OpKind::GatherColumns, &[scores.into(), chosen.into()], "weights", DType::F32)?;
         if experts.normalise {
             let sum = self.op_as(OpKind::RowSum, &[weights.into()], "sum", DType::F32)?;
@@ -202,6 +206,18 @@ impl Builder<'_> {
         let product = self.binary(BinaryFn::Mul, silu, up, "m")?;
         let down = self.op(OpKind::ExpertMatmul, &[product.into(), w2.into(), chosen.into()], "d")?;
         self.op(OpKind::WeightedSum, &[down.into(), weights.into(), chosen.into()], "moe")
+    }
+
+    /// The columns of the experts that the router chooses.
+    fn selection(&mut self, scores: ValueId, base: &str, experts: &Experts) -> Result<ValueId, String> {
+        let mut selection = scores;
+        if experts.bias {
+            let bias = self.f32_weight(&format!("{base}.expert_bias"), &[experts.count]);
+            let add = OpKind::Binary(BinaryFn::Add);
+            selection = self.op_as(add, &[scores.into(), bias.into()], "selection", DType::F32)?;
+        }
+        let top = OpKind::TopK { k: experts.per_token };
+        self.op_as(top, &[selection.into(), self.slot.into()], "experts", DType::I32)
     }
 
     fn norm(&mut self, x: ValueId, weight: &str, width: u64) -> Result<ValueId, String> {

@@ -52,6 +52,28 @@ pub struct Model {
     pub weights: WeightSource,
     /// The recipe's own prompt, used when a run is given none.
     pub prompt: Vec<u32>,
+    /// If present, routers choose no experts: the input `experts.N`, i32 `[T, experts a token]` for layer N, says them.
+    #[serde(default)]
+    pub forced_routing: Option<ForcedRouting>,
+}
+
+/// Shape of the choices of a plan with forced routing.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ForcedRouting {
+    /// The layers with experts, ascending.
+    pub layers: Vec<u64>,
+    /// Experts of a layer.
+    pub experts: u64,
+    /// Experts a token.
+    pub per_token: u64,
+}
+
+impl ForcedRouting {
+    /// Name of a layer's input.
+    pub fn input(layer: u64) -> String {
+        format!("experts.{layer}")
+    }
 }
 
 /// Where weights come from.

@@ -34,6 +34,7 @@ pub fn manifest(
             eos_tokens: vec![],
             weights: WeightSource::Synthetic(0),
             prompt: vec![1],
+            forced_routing: None,
         },
         target: Target::Cpu,
         dtype: DType::F32,

@@ -5,6 +5,7 @@ pub mod buckets;
 pub mod convert;
 pub mod cpu;
 pub mod executor;
+pub mod forced;
 pub mod generate;
 pub mod io;
 #[cfg(test)]

@@ -20,6 +20,8 @@ pub struct Golden {
     /// `[length, vocab]`
     pub logits: Vec<f32>,
     pub greedy: Vec<u32>,
+    /// `[layers with experts, length, experts a token]`; empty without experts.
+    pub experts: Vec<i32>,
 }
 
 /// The folder of a file that comes with the project.
@@ -50,6 +52,10 @@ pub fn goldens(directory: &Path) -> BTreeMap<usize, Golden> {
         ids: tokens(format!("ids.{n}")),
         logits: words(format!("logits.{n}")).into_iter().map(f32::from_le_bytes).collect(),
         greedy: tokens(format!("greedy.{n}")),
+        experts: match file.tensor(&format!("experts.{n}")) {
+            Ok(_) => words(format!("experts.{n}")).into_iter().map(i32::from_le_bytes).collect(),
+            Err(_) => vec![],
+        },
     };
     numbers.into_iter().map(|n| (n, golden(n))).collect()
 }

@@ -29,6 +29,7 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
             eos_tokens: vec![],
             weights: WeightSource::Checkpoint,
             prompt: vec![],
+            forced_routing: None,
         },
         target: Target::Cpu,
         dtype: DType::F32,

@@ -7,7 +7,7 @@ use super::bucket::Context;
 use super::meaning::{Kind, Meaning};
 use super::pool::LANGUAGE_RESULT;
 use super::semantic::Signature;
-use crate::plan::{Bucket, Cost, DType, Ref, Semantic, Step, TensorType};
+use crate::plan::{Bucket, Cost, DType, ForcedRouting, Ref, Semantic, Step, TensorType};
 
 /// Each of a step's costs: sums over a bucket stay inside 64 bits.
 const MAX_COST: u64 = 1 << 51;
@@ -149,9 +149,18 @@ impl<'a> Walk<'a> {
             "slot" => (self.bucket.tokens, Kind::Slot, limits.max_sequences),
             "rows" if at < self.bucket.head as usize => return Err("a step before the head reads `rows`".into()),
             "rows" => (self.bucket.rows, Kind::Row, self.bucket.tokens),
-            _ => return Err(format!("`{name}` is no input of a language model")),
+            _ => return self.forced_experts(name).map(Some),
         };
         Ok(Some((TensorType(DType::I32, vec![size]), Meaning::new(kind, below))))
+    }
+
+    /// Type and meaning of an input of forced routing.
+    fn forced_experts(&self, name: &str) -> Result<(TensorType, Meaning), String> {
+        let routing = self.context.manifest.model.forced_routing.as_ref();
+        let routing = routing.filter(|r| r.layers.iter().any(|&layer| ForcedRouting::input(layer) == name));
+        let routing = routing.ok_or_else(|| format!("`{name}` is no input of a language model"))?;
+        let ty = TensorType(DType::I32, vec![self.bucket.tokens, routing.per_token]);
+        Ok((ty, Meaning::new(Kind::Expert, routing.experts)))
     }
 
     fn write(&mut self, place: Ref, content: Content<'a>) -> Result<(), String> {

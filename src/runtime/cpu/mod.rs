@@ -30,8 +30,9 @@ pub use self::pool::{HostPool, Regions};
 use self::interpret::{Input, interpret};
 use self::poison::{Liveness, POISON};
 use self::tensor::{View, byte_len};
-use crate::plan::{Bucket, Manifest, Program, Ref, State, StateRole, Step, TensorType};
+use crate::plan::{Bucket, ForcedRouting, Manifest, Program, Ref, State, StateRole, Step, TensorType};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
+use crate::runtime::forced::ForcedExperts;
 use crate::runtime::{batch, io};
 
 /// Runs one rank's program on the CPU.
@@ -43,6 +44,7 @@ pub struct CpuExecutor {
     /// For each bucket, if everything not live is poisoned before each step.
     poison: Option<Vec<Liveness>>,
     last: Option<LastRun>,
+    forced: ForcedExperts,
 }
 
 /// What the results of the last run belong to.
@@ -65,7 +67,7 @@ impl CpuExecutor {
         let program = manifest.ranks.get(rank).with_context(|| format!("no rank {rank} in a plan of {ranks}"))?;
         let (found, expected) = (pool.bytes().len() as u64, program.pool.bytes().max(1));
         ensure!(found == expected, "a pool of {found} bytes for a program that needs {expected}");
-        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None })
+        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, forced: ForcedExperts::default() })
     }
 
     /// With `true`, fills everything not live with NaN: caches, rings and io now, and the arena before each step.
@@ -85,6 +87,11 @@ impl CpuExecutor {
             }
         }
         self
+    }
+
+    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
+    pub fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
+        self.forced.set(slot, choices);
     }
 
     /// The rank's program.
@@ -257,6 +264,12 @@ impl Executor for CpuExecutor {
         self.write_input("pos", &batch.positions, at.tokens, 0)?;
         self.write_input("slot", &batch.slots, at.tokens, -1)?;
         self.write_input("rows", &batch.rows, at.rows, -1)?;
+        if let Some(routing) = &manifest.model.forced_routing {
+            for (i, &layer) in routing.layers.iter().enumerate() {
+                let choices = self.forced.rows(i, routing, batch)?;
+                self.write_input(&ForcedRouting::input(layer), &choices, at.tokens * routing.per_token, -1)?;
+            }
+        }
         self.run_steps(bucket)?;
         self.last = Some(LastRun { bucket, tokens: batch.tokens.len(), rows: batch.rows.len() });
         Ok(())

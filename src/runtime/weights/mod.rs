@@ -43,7 +43,7 @@ pub fn load(
     region: &mut [u8],
     progress: Progress,
 ) -> Result<(), WeightError> {
-    let stored = resolve::resolve(&manifest.tensors, checkpoint)?;
+    let stored = resolve::resolve(manifest, checkpoint)?;
     layout::fill(&manifest.tensors, &program.weights, &stored, region, progress)
 }
 
@@ -67,7 +67,7 @@ pub fn fill_synthetic(
 /// # Errors
 /// As [`load`].
 pub fn check(manifest: &Manifest, checkpoint: &Checkpoint) -> Result<(), WeightError> {
-    resolve::resolve(&manifest.tensors, checkpoint).map(|_| ())
+    resolve::resolve(manifest, checkpoint).map(|_| ())
 }
 
 /// Bytes of all weights: the last value that progress reports.

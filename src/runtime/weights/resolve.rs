@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use super::WeightError;
 use super::checkpoint::{Checkpoint, CheckpointTensor};
 use super::layout::Elements;
-use crate::plan::{DType, Tensor, TensorSource};
+use crate::plan::{DType, Manifest, Tensor, TensorSource};
 use crate::runtime::convert::convert;
 
 /// The most tensors that one tensor may be cut into; bounds the work that a damaged plan can ask for.
@@ -123,7 +123,9 @@ impl Elements for Stored<'_> {
 }
 
 /// Finds all tensors; the first source that fits is taken.
-pub(super) fn resolve<'a>(tensors: &[Tensor], checkpoint: &'a Checkpoint) -> Result<Stored<'a>, WeightError> {
+pub(super) fn resolve<'a>(manifest: &Manifest, checkpoint: &'a Checkpoint) -> Result<Stored<'a>, WeightError> {
+    let tensors = &manifest.tensors;
+    let forced = manifest.model.forced_routing.is_some();
     let mut report = Report::default();
     let mut named = BTreeSet::new();
     let mut stored = Vec::with_capacity(tensors.len());
@@ -137,7 +139,8 @@ pub(super) fn resolve<'a>(tensors: &[Tensor], checkpoint: &'a Checkpoint) -> Res
         }
         stored.extend(locate(tensor, &forms, checkpoint, &mut report));
     }
-    let unexpected = checkpoint.tensors().map(|t| t.name).filter(|name| !named.contains(*name) && !harmless(name));
+    let unexpected =
+        checkpoint.tensors().map(|t| t.name).filter(|name| !named.contains(*name) && !harmless(name, forced));
     let mismatch = CheckpointMismatch {
         dir: checkpoint.dir().to_owned(),
         missing: report.missing.into_iter().collect(),
@@ -155,9 +158,11 @@ pub(super) fn resolve<'a>(tensors: &[Tensor], checkpoint: &'a Checkpoint) -> Res
 }
 
 /// Tensors that checkpoints carry without need: the head of a model that shares it with the embedding, and what older
-/// libraries stored of position embeddings.
-fn harmless(name: &str) -> bool {
-    name == "lm_head.weight" || name.ends_with(".rotary_emb.inv_freq")
+/// libraries stored of position embeddings; and with forced routing, what only takes part in the choice of experts.
+fn harmless(name: &str, forced: bool) -> bool {
+    name == "lm_head.weight"
+        || name.ends_with(".rotary_emb.inv_freq")
+        || forced && name.ends_with(".feed_forward.expert_bias")
 }
 
 /// What is wrong; sets, because several of the plan's tensors may be parts of one.

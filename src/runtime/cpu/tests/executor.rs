@@ -134,6 +134,7 @@ fn manifest() -> Manifest {
             eos_tokens: vec![],
             weights: WeightSource::Checkpoint,
             prompt: vec![],
+            forced_routing: None,
         },
         target: Target::Cpu,
         dtype: DType::F32,
