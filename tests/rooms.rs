@@ -9,7 +9,7 @@ const ARROWS: [(&str, &[&str]); 6] = [
     ("ir", &["ir"]),
     ("plan", &["plan"]),
     ("passes", &["passes", "ir"]),
-    ("codegen", &["codegen", "passes", "ir", "plan", "runtime"]),
+    ("codegen", &["codegen", "passes", "ir", "plan"]),
     ("runtime", &["runtime", "plan"]),
     ("cli", &["cli", "codegen", "passes", "ir", "plan", "runtime"]),
 ];

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::cli::{progress, usage};
-use crate::codegen::compile::{Observer, listing};
+use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
 use crate::ir::{DType, Graph};
@@ -144,7 +144,7 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
         (None, None) => return usage("expected a recipe (FILE.ron) or --model DIR"),
     };
     let checkpoint = match (&recipe.weights, recipe.directory()) {
-        (WeightSource::Checkpoint, Some(directory)) => Some(listing(directory)?),
+        (WeightSource::Checkpoint, Some(directory)) => Some(Checkpoint::open(directory)?.listing()),
         _ => None,
     };
     Ok(Source::Recipe(recipe, checkpoint))

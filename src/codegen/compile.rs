@@ -1,7 +1,6 @@
 //! The compile driver: description to graph, graph through the passes for each bucket, everything into one plan file.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use rayon::prelude::*;
@@ -374,12 +373,4 @@ fn parse_torch_dtype(name: &str) -> Result<DType> {
         "bfloat16" => Ok(DType::BF16),
         other => bail!("the configuration's `dtype`: expected float32, float16 or bfloat16, found `{other}`"),
     }
-}
-
-/// The checkpoint listing of a directory, through the runtime's reader.
-///
-/// # Errors
-/// The directory holds no readable checkpoint.
-pub fn listing(directory: &Path) -> Result<CheckpointListing> {
-    Ok(crate::runtime::weights::Checkpoint::open(directory)?.listing())
 }

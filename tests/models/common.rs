@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lfm2c::codegen::compile::{Silent, listing};
+use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::ir::DType;
 use lfm2c::plan::{PlanFile, WeightSource};
@@ -75,7 +75,7 @@ pub fn options() -> CompileOptions {
 
 /// The plan of a model directory.
 pub fn directory_plan(directory: &Path, options: &CompileOptions) -> PlanFile {
-    let listing = listing(directory).expect("the checkpoint is readable");
+    let listing = Checkpoint::open(directory).expect("the checkpoint is readable").listing();
     let source = Source::Recipe(Recipe::for_directory(directory), Some(listing));
     compile(&source, options, &Silent).expect("the model compiles").file
 }

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use lfm2c::codegen::compile::{Silent, listing};
+use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::recipe::ModelSource;
 use lfm2c::codegen::{Recipe, Source, compile};
 use lfm2c::ir::config::RawConfig;
+use lfm2c::runtime::weights::Checkpoint;
 
 use crate::common::*;
 
@@ -16,7 +17,7 @@ fn error_with(case: &str, change: impl Fn(&mut RawConfig)) -> f64 {
     let mut raw: RawConfig = serde_json::from_str(&text).expect("config.json is readable");
     change(&mut raw);
     let recipe = Recipe { model: ModelSource::Config(Box::new(raw)), ..Recipe::for_directory(&directory) };
-    let listing = listing(&directory).expect("the checkpoint is readable");
+    let listing = Checkpoint::open(&directory).expect("the checkpoint is readable").listing();
     let file = compile(&Source::Recipe(recipe, Some(listing)), &options(), &Silent).expect("it compiles").file;
     longest_error(&file, &directory)
 }
