@@ -143,7 +143,7 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
         (WeightSource::Checkpoint, Some(directory)) => Some(listing(directory)?),
         _ => None,
     };
-    Ok(Source::Recipe(recipe, checkpoint))
+    Ok(Source::Recipe(Box::new(recipe), checkpoint))
 }
 
 /// Compiles with a progress bar.
