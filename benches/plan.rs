@@ -13,7 +13,7 @@ fn main() {
 
 fn source() -> Source {
     let text = include_str!("../plans/lfm2-8b-a1b.ron");
-    Source::Recipe(Recipe::parse(text).expect("the recipe is valid"), None)
+    Source::Recipe(Box::new(Recipe::parse(text).expect("the recipe is valid")), None)
 }
 
 fn compiled(source: &Source, target: Target) -> PlanFile {

@@ -11,7 +11,7 @@ fn compiled(disabled: Vec<String>) -> PlanFile {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/lfm2-8b-a1b.ron");
     let recipe = Recipe::read(&path).expect("the recipe is valid");
     let options = CompileOptions { disabled, ..CompileOptions::default() };
-    compile(&Source::Recipe(recipe, None), &options, &Silent).expect("it compiles").file
+    compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("it compiles").file
 }
 
 fn assert_tight(file: &PlanFile) {

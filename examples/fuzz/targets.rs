@@ -96,7 +96,7 @@ fn compiled_demo(disabled: &[&str]) -> PlanFile {
     let small = small.into_iter().fold(DEMO.to_owned(), |text, (from, to)| text.replace(from, to));
     let mut recipe = Recipe::parse(&small).expect("the demo recipe is valid");
     recipe.prompt.clear();
-    compile(&Source::Recipe(recipe, None), &options, &Silent).expect("the demo compiles").file
+    compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("the demo compiles").file
 }
 
 fn compiled_gelu() -> PlanFile {

@@ -80,7 +80,7 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
         (Some(file), None) => final_graph(file, arguments.bucket.as_deref()),
         (Some(file), Some(after)) => {
             let recipe = Recipe::parse(&file.recipe).context("the plan's recipe, to compile it again up to a pass")?;
-            staged(&Source::Recipe(recipe, None), arguments, after)
+            staged(&Source::Recipe(Box::new(recipe), None), arguments, after)
         }
         (None, after) => {
             let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;

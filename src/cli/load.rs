@@ -147,7 +147,7 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
         (WeightSource::Checkpoint, Some(directory)) => Some(Checkpoint::open(directory)?.listing()),
         _ => None,
     };
-    Ok(Source::Recipe(recipe, checkpoint))
+    Ok(Source::Recipe(Box::new(recipe), checkpoint))
 }
 
 /// Compiles with a progress bar.

@@ -74,7 +74,7 @@ impl Default for CompileOptions {
 /// What to compile.
 pub enum Source {
     /// A model; with the checkpoint's listing (name to element type and shape) if there is a checkpoint at hand.
-    Recipe(Recipe, Option<CheckpointListing>),
+    Recipe(Box<Recipe>, Option<CheckpointListing>),
     /// Any graph in text form, by name.
     Graph(String, Box<Graph>),
 }
@@ -262,7 +262,7 @@ fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Uni
     crate::ir::verify(graph)?;
     let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
     let specs = match &options.prefill {
-        Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(|rows| fixed(rows)).collect(),
+        Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(fixed).collect(),
         None if symbolic => bail!("the graph has symbolic dimensions: name their size with --prefill ROWS"),
         _ => vec![fixed(1)],
     };

@@ -76,14 +76,14 @@ pub fn options() -> CompileOptions {
 /// The plan of a model directory.
 pub fn directory_plan(directory: &Path, options: &CompileOptions) -> PlanFile {
     let listing = Checkpoint::open(directory).expect("the checkpoint is readable").listing();
-    let source = Source::Recipe(Recipe::for_directory(directory), Some(listing));
+    let source = Source::Recipe(Box::new(Recipe::for_directory(directory)), Some(listing));
     compile(&source, options, &Silent).expect("the model compiles").file
 }
 
 /// The plan of the demo recipe.
 pub fn demo_plan(options: &CompileOptions) -> PlanFile {
     let recipe = Recipe::read(&project("plans/demo.ron")).expect("the demo recipe is readable");
-    compile(&Source::Recipe(recipe, None), options, &Silent).expect("the demo compiles").file
+    compile(&Source::Recipe(Box::new(recipe), None), options, &Silent).expect("the demo compiles").file
 }
 
 /// An executor that poisons everything not live before each step.

@@ -18,7 +18,8 @@ fn error_with(case: &str, change: impl Fn(&mut RawConfig)) -> f64 {
     change(&mut raw);
     let recipe = Recipe { model: ModelSource::Config(Box::new(raw)), ..Recipe::for_directory(&directory) };
     let listing = Checkpoint::open(&directory).expect("the checkpoint is readable").listing();
-    let file = compile(&Source::Recipe(recipe, Some(listing)), &options(), &Silent).expect("it compiles").file;
+    let file =
+        compile(&Source::Recipe(Box::new(recipe), Some(listing)), &options(), &Silent).expect("it compiles").file;
     longest_error(&file, &directory)
 }
 

@@ -21,7 +21,7 @@ fn plan(disabled: &[&str]) -> PlanFile {
     let recipe = Recipe::parse(DEMO).expect("the demo is a recipe");
     let disabled = disabled.iter().map(|&name| name.to_owned()).collect();
     let options = CompileOptions { disabled, ..CompileOptions::default() };
-    compile(&Source::Recipe(recipe, None), &options, &Silent).expect("the demo compiles").file
+    compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("the demo compiles").file
 }
 
 fn parse(text: &str) -> Graph {
