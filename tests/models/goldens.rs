@@ -2,7 +2,7 @@
 
 use lfm2c::codegen::CompileOptions;
 use lfm2c::ir::DType;
-use lfm2c::passes;
+use lfm2c::passes::{self, Target};
 use proptest::test_runner::{Config, TestRunner};
 
 use crate::common::*;
@@ -15,7 +15,18 @@ type Variant<'a> = (&'a [&'a str], Option<usize>);
 /// Checks every golden prompt of a model that is at most `longest`, each alone or all at once.
 fn check(directory: &std::path::Path, (disabled, chunk): Variant<'_>, longest: usize, together: bool) {
     let compile = CompileOptions { disabled: disabled.iter().map(|name| (*name).to_owned()).collect(), ..options() };
-    let file = directory_plan(directory, &compile);
+    check_compiled(directory, &compile, chunk, longest, together);
+}
+
+fn check_compiled(
+    directory: &std::path::Path,
+    compile: &CompileOptions,
+    chunk: Option<usize>,
+    longest: usize,
+    together: bool,
+) {
+    let disabled = &compile.disabled;
+    let file = directory_plan(directory, compile);
     let mut executor = executor(&file, Some(directory));
     let goldens: Vec<Golden> = goldens(directory).into_values().filter(|golden| golden.ids.len() <= longest).collect();
     assert!(goldens.iter().any(|golden| golden.ids.len() == 1), "a prompt of one token is among them");
@@ -52,6 +63,13 @@ fn chunked() {
     for chunk in [1, 2, 3, 7] {
         cases().iter().for_each(|case| check(case, (&[], Some(chunk)), usize::MAX, true));
     }
+}
+
+/// A plan for a GPU runs on the CPU too, and is cut into other steps.
+#[test]
+fn lowered_for_a_gpu() {
+    let compile = CompileOptions { target: Target::Sm90a, ..options() };
+    cases().iter().for_each(|case| check_compiled(case, &compile, None, usize::MAX, true));
 }
 
 #[test]
