@@ -11,9 +11,10 @@ use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
 use crate::passes::driver::{Driver, PassReport};
-use crate::passes::plan_memory::plan_memory;
-use crate::passes::schedule::schedule;
-use crate::passes::{BucketSpec, PassContext, Phase, Stage, Target};
+use crate::passes::{
+    BucketSpec, PLAN_MEMORY, PassContext, Phase, SCHEDULE, Stage, Target, names, place_apart, plan_memory, schedule,
+    schedule_in_sequence,
+};
 use crate::plan::{self, ALIGNMENT, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
 
 /// Positions of one KV page.
@@ -28,6 +29,9 @@ const DEFAULT_DECODE: [u64; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 const DEFAULT_CONTEXT: u64 = 32_768;
 /// Positions of all sequences together where nothing else is said.
 const DEFAULT_KV_TOKENS: u64 = 131_072;
+
+/// The most sequences, and positions: they are numbered in i32.
+const MAX_POSITIONS: u64 = i32::MAX as u64;
 
 /// Choices of the command line; each that is given overrides the recipe's.
 #[derive(Clone, PartialEq, Debug)]
@@ -102,6 +106,11 @@ pub struct BucketReport {
     pub passes: Vec<PassReport>,
 }
 
+/// An option of the command line that no model could be compiled with.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct OptionError(String);
+
 /// What is told of the work as it goes on.
 pub trait Observer: Sync {
     /// A pass is done; `bucket` is none before the buckets.
@@ -123,6 +132,10 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         Source::Recipe(recipe, listing) => model_unit(recipe, listing.as_ref(), options)?,
         Source::Graph(name, graph) => graph_unit(name, graph, options)?,
     };
+    if let Some(unknown) = options.disabled.iter().find(|name| !names().contains(&name.as_str())) {
+        let known = names().join(", ");
+        bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
+    }
     let Unit { mut graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let driver = |bucket: Option<String>| {
@@ -145,23 +158,32 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
             Ok((graph, reports))
         })
         .collect::<Result<_>>()?;
+    let enabled = |name: &str| !options.disabled.iter().any(|disabled| disabled == name);
     let mut texts: Vec<String> = vec![];
     let mut buckets = vec![];
     let mut prepared = vec![];
-    for (spec, (graph, passes)) in specs.iter().zip(compiled) {
+    for (spec, (graph, mut passes)) in specs.iter().zip(compiled) {
         let text = graph.to_string();
         let at = texts.iter().position(|known| *known == text).unwrap_or_else(|| {
             texts.push(text);
             texts.len() - 1
         });
+        for name in [SCHEDULE, PLAN_MEMORY].into_iter().filter(|name| enabled(name)) {
+            passes.push(PassReport { name, rewrites: 0, ops_before: graph.ops.len(), ops_after: graph.ops.len() });
+            observer.pass(Some(&spec.name()), name, &graph);
+        }
         buckets.push(BucketReport { name: spec.name(), passes });
         prepared.push((*spec, graph, at as u32));
     }
     let prepared: Vec<Prepared> = prepared
         .into_par_iter()
         .map(|(spec, graph, text)| {
-            let mut schedule = schedule(&graph);
-            let placement = plan_memory(&graph, &mut schedule, &spec.extents, ALIGNMENT)?;
+            let mut schedule = if enabled(SCHEDULE) { schedule(&graph) } else { schedule_in_sequence(&graph) };
+            let placement = if enabled(PLAN_MEMORY) {
+                plan_memory(&graph, &mut schedule, &spec.extents, ALIGNMENT)?
+            } else {
+                place_apart(&graph, &schedule, &spec.extents, ALIGNMENT)?
+            };
             Ok(Prepared { spec, graph, schedule, placement, text })
         })
         .collect::<Result<_, String>>()
@@ -263,7 +285,9 @@ fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Uni
     let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
     let specs = match &options.prefill {
         Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(fixed).collect(),
-        None if symbolic => bail!("the graph has symbolic dimensions: name their size with --prefill ROWS"),
+        None if symbolic => {
+            bail!(OptionError("the graph has symbolic dimensions: name their size with --prefill ROWS".into()))
+        }
         _ => vec![fixed(1)],
     };
     let model = Model {
@@ -296,8 +320,8 @@ fn fixed(rows: u64) -> BucketSpec {
 fn limits(recipe: &Recipe, options: &CompileOptions, config: &Config) -> Result<Limits> {
     let choose = |name: &str, option: Option<u64>, recipe: Option<u64>, default: u64| {
         let value = option.or(recipe).unwrap_or(default);
-        if value == 0 || value > 1 << 31 {
-            bail!("{name}: expected 1 to {}, found {value}", 1u64 << 31);
+        if value == 0 || value > MAX_POSITIONS {
+            bail!(OptionError(format!("{name}: expected 1 to {MAX_POSITIONS}, found {value}")));
         }
         Ok(value)
     };
@@ -325,7 +349,12 @@ fn buckets(recipe: &Recipe, options: &CompileOptions, limits: &Limits) -> Result
     let all_rows = limits.max_sequences.saturating_mul(limits.max_context);
     let prefill = options.prefill.clone().or_else(|| recipe.prefill.clone());
     let prefill = prefill.unwrap_or_else(|| defaults(&DEFAULT_PREFILL, all_rows));
-    let decode = options.decode.clone().or_else(|| recipe.decode.clone());
+    // Fewer slots than the recipe has: its decode buckets are cut to them, as the defaults are.
+    let fitting = |sizes: &Vec<u64>| match options.max_sequences {
+        Some(limit) => defaults(sizes, limit),
+        None => sizes.clone(),
+    };
+    let decode = options.decode.clone().or_else(|| recipe.decode.as_ref().map(fitting));
     let decode = decode.unwrap_or_else(|| defaults(&DEFAULT_DECODE, limits.max_sequences));
     let mut specs = vec![];
     for rows in sorted(&prefill, "--prefill")? {
@@ -334,13 +363,14 @@ fn buckets(recipe: &Recipe, options: &CompileOptions, limits: &Limits) -> Result
     }
     for sequences in sorted(&decode, "--decode")? {
         if sequences > limits.max_sequences {
-            bail!("--decode {sequences}: expected at most --max-sequences {}", limits.max_sequences);
+            let most = limits.max_sequences;
+            bail!(OptionError(format!("--decode {sequences}: expected at most --max-sequences {most}")));
         }
         let extents = Extents { tokens: sequences, sequences, rows: sequences };
         specs.push(BucketSpec { phase: Phase::Decode, extents });
     }
     if specs.is_empty() {
-        bail!("no bucket to compile: expected sizes with --prefill or --decode");
+        bail!(OptionError("no bucket to compile: expected sizes with --prefill or --decode".into()));
     }
     Ok(specs)
 }
@@ -350,7 +380,7 @@ fn sorted(sizes: &[u64], what: &str) -> Result<Vec<u64>> {
     sizes.sort_unstable();
     sizes.dedup();
     match sizes.iter().find(|&&size| size == 0 || size > 1 << 20) {
-        Some(size) => bail!("{what}: expected sizes from 1 to {}, found {size}", 1u64 << 20),
+        Some(size) => bail!(OptionError(format!("{what}: expected sizes from 1 to {}, found {size}", 1u64 << 20))),
         None => Ok(sizes),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::ir::{Graph, verify};
-use crate::passes::{PIPELINE, Pass, PassContext, Stage, find, names};
+use crate::passes::{PIPELINE, Pass, PassContext, Stage, names};
 
 /// A pass that proposes more patches than this for each operator of the graph it began with is taken not to end.
 const PATCHES_PER_OP: usize = 100;
@@ -83,7 +83,7 @@ impl<'a> Driver<'a> {
         stop_after_patch: Option<usize>,
         on_pass: impl Fn(&str, &Graph) + 'a,
     ) -> Result<Self, PassError> {
-        if let Some(unknown) = disabled.iter().find(|name| find(name).is_none()) {
+        if let Some(unknown) = disabled.iter().find(|name| !names().contains(&name.as_str())) {
             return Err(PassError::UnknownPass { name: unknown.clone() });
         }
         Ok(Driver {

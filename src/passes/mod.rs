@@ -25,8 +25,8 @@ mod weights;
 pub use context::{BucketSpec, PassContext, Phase, Target};
 pub use driver::{Driver, PassError, PassReport};
 pub use patch::{Patch, Rewrite};
-pub use plan_memory::{PlacedBuffer, Placement, plan_memory};
-pub use schedule::{Schedule, ScheduledStep, Storage, schedule, storage};
+pub use plan_memory::{PlacedBuffer, Placement, place_apart, plan_memory};
+pub use schedule::{Schedule, ScheduledStep, Storage, schedule, schedule_in_sequence, storage};
 
 /// When a pass runs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,12 +77,17 @@ pub static PIPELINE: &[Pass] = &[
     Pass::per_bucket("sweep", "removes what fusion left unused", &dce::Dce),
 ];
 
-/// The pass of a name.
+/// The pass of a name, if it is one that rewrites.
 pub fn find(name: &str) -> Option<&'static Pass> {
     PIPELINE.iter().find(|pass| pass.name == name)
 }
 
+/// The last two passes of each bucket, which change no operator: [`schedule`], or program order, one step at a time, ...
+pub const SCHEDULE: &str = "schedule";
+/// ... and [`plan_memory`], or every buffer in bytes of its own.
+pub const PLAN_MEMORY: &str = "plan-memory";
+
 /// The names of all passes, in the order in which they run.
 pub fn names() -> Vec<&'static str> {
-    PIPELINE.iter().map(|pass| pass.name).collect()
+    PIPELINE.iter().map(|pass| pass.name).chain([SCHEDULE, PLAN_MEMORY]).collect()
 }

@@ -74,6 +74,22 @@ pub fn plan_memory(
     Ok(Placement { buffers: buffers.collect(), bytes: placed.bytes, lower_bound })
 }
 
+/// Every buffer in bytes of its own, in the order of the steps: what is left without this pass.
+///
+/// # Errors
+/// The sizes overflow.
+pub fn place_apart(graph: &Graph, schedule: &Schedule, extents: &Extents, alignment: u64) -> Result<Placement, String> {
+    let live = lifetimes(graph, schedule, extents, alignment)?;
+    let overflow = "the arena's size overflows";
+    let mut bytes = 0u64;
+    let mut buffers = Vec::with_capacity(live.len());
+    for Live { value, bytes: size, room, first, last, .. } in &live {
+        buffers.push(PlacedBuffer { value: *value, offset: bytes, bytes: *size, first: *first, last: *last });
+        bytes = bytes.checked_add(*room).ok_or(overflow)?;
+    }
+    Ok(Placement { buffers, bytes, lower_bound: lower_bound(&live, schedule.steps.len()).ok_or(overflow)? })
+}
+
 /// A buffer before it has a place.
 struct Live {
     value: ValueId,

@@ -88,6 +88,20 @@ pub fn schedule(graph: &Graph) -> Schedule {
     Schedule { steps, head }
 }
 
+/// Program order with the head last, each step after the one before: what is left without this pass.
+///
+/// # Panics
+/// As [`schedule`].
+pub fn schedule_in_sequence(graph: &Graph) -> Schedule {
+    let dag = graph.dependencies();
+    let head = head_ops(graph, &dag);
+    let (order, _) = order(graph, &dag, &head, false);
+    let head = order.iter().position(|&op| head[op]).unwrap_or(order.len());
+    let after = |step: usize| step.checked_sub(1).into_iter().collect();
+    let steps = order.into_iter().enumerate().map(|(step, op)| ScheduledStep { op, after: after(step) }).collect();
+    Schedule { steps, head }
+}
+
 /// The transitive reduction: for each step, those of its earlier steps `after` that do not follow from others.
 pub(crate) fn reduce(after: &[BTreeSet<usize>]) -> Vec<Vec<usize>> {
     let mut dag: DiGraph<(), ()> = DiGraph::new();

@@ -193,24 +193,30 @@ impl PlanFile {
         PlanFile::from_bytes(&fs::read(path).map_err(failed)?)
     }
 
-    /// Writes the plan file: under another name first, so that nobody ever sees half a plan.
+    /// Writes the plan file: under another name first, so that nobody ever sees half a plan. What is there and is no file,
+    /// such as a device or a pipe, is written to as it is; a link keeps pointing where it does.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, path: &Path) -> Result<(), PlanError> {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
+        let failed = |source| PlanError::File { path: path.to_owned(), source };
+        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if fs::metadata(&target).is_ok_and(|found| !found.is_file()) {
+            return File::create(&target).and_then(|mut file| file.write_all(&self.to_bytes())).map_err(failed);
+        }
+        let mut name = target.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
+        let temporary = target.with_file_name(name);
         let write = || {
             let mut file = File::create(&temporary)?;
             file.write_all(&self.to_bytes())?;
             file.sync_all()?;
-            fs::rename(&temporary, path)
+            fs::rename(&temporary, &target)
         };
         write().map_err(|source| {
             // The error to report is the first one; a leftover file is harmless.
             let _ = fs::remove_file(&temporary);
-            PlanError::File { path: path.to_owned(), source }
+            failed(source)
         })
     }
 }
