@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use anyhow::Result;
 
 use crate::cli::load::{self, Choices, compile_source};
-use crate::cli::table::{size, table};
+use crate::cli::table::{regions, size, table};
 use crate::cli::usage;
 use crate::codegen::compile::{BucketReport, Observer};
 use crate::codegen::{Compiled, compile};
@@ -108,15 +108,7 @@ fn report(compiled: &Compiled) -> String {
         .collect();
     text += &table(&["bucket", "steps", "unfused", "arena", "lower bound"], &rows);
     let pool = &program.pool;
-    text += &format!(
-        "pool {}: weights {}, state {}, arena {}, io {}\n",
-        size(pool.bytes()),
-        size(pool.weights.bytes),
-        size(pool.state.bytes),
-        size(pool.arena.bytes),
-        size(pool.io.bytes),
-    );
-    text
+    text + &format!("pool {}: {}\n", size(pool.bytes()), regions(pool))
 }
 
 /// The smallest decode bucket and the largest prefill bucket, as far as there are such.

@@ -5,10 +5,10 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cli::draw::{DotOptions, dot, svg};
-use crate::cli::load::{self, Choices, has_extension};
+use crate::cli::load::{self, Choices, find_bucket, has_extension};
 use crate::cli::usage;
 use crate::codegen::compile::Observer;
 use crate::codegen::{Recipe, Source, compile};
@@ -79,8 +79,13 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
     match (&from_plan, &arguments.after) {
         (Some(file), None) => final_graph(file, arguments.bucket.as_deref()),
         (Some(file), Some(after)) => {
+            if file.recipe.is_empty() {
+                bail!(
+                    "--after {after}: the plan was compiled from a graph and has no recipe; name the graph (FILE.ir) instead"
+                );
+            }
             let recipe = Recipe::parse(&file.recipe).context("the plan's recipe, to compile it again up to a pass")?;
-            staged(&Source::Recipe(Box::new(recipe), None), arguments, after)
+            staged(&load::recipe_source(recipe)?, arguments, after)
         }
         (None, after) => {
             let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
@@ -148,9 +153,6 @@ impl Observer for Seen {
 fn choose(names: &[&str], bucket: Option<&str>) -> Result<usize> {
     match bucket {
         None => Ok(names.iter().position(|name| name.starts_with("decode")).unwrap_or(0)),
-        Some(bucket) => match names.iter().position(|name| *name == bucket) {
-            Some(at) => Ok(at),
-            None => usage(format!("--bucket {bucket}: expected one of {}", names.join(", "))),
-        },
+        Some(bucket) => find_bucket(names, bucket),
     }
 }

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::draw::memory_svg;
-use crate::cli::load::Device;
-use crate::cli::table::{size, table};
-use crate::cli::usage;
+use crate::cli::load::{Device, find_bucket};
+use crate::cli::table::{regions, size, table};
 use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
 
 /// Show what is in a plan: model, pool, buckets, steps.
@@ -48,16 +47,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         Device::Cuda.check()?;
     }
     let program = &file.manifest.ranks[0];
-    let chosen = match &arguments.bucket {
-        None => None,
-        Some(name) => match program.buckets.iter().position(|bucket| bucket.name == *name) {
-            Some(at) => Some(at),
-            None => {
-                let names: Vec<&str> = program.buckets.iter().map(|bucket| bucket.name.as_str()).collect();
-                return usage(format!("--bucket {name}: expected one of {}", names.join(", ")));
-            }
-        },
-    };
+    let names: Vec<&str> = program.buckets.iter().map(|bucket| bucket.name.as_str()).collect();
+    let chosen = arguments.bucket.as_deref().map(|name| find_bucket(&names, name)).transpose()?;
     if let Some(path) = &arguments.memory {
         let largest = program.buckets.iter().rposition(|bucket| bucket.phase == Phase::Prefill).unwrap_or(0);
         let drawing = memory_svg(program, chosen.unwrap_or(largest));
@@ -97,7 +88,7 @@ fn summary(manifest: &Manifest, hash: &str) -> String {
          model {} ({}), configuration {}, weights {weights}\n\
          target {:?}, {:?}, {} rank(s)\n\
          limits {} sequences, context {}, {} KV positions in {} pages of {}, {} convolution columns\n\
-         pool {}: weights {}, state {}, arena {}, io {}\n\n",
+         pool {}: {}\n\n",
         manifest.compiler,
         model.name,
         model.model_type,
@@ -112,10 +103,7 @@ fn summary(manifest: &Manifest, hash: &str) -> String {
         limits.page_tokens,
         limits.ring_columns,
         size(pool.bytes()),
-        size(pool.weights.bytes),
-        size(pool.state.bytes),
-        size(pool.arena.bytes),
-        size(pool.io.bytes),
+        regions(pool),
     );
     let waste = crate::runtime::buckets::padding(program);
     let rows: Vec<Vec<String>> = program

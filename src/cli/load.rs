@@ -19,7 +19,7 @@ use crate::runtime::weights::{self, Checkpoint};
 /// What a recipe's choices can be overridden with.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Choices {
-    /// What to lower the steps for; `auto` is sm_90a if an NVIDIA driver is found, else cpu
+    /// What to lower the steps for; `auto` is what this version can run on: cpu
     #[arg(long, value_enum, default_value_t = TargetChoice::Auto)]
     pub target: TargetChoice,
     /// Element type of activations and caches [default: the recipe's, else the model's]
@@ -55,7 +55,7 @@ pub struct Choices {
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[allow(non_camel_case_types)]
 pub enum TargetChoice {
-    /// What this machine has.
+    /// What can run here.
     #[default]
     Auto,
     /// The CPU executor.
@@ -143,11 +143,24 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
         (None, Some(model)) => Recipe::for_directory(model),
         (None, None) => return usage("expected a recipe (FILE.ron) or --model DIR"),
     };
+    recipe_source(recipe)
+}
+
+/// A recipe with the element types of its checkpoint, if it names one.
+pub fn recipe_source(recipe: Recipe) -> Result<Source> {
     let checkpoint = match (&recipe.weights, recipe.directory()) {
         (WeightSource::Checkpoint, Some(directory)) => Some(Checkpoint::open(directory)?.listing()),
         _ => None,
     };
     Ok(Source::Recipe(Box::new(recipe), checkpoint))
+}
+
+/// Position of the bucket of that name.
+pub fn find_bucket(names: &[&str], wanted: &str) -> Result<usize> {
+    match names.iter().position(|name| *name == wanted) {
+        Some(at) => Ok(at),
+        None => usage(format!("--bucket {wanted}: expected one of {}", names.join(", "))),
+    }
 }
 
 /// Compiles with a progress bar.

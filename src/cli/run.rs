@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::cli::load::{self, Choices, Device};
 use crate::cli::run_input::{Prompt, prompts};
-use crate::cli::table::size;
+use crate::cli::table::{regions, size};
 use crate::cli::usage;
 use crate::plan::PlanFile;
 use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
@@ -248,14 +248,11 @@ fn summary(file: &PlanFile, timing: &Timing) {
     let statistics = &timing.statistics;
     let pool = &program.pool;
     eprintln!(
-        "{}: ready in {:.2} s; pool {} (weights {}, state {}, arena {}, io {})",
+        "{}: ready in {:.2} s; pool {} ({})",
         file.manifest.model.name,
         timing.ready_seconds,
         size(pool.bytes()),
-        size(pool.weights.bytes),
-        size(pool.state.bytes),
-        size(pool.arena.bytes),
-        size(pool.io.bytes),
+        regions(pool),
     );
     for (bucket, counts) in program.buckets.iter().zip(&statistics.buckets) {
         if counts.steps > 0 {

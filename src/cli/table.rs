@@ -1,5 +1,7 @@
 //! Tables and sizes as text.
 
+use crate::plan::Pool;
+
 /// Rows of cells in aligned columns: the first to the left, the others to the right.
 pub fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
@@ -40,4 +42,11 @@ pub fn size(bytes: u64) -> String {
         _ if value < 100.0 => format!("{value:.1} {}", UNITS[unit]),
         _ => format!("{value:.0} {}", UNITS[unit]),
     }
+}
+
+/// The sizes of a pool's regions.
+pub fn regions(pool: &Pool) -> String {
+    let Pool { weights, state, arena, io } = pool;
+    let [weights, state, arena, io] = [weights, state, arena, io].map(|region| size(region.bytes));
+    format!("weights {weights}, state {state}, arena {arena}, io {io}")
 }

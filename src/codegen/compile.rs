@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, anyhow, bail};
 use rayon::prelude::*;
 
-use crate::codegen::Recipe;
 use crate::codegen::lower::{self, Prepared};
+use crate::codegen::{Recipe, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
@@ -30,8 +30,8 @@ const DEFAULT_CONTEXT: u64 = 32_768;
 /// Positions of all sequences together where nothing else is said.
 const DEFAULT_KV_TOKENS: u64 = 131_072;
 
-/// The most sequences, and positions: they are numbered in i32.
-const MAX_POSITIONS: u64 = i32::MAX as u64;
+/// Slots, positions and pages are counted in i32 on the device; a multiple of the page's size.
+const MAX_LIMIT: u64 = (1 << 31) - PAGE_TOKENS;
 
 /// Choices of the command line; each that is given overrides the recipe's.
 #[derive(Clone, PartialEq, Debug)]
@@ -196,13 +196,14 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
             Target::Cpu => plan::Target::Cpu,
             Target::Sm90a => plan::Target::Sm_90a,
         },
-        dtype: lower::dtype(unit.dtype),
+        dtype: types::plan_dtype(unit.dtype),
         limits: unit.limits,
         tensors,
         ranks: vec![program],
     };
     let file = PlanFile { manifest, recipe: unit.recipe, texts };
-    file.validate().context("the compiler made a plan that does not hold: this is a bug of lfm2c")?;
+    file.validate()
+        .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
     Ok(Compiled { file, once, buckets, unfused_steps })
 }
 
@@ -266,6 +267,17 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         bail!("the recipe's `prompt`: expected tokens below {}, found {token}", model.vocab);
     }
     let checkpoint_dtype = Box::new(move |weight: &crate::ir::Weight| in_checkpoint(&weight.name));
+    let of_phase = |phase| specs.iter().filter(|spec| spec.phase == phase).map(|spec| spec.extents.tokens).collect();
+    // As compiled: with what the command line chose.
+    let recipe = Recipe {
+        dtype: Some(dtype.to_string()),
+        prefill: Some(of_phase(Phase::Prefill)),
+        decode: Some(of_phase(Phase::Decode)),
+        max_sequences: Some(limits.max_sequences),
+        max_context: Some(limits.max_context),
+        kv_tokens: Some(limits.kv_tokens),
+        ..recipe.clone()
+    };
     Ok(Unit { graph, specs, model, limits, dtype, recipe: recipe.to_text()?, checkpoint_dtype })
 }
 
@@ -283,11 +295,11 @@ fn forced_routing(config: &Config) -> Option<ForcedRouting> {
 fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Unit> {
     crate::ir::verify(graph)?;
     let symbolic = graph.values.iter().flat_map(|value| &value.ty.shape).any(|dim| dim.sym.is_some());
-    let specs = match &options.prefill {
-        Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(fixed).collect(),
-        None if symbolic => {
+    let specs = match options.prefill.as_deref() {
+        None | Some([]) if symbolic => {
             bail!(OptionError("the graph has symbolic dimensions: name their size with --prefill ROWS".into()))
         }
+        Some(sizes) if symbolic => sorted(sizes, "--prefill")?.into_iter().map(fixed).collect(),
         _ => vec![fixed(1)],
     };
     let model = Model {
@@ -320,8 +332,8 @@ fn fixed(rows: u64) -> BucketSpec {
 fn limits(recipe: &Recipe, options: &CompileOptions, config: &Config) -> Result<Limits> {
     let choose = |name: &str, option: Option<u64>, recipe: Option<u64>, default: u64| {
         let value = option.or(recipe).unwrap_or(default);
-        if value == 0 || value > MAX_POSITIONS {
-            bail!(OptionError(format!("{name}: expected 1 to {MAX_POSITIONS}, found {value}")));
+        if value == 0 || value > MAX_LIMIT {
+            bail!(OptionError(format!("{name}: expected 1 to {MAX_LIMIT}, found {value}")));
         }
         Ok(value)
     };
@@ -387,13 +399,8 @@ fn sorted(sizes: &[u64], what: &str) -> Result<Vec<u64>> {
 
 /// The element type of a weight in a checkpoint's listing, under any of the forms a checkpoint may hold it in.
 fn listed_dtype(listing: &CheckpointListing, name: &str) -> Option<DType> {
-    let found = super::tensors::checkpoint_names(name).into_iter().find_map(|name| listing.get(&name))?;
-    Some(match found.0 {
-        plan::DType::F32 => DType::F32,
-        plan::DType::F16 => DType::F16,
-        plan::DType::BF16 => DType::BF16,
-        plan::DType::I32 => DType::I32,
-    })
+    let found = tensors::checkpoint_names(name).into_iter().find_map(|name| listing.get(&name))?;
+    Some(types::graph_dtype(found.0))
 }
 
 fn parse_torch_dtype(name: &str) -> Result<DType> {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::codegen::cost::cost;
+use crate::codegen::types::tensor_type;
 use crate::codegen::{semantic, tensors};
 use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
 use crate::passes::plan_memory::Placement;
@@ -298,20 +299,4 @@ fn end(offset: u64, ty: &plan::TensorType) -> Option<u64> {
 
 fn too_large(name: &str) -> String {
     format!("`{name}` is too large: its bytes exceed 64 bits")
-}
-
-/// A type with its symbols bound.
-pub fn tensor_type(ty: &ir::Type, extents: &Extents) -> Result<plan::TensorType, String> {
-    let sizes = ty.sizes(extents).ok_or_else(|| format!("{ty} is too large"))?;
-    Ok(plan::TensorType(dtype(ty.dtype), sizes))
-}
-
-/// The plan's name of an element type.
-pub fn dtype(dtype: ir::DType) -> plan::DType {
-    match dtype {
-        ir::DType::F32 => plan::DType::F32,
-        ir::DType::F16 => plan::DType::F16,
-        ir::DType::BF16 => plan::DType::BF16,
-        ir::DType::I32 => plan::DType::I32,
-    }
 }

@@ -6,6 +6,7 @@ mod lower;
 pub mod recipe;
 mod semantic;
 mod tensors;
+mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
 pub use recipe::Recipe;

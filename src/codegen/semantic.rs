@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::codegen::lower::{dtype, tensor_type};
+use crate::codegen::types::{plan_dtype, tensor_type};
 use crate::ir::{self, DType, Extents, Graph, Op, OpKind, Operand, ValueId};
 use crate::plan::{Expr, Instr, Op as PlanOp, Semantic, Slot};
 
@@ -157,7 +157,7 @@ impl Lowering<'_> {
             let result = op.results[0];
             let stored = self.graph.ty(result).dtype;
             if result != output && stored != DType::F32 {
-                register = push(&mut registers, Expr::Round(register, dtype(stored)));
+                register = push(&mut registers, Expr::Round(register, plan_dtype(stored)));
             }
             values.insert(result, register);
         }

@@ -1,5 +1,6 @@
 //! What the weights of a graph need from a checkpoint.
 
+use crate::codegen::types::plan_dtype;
 use crate::ir;
 use crate::plan::{Synthetic, Tensor, TensorSource};
 
@@ -16,7 +17,7 @@ pub fn tensor(weight: &ir::Weight, dtype: ir::DType) -> Result<Tensor, String> {
     let (center, scale) = synthetic_range(&weight.name, &shape);
     Ok(Tensor {
         name: weight.name.clone(),
-        dtype: super::lower::dtype(dtype),
+        dtype: plan_dtype(dtype),
         sources: sources(&weight.name, &shape),
         shape,
         synthetic: Synthetic { salt, center, scale },

@@ -55,6 +55,9 @@ pub struct RawConfig {
 pub struct RopeParameters {
     pub rope_theta: Option<f64>,
     pub rope_type: Option<String>,
+    /// The old name of `rope_type`.
+    #[serde(rename = "type")]
+    pub kind: Option<String>,
 }
 
 /// One token id or several.
@@ -172,11 +175,6 @@ impl Config {
         Config::resolve(&raw)
     }
 
-    /// Number of layers with attention.
-    pub fn attention_layers(&self) -> usize {
-        self.layers.iter().filter(|layer| layer.mixer == Mixer::Attention).count()
-    }
-
     /// BLAKE3 of what the graph depends on, in hexadecimal. Names, token ids and element types do not count.
     pub fn hash(&self) -> String {
         let text = serde_json::to_string(self).expect("a configuration has only strings and numbers");
@@ -206,22 +204,25 @@ impl Config {
         let heads = faults.size("num_attention_heads", raw.num_attention_heads);
         let kv_heads = faults.size("num_key_value_heads", raw.num_key_value_heads);
         let conv_taps = faults.size("conv_L_cache", raw.conv_l_cache);
-        if !heads.is_multiple_of(kv_heads) {
+        // What stands in for a faulty size would only give echoes.
+        let known = faults.0.is_empty();
+        if known && !heads.is_multiple_of(kv_heads) {
             faults.add(format!("`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}"));
         }
-        if raw.head_dim.is_none() && !hidden.is_multiple_of(heads) {
+        if known && raw.head_dim.is_none() && !hidden.is_multiple_of(heads) {
             faults.add(format!("`hidden_size` {hidden} is not a multiple of `num_attention_heads` {heads}"));
         }
         let head_dim = raw.head_dim.unwrap_or(hidden / heads);
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
-            faults.add(format!("the head size must be even for rotary embedding, found {head_dim}"));
+        if known && (head_dim == 0 || head_dim > MAX_SIZE || !head_dim.is_multiple_of(2)) {
+            faults.add(format!("head size: expected an even number from 2 to {MAX_SIZE}, found {head_dim}"));
         }
         let norm_eps = raw.norm_eps.unwrap_or_else(|| faults.missing("norm_eps", 1e-5));
         if !(norm_eps.is_finite() && norm_eps >= 0.0) {
             faults.add(format!("`norm_eps`: expected a number of at least 0, found {norm_eps}"));
         }
-        let rope = raw.rope_scaling.as_ref().or(raw.rope_parameters.as_ref());
-        if let Some(kind) = rope.and_then(|r| r.rope_type.as_deref())
+        let given = raw.rope_scaling.as_ref().filter(|&rope| *rope != RopeParameters::default());
+        let rope = given.or(raw.rope_parameters.as_ref());
+        if let Some(kind) = rope.and_then(|r| r.rope_type.as_deref().or(r.kind.as_deref()))
             && kind != "default"
         {
             faults.add(format!(
@@ -360,7 +361,7 @@ impl Faults {
         }
         let multiple = self.size("block_multiple_of", Some(raw.block_multiple_of.unwrap_or(256)));
         let scaled = (raw.block_ffn_dim_multiplier.unwrap_or(1.0) * (2 * width / 3) as f64) as u64;
-        self.size("adjusted `intermediate_size`", Some(scaled.div_ceil(multiple) * multiple))
+        self.size("adjusted intermediate_size", Some(scaled.div_ceil(multiple).saturating_mul(multiple)))
     }
 
     fn experts(&mut self, raw: &RawConfig) -> Experts {
@@ -387,3 +388,6 @@ impl Faults {
         if self.0.is_empty() { Ok(config) } else { Err(ConfigError(self.0)) }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -69,11 +69,6 @@ impl Users {
         self.outputs[value.index()]
     }
 
-    /// True if nothing uses the value and the graph does not return it.
-    pub fn is_unused(&self, value: ValueId) -> bool {
-        self.of(value).is_empty() && !self.is_output(value)
-    }
-
     /// The only user of a value that is not returned.
     pub fn only(&self, value: ValueId) -> Option<usize> {
         match self.of(value) {

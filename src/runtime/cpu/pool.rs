@@ -84,11 +84,6 @@ impl HostPool {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
-
-    /// The whole pool, at the plan's offsets.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes
-    }
 }
 
 fn bounds(region: Region) -> Option<(usize, usize)> {
