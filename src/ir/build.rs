@@ -291,3 +291,6 @@ impl Builder<'_> {
         Ok(ids)
     }
 }
+
+#[cfg(test)]
+mod tests;
