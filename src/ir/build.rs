@@ -307,3 +307,6 @@ impl Builder<'_> {
         Ok(ids)
     }
 }
+
+#[cfg(test)]
+mod tests;
