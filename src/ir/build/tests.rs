@@ -1,8 +1,15 @@
 use super::*;
 use crate::ir::verify;
 
-const OPTIONS: BuildOptions =
-    BuildOptions { dtype: DType::BF16, max_sequences: 2, max_context: 100, pages: 3, page_tokens: 64, ring_columns: 4 };
+const OPTIONS: BuildOptions = BuildOptions {
+    dtype: DType::BF16,
+    max_sequences: 2,
+    max_context: 100,
+    pages: 3,
+    page_tokens: 64,
+    ring_columns: 4,
+    forced_routing: false,
+};
 
 /// One convolution layer with a dense feed-forward, one attention layer with experts.
 const TINY: &str = r#"{
