@@ -1,6 +1,7 @@
 //! The intermediate representation: typed ids, dimensions, operators, the graph, its text form, its verifier, and the
 //! builder of LFM2 graphs from `config.json`. Uses no other room.
 
+mod attributes;
 pub mod build;
 pub mod config;
 mod cursor;
@@ -19,12 +20,13 @@ mod types;
 mod users;
 mod verify;
 
+pub use attributes::Attribute;
 pub use cursor::ParseError;
 pub use fault::{Fault, VerifyErrors};
 pub use graph::{Graph, Layout, Op, Operand, Value, Weight, outside_operands};
 pub use ids::{ValueId, WeightId};
 pub use location::{Location, SourceMap};
-pub use op::{Attribute, BinaryFn, OpKind, Stage, UnaryFn};
+pub use op::{BinaryFn, OpKind, Stage, UnaryFn};
 pub use parse::{ParsedGraph, parse};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};

@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use crate::ir::attributes::{Attribute, AttributeReader};
+
 /// An elementwise function of one operand.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum UnaryFn {
@@ -238,33 +240,6 @@ pub enum OpKind {
     Fused(Vec<Stage>),
 }
 
-/// The value of an attribute in the text form.
-#[derive(Clone, PartialEq, Debug)]
-pub enum Attribute {
-    /// A whole number.
-    Int(u64),
-    /// A decimal number.
-    Float(f64),
-    /// A list of whole numbers.
-    Ints(Vec<u64>),
-}
-
-impl fmt::Display for Attribute {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Attribute::Int(n) => write!(f, "{n}"),
-            Attribute::Float(x) => write!(f, "{x:?}"),
-            Attribute::Ints(list) => {
-                f.write_str("[")?;
-                for (i, n) in list.iter().enumerate() {
-                    write!(f, "{}{n}", if i > 0 { ", " } else { "" })?;
-                }
-                f.write_str("]")
-            }
-        }
-    }
-}
-
 impl OpKind {
     /// The operator's name in the text form.
     pub fn mnemonic(&self) -> &'static str {
@@ -373,50 +348,4 @@ impl OpKind {
 
 fn name_of<K: PartialEq>(table: &[(K, &'static str)], key: &K) -> &'static str {
     table.iter().find(|(k, _)| k == key).map(|(_, name)| *name).expect("the table lists every variant")
-}
-
-struct AttributeReader<'a> {
-    mnemonic: &'a str,
-    rest: Vec<(String, Attribute)>,
-}
-
-impl AttributeReader<'_> {
-    fn take(&mut self, name: &str) -> Option<Attribute> {
-        let at = self.rest.iter().position(|(n, _)| n == name)?;
-        Some(self.rest.remove(at).1)
-    }
-
-    fn missing(&self, name: &str) -> String {
-        format!("`{}` needs the attribute `{name}`", self.mnemonic)
-    }
-
-    fn mistyped(&self, name: &str, expected: &str, found: &Attribute) -> String {
-        format!("attribute `{name}` of `{}`: expected {expected}, found {found}", self.mnemonic)
-    }
-
-    fn int(&mut self, name: &str) -> Result<u64, String> {
-        self.optional_int(name)?.ok_or_else(|| self.missing(name))
-    }
-
-    fn optional_int(&mut self, name: &str) -> Result<Option<u64>, String> {
-        match self.take(name) {
-            None => Ok(None),
-            Some(Attribute::Int(n)) => Ok(Some(n)),
-            Some(other) => Err(self.mistyped(name, "a whole number", &other)),
-        }
-    }
-
-    fn float(&mut self, name: &str) -> Result<f64, String> {
-        match self.take(name).ok_or_else(|| self.missing(name))? {
-            Attribute::Float(x) => Ok(x),
-            other => Err(self.mistyped(name, "a decimal number", &other)),
-        }
-    }
-
-    fn ints(&mut self, name: &str) -> Result<Vec<u64>, String> {
-        match self.take(name).ok_or_else(|| self.missing(name))? {
-            Attribute::Ints(list) => Ok(list),
-            other => Err(self.mistyped(name, "a list of whole numbers", &other)),
-        }
-    }
 }

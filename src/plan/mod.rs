@@ -2,8 +2,10 @@
 
 pub mod file;
 pub mod manifest;
+pub mod operators;
 pub mod validate;
 
 pub use file::{PlanError, PlanFile};
 pub use manifest::*;
+pub use operators::*;
 pub use validate::{Fault, validate};
