@@ -231,3 +231,103 @@ fn binary(function: ir::BinaryFn) -> crate::plan::BinaryFn {
         ir::BinaryFn::Min => To::Min,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::parse;
+    use crate::plan::{DType as PlanDType, TensorType};
+
+    const EXTENTS: Extents = Extents { tokens: 3, sequences: 2, rows: 1 };
+
+    /// The last operator of a graph, lowered.
+    fn lowered(text: &str) -> Lowered {
+        let graph = parse(text).unwrap_or_else(|fault| panic!("{fault}")).graph;
+        crate::ir::verify(&graph).unwrap_or_else(|faults| panic!("{faults}"));
+        let op = graph.ops.last().expect("the graph has operators");
+        lower(&graph, op, &graph.state_roots(), &EXTENTS).expect("the operator can be lowered")
+    }
+
+    #[test]
+    fn a_chain_becomes_one_expression_that_rounds_where_the_graph_stores() {
+        let found = lowered(
+            "graph @g (%x: bf16[T,8], %y: bf16[T,8]) {
+              %z = fused[pointwise] %x, %y : f32[T,8] {
+                %s = silu %x : bf16[T,8]
+                %m = mul %s, %y : f32[T,8]
+                %z = mul %m, 0.5 : f32[T,8]
+              }
+              return %z
+            }",
+        );
+        let [Instr(PlanOp::Pointwise(registers), arguments, results)] = &found.semantic.body[..] else {
+            panic!("{:?}", found.semantic.body)
+        };
+        let expected = [
+            Expr::Arg(0),
+            Expr::Unary(crate::plan::UnaryFn::Silu, 0),
+            Expr::Round(1, PlanDType::BF16),
+            Expr::Arg(1),
+            Expr::Binary(crate::plan::BinaryFn::Mul, 2, 3),
+            Expr::Const(0.5),
+            Expr::Binary(crate::plan::BinaryFn::Mul, 4, 5),
+        ];
+        assert_eq!(registers[..], expected);
+        assert_eq!((&arguments[..], &results[..]), (&[Slot::In(0), Slot::In(1)][..], &[Slot::Out(0)][..]));
+        assert!(found.semantic.temps.is_empty());
+        assert_eq!(found.semantic.inputs, vec![TensorType(PlanDType::BF16, vec![3, 8]); 2], "symbols are bound");
+    }
+
+    #[test]
+    fn an_operand_taken_twice_is_one_input() {
+        let found = lowered("graph @g (%x: f32[T,8]) {\n%y = mul %x, %x : f32[T,8]\nreturn %y\n}");
+        assert_eq!(found.semantic.inputs.len(), 1);
+        let squared = vec![Expr::Arg(0), Expr::Binary(crate::plan::BinaryFn::Mul, 0, 0)];
+        assert_eq!(found.semantic.body, [Instr(PlanOp::Pointwise(squared), vec![Slot::In(0)], vec![Slot::Out(0)])]);
+    }
+
+    #[test]
+    fn what_stays_inside_is_a_temporary() {
+        let found = lowered(
+            "graph @g (%x: f32[T,8]) {
+              weight @n : f32[8]
+              weight @w : f32[4,8]
+              %y = fused[norm+matmul] %x, @n, @w : f32[T,4] {
+                %h = rms_norm %x, @n {eps = 1e-5} : f32[T,8]
+                %y = matmul %h, @w : f32[T,4]
+              }
+              return %y
+            }",
+        );
+        let expected = [
+            Instr(PlanOp::RmsNorm { eps: 1e-5 }, vec![Slot::In(0), Slot::In(1)], vec![Slot::Temp(0)]),
+            Instr(PlanOp::Matmul, vec![Slot::Temp(0), Slot::In(2)], vec![Slot::Out(0)]),
+        ];
+        assert_eq!((&found.semantic.body[..], &found.semantic.name[..]), (&expected[..], "norm+matmul"));
+        assert_eq!(found.semantic.temps, [TensorType(PlanDType::F32, vec![3, 8])]);
+    }
+
+    #[test]
+    fn versions_of_a_state_are_one_input_updated_in_place() {
+        let found = lowered(
+            "graph @g (%q: f32[T,8], %k: f32[T,4], %v: f32[T,4], %pos: i32[T], %slot: i32[T]) {
+              state %table : i32[2,3]
+              state %kv : f32[5,2,1,64,4]
+              %kv.next, %a = fused[kvwrite+attention] %k, %v, %kv, %table, %pos, %slot, %q : f32[5,2,1,64,4], f32[T,8] {
+                %kv.next = kv_write %k, %v, %kv, %table, %pos, %slot : f32[5,2,1,64,4]
+                %a = attention %q, %kv.next, %table, %pos, %slot {heads = 2, scale = 0.5} : f32[T,8]
+              }
+              return %a, %kv.next
+            }",
+        );
+        let [Instr(PlanOp::KvWrite, write, made), Instr(PlanOp::Attention { .. }, attend, _)] =
+            &found.semantic.body[..]
+        else {
+            panic!("{:?}", found.semantic.body)
+        };
+        assert!(made.is_empty(), "the state is written in place");
+        assert_eq!((write[2], attend[1]), (Slot::In(2), Slot::In(2)), "both take the one state");
+        assert_eq!((found.updates.len(), found.outputs.len()), (1, 1));
+        assert_eq!(found.inputs[2], Operand::Value(found.updates[0]));
+    }
+}

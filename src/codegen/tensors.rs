@@ -64,3 +64,48 @@ fn synthetic_range(name: &str, shape: &[u64]) -> (f32, f32) {
     };
     (center, scale as f32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ir::{DType, Layout, Type};
+
+    fn of(name: &str, shape: &[u64]) -> Tensor {
+        let ty = Type::new(DType::BF16, shape.iter().copied());
+        let weight = ir::Weight { name: name.into(), ty, layout: Layout::Tensor };
+        tensor(&weight, DType::F16).expect("the shape is constant")
+    }
+
+    #[test]
+    fn experts_are_stored_one_by_one_or_packed() {
+        let base = "model.layers.2.feed_forward";
+        let each = |part: &str| TensorSource::PerIndex(format!("{base}.experts.{{}}.{part}.weight"));
+        let packed = |start| TensorSource::Part { name: format!("{base}.experts.gate_up_proj"), start, of: 12 };
+        let sources = |part: &str, shape: &[u64]| of(&format!("{base}.experts.{part}.weight"), shape).sources;
+        assert_eq!(sources("w1", &[4, 6, 8]), [each("w1"), packed(0)]);
+        assert_eq!(sources("w3", &[4, 6, 8]), [each("w3"), packed(6)], "w3 rows follow w1 rows");
+        let down = TensorSource::Whole(format!("{base}.experts.down_proj"));
+        assert_eq!(sources("w2", &[4, 8, 6]), [each("w2"), down]);
+        let names = checkpoint_names(&format!("{base}.experts.w3.weight"));
+        assert_eq!(names, [format!("{base}.experts.0.w3.weight"), format!("{base}.experts.gate_up_proj")]);
+    }
+
+    #[test]
+    fn other_tensors_are_stored_under_their_names() {
+        let found = of("model.layers.0.conv.conv.weight", &[8, 3]);
+        assert_eq!(found.sources, [TensorSource::Whole(found.name.clone())]);
+        assert_eq!((found.dtype, &found.shape[..]), (crate::plan::DType::F16, &[8, 3][..]), "the checkpoint's type");
+        assert_eq!(checkpoint_names("a.weight"), ["a.weight"]);
+    }
+
+    #[test]
+    fn synthetic_numbers_differ_by_tensor_and_are_never_constant() {
+        let names = ["model.layers.0.ffn_norm.weight", "model.layers.0.feed_forward.expert_bias", "a.weight"];
+        let synthetic: Vec<Synthetic> = names.iter().map(|name| of(name, &[8]).synthetic).collect();
+        assert!(synthetic.iter().all(|numbers| numbers.scale > 0.0));
+        assert_eq!([synthetic[0].center, synthetic[1].center], [1.0, 0.0]);
+        assert_ne!(synthetic[0].salt, synthetic[1].salt);
+        // The variance of a product over 48 uniform numbers of half width sqrt(3/48) is 1.
+        assert_eq!(of("a.weight", &[4, 48]).synthetic.scale, 0.25);
+    }
+}
