@@ -55,6 +55,9 @@ pub struct RawConfig {
 pub struct RopeParameters {
     pub rope_theta: Option<f64>,
     pub rope_type: Option<String>,
+    /// The older name of `rope_type`.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub legacy_type: Option<String>,
 }
 
 /// One token id or several.
@@ -221,7 +224,7 @@ impl Config {
             faults.add(format!("`norm_eps`: expected a number of at least 0, found {norm_eps}"));
         }
         let rope = raw.rope_scaling.as_ref().or(raw.rope_parameters.as_ref());
-        if let Some(kind) = rope.and_then(|r| r.rope_type.as_deref())
+        if let Some(kind) = rope.and_then(|r| r.rope_type.as_deref().or(r.legacy_type.as_deref()))
             && kind != "default"
         {
             faults.add(format!(

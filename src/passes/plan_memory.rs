@@ -78,12 +78,7 @@ pub fn plan_memory(
 ///
 /// # Errors
 /// The sizes overflow.
-pub fn place_apart(
-    graph: &Graph,
-    schedule: &Schedule,
-    extents: &Extents,
-    alignment: u64,
-) -> Result<Placement, String> {
+pub fn place_apart(graph: &Graph, schedule: &Schedule, extents: &Extents, alignment: u64) -> Result<Placement, String> {
     let live = lifetimes(graph, schedule, extents, alignment)?;
     let overflow = "the arena's size overflows";
     let mut bytes = 0u64;

@@ -226,7 +226,8 @@ fn the_table_of_logits_ends_in_nan() {
         logits,
         prompt_logits: vec![],
     };
-    let table = logits_table(&[finished(vec![1.0, 2.0]), finished(vec![3.0, 4.0, 5.0, 6.0]), finished(vec![])], 2, 2);
+    let sequences = [finished(vec![1.0, 2.0]), finished(vec![3.0, 4.0, 5.0, 6.0]), finished(vec![])];
+    let table = logits_table(sequences.iter().map(Some).chain([None]), 2, 2);
     assert_eq!(table.len(), 12);
     assert_eq!(table[..2], [1.0, 2.0]);
     assert!(table[2..4].iter().all(|x| x.is_nan()));
