@@ -172,8 +172,21 @@ fn drawings_are_written() {
 #[test]
 fn wrong_usage_has_exit_code_2() {
     let folder = folder_with_plan();
+    let demo = project("plans/demo.ron");
+    let demo = demo.to_str().expect("UTF-8");
     for arguments in [
         &["compile", "-o", "x.plan"][..],
+        &["compile", demo, "--disable-pass", "no-such-pass", "-o", "x.plan"],
+        &["compile", demo, "--prefill", "0", "-o", "x.plan"],
+        &["compile", demo, "--decode", "17", "-o", "x.plan"],
+        &["compile", demo, "--kv-tokens", "0", "-o", "x.plan"],
+        &["run", "demo.plan", "--dtype", "bf16"],
+        &["run", "demo.plan", "--disable-pass", "cse"],
+        &["run", "demo.plan", "--chunk", "0"],
+        &["run", "demo.plan", "--temperature", "nan"],
+        &["run", "demo.plan", "--top-p", "1.5"],
+        &["dot", "demo.plan", "--layers", "6..9"],
+        &["dot", "demo.plan", "--model", "."],
         &["run", "demo.plan", "--tokens", "five"],
         &["run", "demo.plan", "--no-such-option"],
         &["dot", "demo.plan", "--after", "no-such-pass"],
@@ -189,21 +202,86 @@ fn wrong_usage_has_exit_code_2() {
 fn what_cannot_run_says_why() {
     let folder = folder_with_plan();
     let at = folder.path();
-    let demo = project("plans/demo.ron");
     let long: Vec<String> = (0..520).map(|_| "1".to_owned()).collect();
-    let cases: [(&[&str], &str); 7] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["run", "missing.plan"], "missing.plan"),
         (&["run", "demo.plan", "--tokens", "512"], "vocabulary"),
         (&["run", "demo.plan", "--tokens", &long.join(",")], "max-context"),
         (&["run", "demo.plan", "--device", "cuda"], "--device cpu"),
         (&["run", "demo.plan", "--require-graphs"], "graphs"),
-        (&["compile", demo.to_str().expect("UTF-8"), "--disable-pass", "fuse", "-o", "x.plan"], "fuse-swiglu"),
         (&["compile", "--model", "nowhere", "-o", "x.plan"], "nowhere"),
     ];
     for (arguments, expected) in cases {
         let errors = fails(at, 1, arguments);
         assert!(errors.contains(expected), "{arguments:?}: {errors}");
     }
+}
+
+#[test]
+fn every_pass_of_the_design_can_be_left_out() {
+    let folder = folder_with_plan();
+    let demo = project("plans/demo.ron");
+    let expected = done(folder.path(), &["run", "demo.plan"]);
+    for pass in lfm2c::passes::names() {
+        let run = ["run", demo.to_str().expect("UTF-8"), "--max-sequences", "3", "--disable-pass", pass];
+        assert_eq!(done(folder.path(), &run), expected, "without {pass}");
+    }
+}
+
+/// `-o` may name a device: renaming a file onto it would take it from the whole machine.
+#[test]
+#[cfg(unix)]
+fn a_plan_goes_through_links_and_pipes() {
+    let folder = folder_with_plan();
+    let at = folder.path();
+    let demo = project("plans/demo.ron");
+    let compile = |name| done(at, &["compile", demo.to_str().expect("UTF-8"), "-o", name]);
+    std::fs::write(at.join("target.plan"), b"old").expect("it is written");
+    std::os::unix::fs::symlink("target.plan", at.join("link.plan")).expect("it is linked");
+    compile("link.plan");
+    let is_link = std::fs::symlink_metadata(at.join("link.plan")).expect("it is there").is_symlink();
+    let plan = std::fs::read(at.join("target.plan")).expect("it is there");
+    assert!(is_link && plan.starts_with(b"LFM2PLAN"));
+    assert!(std::process::Command::new("mkfifo").arg(at.join("pipe")).status().expect("mkfifo runs").success());
+    let pipe = at.join("pipe");
+    let reader = std::thread::spawn(move || std::fs::read(pipe).expect("it can be read"));
+    compile("pipe");
+    assert!(reader.join().expect("the reader ends") == plan);
+    let pipe = std::fs::symlink_metadata(at.join("pipe")).expect("it is there").file_type();
+    assert!(std::os::unix::fs::FileTypeExt::is_fifo(&pipe));
+}
+
+/// Nobody reads, or nothing can be written: an exit code, no panic.
+#[test]
+fn lost_output_is_no_panic() {
+    let folder = folder_with_plan();
+    for arguments in [&["inspect", "demo.plan", "--manifest"][..], &["run", "demo.plan"], &["dot", "demo.plan"]] {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_lfm2c"))
+            .args(arguments)
+            .current_dir(folder.path())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("it starts");
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(child.wait().expect("it ends").code(), Some(0), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_changed_model_directory_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let source = project("tests/goldens/moe-no-dense");
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(source.join(name), folder.path().join(name)).expect("it can be copied");
+    }
+    done(folder.path(), &["compile", "--model", ".", "--prefill", "16", "--decode", "1", "-o", "x.plan"]);
+    done(folder.path(), &["run", "x.plan", "--tokens", "1"]);
+    let config = std::fs::read_to_string(source.join("config.json")).expect("it is there");
+    let other = config.replace("1000000.0", "10000.0");
+    assert_ne!(config, other);
+    std::fs::write(folder.path().join("config.json"), other).expect("it is written");
+    assert!(fails(folder.path(), 1, &["run", "x.plan", "--tokens", "1"]).contains("another model"));
 }
 
 #[test]
@@ -282,6 +360,8 @@ fn checkpoint_faults_are_told_all_at_once() {
         ],
     );
     let errors = fails(folder.path(), 1, &["run", "model.plan", "--model", "model", "--tokens", "1"]);
+    let early = fails(folder.path(), 1, &["compile", "--model", "model", "-o", "early.plan"]);
+    assert!(early.contains("2 missing, 2 unexpected"), "{early}");
     for name in ["model.embedding_norm.weight", "operator_norm.weight", "embedding_norX", "operator_norX"] {
         assert!(errors.contains(name), "{name} is not in: {errors}");
     }

@@ -30,8 +30,25 @@ fn the_arena_is_within_5_percent_of_the_lower_bound() {
 }
 
 #[test]
-fn so_it_is_without_any_rewrite() {
-    assert_tight(&compiled(passes::PIPELINE.iter().map(|pass| pass.name.to_owned()).collect()));
+fn so_it_is_without_any_other_pass() {
+    let others = passes::names().into_iter().filter(|name| *name != passes::PLAN_MEMORY);
+    assert_tight(&compiled(others.map(str::to_owned).collect()));
+}
+
+#[test]
+fn without_plan_memory_no_bytes_are_shared() {
+    for bucket in compiled(vec![passes::PLAN_MEMORY.to_owned()]).manifest.ranks.iter().flat_map(|rank| &rank.buckets) {
+        assert!(bucket.arena_bytes >= 2 * bucket.arena_lower_bound, "{}", bucket.name);
+    }
+}
+
+#[test]
+fn without_schedule_each_step_waits_for_the_one_before() {
+    for bucket in compiled(vec![passes::SCHEDULE.to_owned()]).manifest.ranks.iter().flat_map(|rank| &rank.buckets) {
+        for (at, step) in bucket.steps.iter().enumerate() {
+            assert_eq!(step.after, at.checked_sub(1).map(|before| before as u32).into_iter().collect::<Vec<_>>());
+        }
+    }
 }
 
 #[test]

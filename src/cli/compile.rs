@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use anyhow::Result;
 
 use crate::cli::load::{self, Choices, compile_source};
+use crate::cli::output::{note, print};
 use crate::cli::table::{regions, size, table};
 use crate::cli::usage;
 use crate::codegen::compile::{BucketReport, Observer};
@@ -42,23 +43,23 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let compiled = match &arguments.print_after {
         None => compile_source(&source, &options)?,
         Some(name) => {
-            if name != "all" && passes::find(name).is_none() {
+            if name != "all" && !passes::names().contains(&name.as_str()) {
                 return usage(format!("--print-after {name}: expected `all` or one of {}", passes::names().join(", ")));
             }
             compile(&source, &options, &Printer { after: name, output: Mutex::new(()) })?
         }
     };
+    load::check_checkpoint(&source, &compiled)?;
     compiled.file.write(&arguments.output)?;
-    print!("{}", report(&compiled));
+    print(report(&compiled))?;
     let bytes = std::fs::metadata(&arguments.output)?.len();
-    println!(
-        "{}: {} in {:.2} s, plan {}",
+    print(format_args!(
+        "{}: {} in {:.2} s, plan {}\n",
         arguments.output.display(),
         size(bytes),
         started.elapsed().as_secs_f64(),
         &compiled.file.hash()[..16],
-    );
-    Ok(())
+    ))
 }
 
 struct Printer<'a> {
@@ -70,7 +71,7 @@ impl Observer for Printer<'_> {
     fn pass(&self, bucket: Option<&str>, pass: &str, graph: &Graph) {
         if self.after == "all" || self.after == pass {
             let _alone = self.output.lock();
-            eprintln!("; after {pass}, {}\n{graph}", bucket.unwrap_or("all buckets"));
+            note(format_args!("; after {pass}, {}\n{graph}", bucket.unwrap_or("all buckets")));
         }
     }
 }
@@ -87,9 +88,11 @@ fn report(compiled: &Compiled) -> String {
                 report.rewrites.to_string(),
                 report.ops_before.to_string(),
                 report.ops_after.to_string(),
+                // A step for each operator.
+                report.ops_after.to_string(),
             ]);
         }
-        text += &table(&[&format!("pass ({})", bucket.name), "rewrites", "operators before", "after"], &rows);
+        text += &table(&[&format!("pass ({})", bucket.name), "rewrites", "operators before", "after", "steps"], &rows);
         text += "\n";
     }
     let program = &compiled.file.manifest.ranks[0];

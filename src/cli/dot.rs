@@ -7,11 +7,11 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::cli::draw::{DotOptions, dot, svg};
-use crate::cli::load::{self, Choices, find_bucket, has_extension};
+use crate::cli::draw::{DotOptions, dot, layer, svg};
+use crate::cli::load::{self, Choices, find_bucket, has_extension, read_plan};
 use crate::cli::usage;
 use crate::codegen::compile::Observer;
-use crate::codegen::{Recipe, Source, compile};
+use crate::codegen::{CompileOptions, Recipe, Source, compile};
 use crate::ir::{self, Graph};
 use crate::passes;
 use crate::plan::PlanFile;
@@ -52,6 +52,13 @@ fn parse_range(text: &str) -> Result<RangeInclusive<u64>, String> {
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let graph = graph(arguments)?;
+    if let Some(layers) = &arguments.layers
+        && !graph.ops.iter().any(|op| layer(&op.scope).is_some_and(|layer| layers.contains(&layer)))
+    {
+        let last = graph.ops.iter().filter_map(|op| layer(&op.scope)).max();
+        let found = last.map_or("no layers".to_owned(), |last| format!("layers 0..{last}"));
+        return usage(format!("--layers {}..{}: the graph has {found}", layers.start(), layers.end()));
+    }
     let options = DotOptions { layers: arguments.layers.clone() };
     match &arguments.output {
         None => {
@@ -73,9 +80,13 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 
 fn graph(arguments: &Arguments) -> Result<Graph> {
     let from_plan = match &arguments.input {
-        Some(path) if !has_extension(path, "ron") && !has_extension(path, "ir") => Some(PlanFile::read(path)?),
+        Some(path) if !has_extension(path, "ron") && !has_extension(path, "ir") => Some(read_plan(path)?),
         _ => None,
     };
+    if from_plan.is_some() && (arguments.model.is_some() || arguments.choices.options() != Choices::default().options())
+    {
+        return usage("expected a plan alone: --model and choices of `lfm2c compile` are for what is not compiled yet");
+    }
     match (&from_plan, &arguments.after) {
         (Some(file), None) => final_graph(file, arguments.bucket.as_deref()),
         (Some(file), Some(after)) => {
@@ -85,12 +96,12 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
                 );
             }
             let recipe = Recipe::parse(&file.recipe).context("the plan's recipe, to compile it again up to a pass")?;
-            staged(&load::recipe_source(recipe)?, arguments, after)
+            staged(&load::recipe_source(recipe)?, load::choices_of(&file.manifest), arguments, after)
         }
         (None, after) => {
             let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
             match after {
-                Some(after) => staged(&source, arguments, after),
+                Some(after) => staged(&source, arguments.choices.options(), arguments, after),
                 None => {
                     let compiled = load::compile_source(&source, &arguments.choices.options())?;
                     final_graph(&compiled.file, arguments.bucket.as_deref())
@@ -109,11 +120,10 @@ fn final_graph(file: &PlanFile, bucket: Option<&str>) -> Result<Graph> {
 }
 
 /// The graph of a bucket as a pass left it.
-fn staged(source: &Source, arguments: &Arguments, after: &str) -> Result<Graph> {
-    if after != "build" && passes::find(after).is_none() {
+fn staged(source: &Source, mut options: CompileOptions, arguments: &Arguments, after: &str) -> Result<Graph> {
+    if after != "build" && !passes::names().contains(&after) {
         return usage(format!("--after {after}: expected `build` or one of {}", passes::names().join(", ")));
     }
-    let mut options = arguments.choices.options();
     if after == "build" {
         options.stop_after_patch = Some(0);
     }

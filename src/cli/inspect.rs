@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::draw::memory_svg;
-use crate::cli::load::{Device, find_bucket};
+use crate::cli::load::{self, Device, find_bucket};
+use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
-use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
+use crate::plan::{Bucket, Manifest, Phase, Program, WeightSource};
 
 /// Show what is in a plan: model, pool, buckets, steps.
 #[derive(clap::Args, Debug)]
@@ -42,7 +43,7 @@ pub enum Format {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
-    let file = PlanFile::read(&arguments.plan)?;
+    let file = load::read_plan(&arguments.plan)?;
     if arguments.device {
         Device::Cuda.check()?;
     }
@@ -55,14 +56,13 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         std::fs::write(path, drawing).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if arguments.manifest {
-        print!("{}", file.manifest_text());
-        return Ok(());
+        return print(file.manifest_text());
     }
     match arguments.format {
         Format::Text => {
-            print!("{}", summary(&file.manifest, &file.hash()));
+            print(summary(&file.manifest, &file.hash()))?;
             if let Some(at) = chosen {
-                print!("\n{}", steps(program, &program.buckets[at]));
+                print(format_args!("\n{}", steps(program, &program.buckets[at])))?;
             }
         }
         Format::Json => {
@@ -70,7 +70,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             let Some(fields) = object.as_object_mut() else { bail!("a manifest is an object") };
             fields.insert("plan_hash".into(), file.hash().into());
             fields.insert("pool_bytes".into(), program.pool.bytes().into());
-            println!("{object}");
+            print(format_args!("{object}\n"))?;
         }
     }
     Ok(())

@@ -12,7 +12,7 @@ use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
 use crate::ir::{DType, Graph};
 use crate::passes::Target;
-use crate::plan::{Manifest, PlanFile, WeightSource};
+use crate::plan::{self, Bucket, Manifest, Phase, PlanError, PlanFile, WeightSource};
 use crate::runtime::cpu::{CpuExecutor, HostPool};
 use crate::runtime::weights::{self, Checkpoint};
 
@@ -123,6 +123,33 @@ impl Choices {
     }
 }
 
+/// The options that compile a plan's recipe to the same buckets again; passes left out are not known.
+pub fn choices_of(manifest: &Manifest) -> CompileOptions {
+    let sizes = |phase: Phase, size: fn(&Bucket) -> u64| {
+        let buckets = manifest.ranks.first().map(|program| &program.buckets[..]).unwrap_or_default();
+        Some(buckets.iter().filter(|bucket| bucket.phase == phase).map(size).collect())
+    };
+    CompileOptions {
+        target: match manifest.target {
+            plan::Target::Cpu => Target::Cpu,
+            plan::Target::Sm_90a => Target::Sm90a,
+        },
+        dtype: match manifest.dtype {
+            plan::DType::F32 => Some(DType::F32),
+            plan::DType::BF16 => Some(DType::BF16),
+            plan::DType::F16 => Some(DType::F16),
+            plan::DType::I32 => None,
+        },
+        prefill: sizes(Phase::Prefill, |bucket| bucket.tokens),
+        decode: sizes(Phase::Decode, |bucket| bucket.sequences),
+        max_sequences: Some(manifest.limits.max_sequences),
+        max_context: Some(manifest.limits.max_context),
+        kv_tokens: Some(manifest.limits.kv_tokens),
+        forced_routing: manifest.model.forced_routing.is_some(),
+        ..CompileOptions::default()
+    }
+}
+
 /// The source that a path or `--model` names. A recipe's own directory, or `--model` beside it, gives the checkpoint's
 /// element types.
 pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
@@ -149,7 +176,10 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
 /// A recipe with the element types of its checkpoint, if it names one.
 pub fn recipe_source(recipe: Recipe) -> Result<Source> {
     let checkpoint = match (&recipe.weights, recipe.directory()) {
-        (WeightSource::Checkpoint, Some(directory)) => Some(Checkpoint::open(directory)?.listing()),
+        (WeightSource::Checkpoint, Some(directory)) => {
+            read_config(directory)?;
+            Some(Checkpoint::open(directory)?.listing())
+        }
         _ => None,
     };
     Ok(Source::Recipe(Box::new(recipe), checkpoint))
@@ -171,6 +201,17 @@ pub fn compile_source(source: &Source, options: &CompileOptions) -> Result<Compi
     compiled
 }
 
+/// Refuses a checkpoint that the plan just made of its configuration could not be run with.
+pub fn check_checkpoint(source: &Source, compiled: &Compiled) -> Result<()> {
+    match source {
+        Source::Recipe(recipe, Some(_)) => match recipe.directory() {
+            Some(directory) => Ok(weights::check(&compiled.file.manifest, &Checkpoint::open(directory)?)?),
+            None => Ok(()),
+        },
+        _ => Ok(()),
+    }
+}
+
 struct Bar<'a>(&'a indicatif::ProgressBar);
 
 impl Observer for Bar<'_> {
@@ -187,11 +228,25 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     if has_extension(path, "ron") || has_extension(path, "ir") {
         return Ok(compile_source(&source(Some(path), model)?, options)?.file);
     }
-    let file = PlanFile::read(path)?;
+    if *options != Choices::default().options() {
+        return usage(format!(
+            "{} is compiled already: --target, --dtype, bucket sizes, limits and passes are choices of `lfm2c compile`",
+            path.display()
+        ));
+    }
+    let file = read_plan(path)?;
     if let Some(model) = model {
         check_identity(&file.manifest, model)?;
     }
     Ok(file)
+}
+
+/// Reads a plan file; every error names it.
+pub fn read_plan(path: &Path) -> Result<PlanFile> {
+    match PlanFile::read(path) {
+        Err(error @ PlanError::File { .. }) => Err(error.into()),
+        result => result.with_context(|| path.display().to_string()),
+    }
 }
 
 /// Refuses a model directory that a plan was not made for.
@@ -229,7 +284,12 @@ pub fn executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
         (model, _) => {
             let directory = match model {
                 Some(model) => model.to_owned(),
-                None => recipe_directory(file)?,
+                None => {
+                    // Not what the plan was given, so it may have changed since.
+                    let directory = recipe_directory(file)?;
+                    check_identity(manifest, &directory)?;
+                    directory
+                }
             };
             let checkpoint = Checkpoint::open(&directory)?;
             weights::load(manifest, program, &checkpoint, pool.weights_mut(), &report)?;

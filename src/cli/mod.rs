@@ -5,6 +5,7 @@ mod dot;
 pub mod draw;
 mod inspect;
 mod load;
+mod output;
 mod progress;
 mod run;
 mod run_input;
@@ -14,6 +15,8 @@ mod verify;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use crate::codegen::compile::OptionError;
 
 /// Compiles LFM2 language models into static execution plans, and runs the plans.
 ///
@@ -59,10 +62,15 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lfm2c: {error:#}");
-            ExitCode::from(if error.downcast_ref::<UsageError>().is_some() { 2 } else { 1 })
+            output::note(format_args!("lfm2c: {}", output::describe(&error)));
+            ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }
+}
+
+/// True if another call of the command is what it takes.
+fn is_usage(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.is::<UsageError>() || cause.is::<OptionError>())
 }
 
 /// True if the reader of standard output went away, as `head` does: no fault.

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use crate::cli::load::{self, Choices, Device};
+use crate::cli::output::note;
 use crate::cli::run_input::{Prompt, prompts};
 use crate::cli::table::{regions, size};
 use crate::cli::usage;
@@ -66,7 +67,7 @@ pub struct Arguments {
     /// Writes the logits of every position of a single prompt, float32 [prompt length, vocab]
     #[arg(long, value_name = "FILE.npy")]
     prompt_logits: Option<PathBuf>,
-    /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended
+    /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended, and for one that could not run
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
     /// How to print; json is one object, and a line for each sequence with --input
@@ -100,6 +101,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     if arguments.require_graphs {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
     }
+    check_options(arguments)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options())?;
     let prompts = prompts(&arguments.tokens, arguments.input.as_deref(), &file.manifest)?;
@@ -140,11 +142,28 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         [only] if results.len() == 1 => bail!("{only}"),
         _ => {
             for fault in &failed {
-                eprintln!("lfm2c: {fault}");
+                note(format_args!("lfm2c: {fault}"));
             }
             bail!("{} of {} sequences could not run", failed.len(), results.len())
         }
     }
+}
+
+/// Refuses numbers that no plan could use.
+fn check_options(arguments: &Arguments) -> Result<()> {
+    let Arguments { temperature, top_p, min_p, .. } = *arguments;
+    if arguments.chunk == Some(0) {
+        return usage("--chunk: expected at least 1 row, found 0; leave it out to run prompts whole");
+    }
+    if !(temperature.is_finite() && temperature >= 0.0) {
+        return usage(format!("--temperature: expected a number of at least 0, found {temperature}"));
+    }
+    for (name, found) in [("--top-p", top_p), ("--min-p", min_p)] {
+        if !(0.0..=1.0).contains(&found) {
+            return usage(format!("{name}: expected a number from 0 to 1, found {found}"));
+        }
+    }
+    Ok(())
 }
 
 fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<Request> {
@@ -168,13 +187,14 @@ fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<R
 }
 
 fn write_logits(arguments: &Arguments, results: &[std::result::Result<Finished, String>], vocab: u64) -> Result<()> {
-    let good = || results.iter().filter_map(|result| result.as_ref().ok());
-    if let Some(path) = &arguments.logits {
+    let first = results.iter().find_map(|result| result.as_ref().ok());
+    // Where no sequence ran there is nothing to tell, and new tokens may be any number.
+    if let (Some(path), Some(_)) = (&arguments.logits, first) {
         let new_tokens = arguments.max_new_tokens;
-        let table = logits_table(good(), new_tokens, vocab as usize);
-        write_npy(path, &[good().count() as u64, new_tokens as u64, vocab], &table)?;
+        let table = logits_table(results.iter().map(|result| result.as_ref().ok()), new_tokens, vocab as usize);
+        write_npy(path, &[results.len() as u64, new_tokens as u64, vocab], &table)?;
     }
-    if let (Some(path), Some(finished)) = (&arguments.prompt_logits, good().next()) {
+    if let (Some(path), Some(finished)) = (&arguments.prompt_logits, first) {
         write_npy(path, &[finished.prompt_tokens as u64, vocab], &finished.prompt_logits)?;
     }
     Ok(())
@@ -247,30 +267,30 @@ fn summary(file: &PlanFile, timing: &Timing) {
     let program = &file.manifest.ranks[0];
     let statistics = &timing.statistics;
     let pool = &program.pool;
-    eprintln!(
+    note(format_args!(
         "{}: ready in {:.2} s; pool {} ({})",
         file.manifest.model.name,
         timing.ready_seconds,
         size(pool.bytes()),
         regions(pool),
-    );
+    ));
     for (bucket, counts) in program.buckets.iter().zip(&statistics.buckets) {
         if counts.steps > 0 {
-            eprintln!(
+            note(format_args!(
                 "  {}: {} times {} steps, {} rows and {} of padding",
                 counts.name,
                 counts.steps,
                 bucket.steps.len(),
                 counts.rows,
                 counts.padding,
-            );
+            ));
         }
     }
-    eprintln!(
+    note(format_args!(
         "  prefill {:.0} tokens/s, decode {:.0} tokens/s, {} new tokens in {:.3} s on the CPU",
         statistics.prefill.rows_per_second(),
         statistics.decode.rows_per_second(),
         statistics.tokens,
         timing.generate_seconds,
-    );
+    ));
 }

@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::cli::load::{self, Device};
+use crate::cli::output::print;
 use crate::cli::table::table;
+use crate::cli::usage;
 use crate::plan::DType;
 use crate::runtime::cpu::CpuExecutor;
 use crate::runtime::{Generator, Options, Request, SamplingParams};
@@ -68,6 +70,9 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         }
     }
     let mut executor = load::executor(&file, Some(&arguments.model))?;
+    if arguments.tolerance.is_some_and(|tolerance| tolerance.is_nan() || tolerance < 0.0) {
+        return usage("--tolerance: expected a number of at least 0");
+    }
     let tolerance = arguments.tolerance.unwrap_or(match file.manifest.dtype {
         DType::F16 => 2e-2,
         DType::BF16 => 6e-2,
@@ -93,8 +98,9 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             if holds { "ok" } else { "FAILED" }.to_owned(),
         ]);
     }
-    print!("{}", table(&["prompt", "tokens", "relative L2", "largest difference", "greedy", ""], &rows));
-    println!("tolerance {tolerance:e}: {} of {} prompts hold", goldens.len() - failures, goldens.len());
+    print(table(&["prompt", "tokens", "relative L2", "largest difference", "greedy", ""], &rows))?;
+    let held = goldens.len() - failures;
+    print(format_args!("tolerance {tolerance:e}: {held} of {} prompts hold\n", goldens.len()))?;
     if failures > 0 {
         bail!("{failures} of {} prompts differ from the golden file beyond the tolerance {tolerance:e}", goldens.len());
     }
@@ -152,7 +158,15 @@ fn read(path: &Path) -> Result<BTreeMap<String, Golden>> {
             integers(name)?.into_iter().map(|id| u32::try_from(id).context("a token id is negative")).collect()
         };
         let ids = tokens(name)?;
-        let logits = words(&tensors, &format!("logits.{number}"), Dtype::F32)?;
+        let logits_name = format!("logits.{number}");
+        let logits = words(&tensors, &logits_name, Dtype::F32)?;
+        let shape = tensors.tensor(&logits_name)?.shape().to_vec();
+        if shape.len() != 2 || shape[0] != ids.len() {
+            bail!(
+                "`{logits_name}`: expected shape [{}, vocab], as `{name}` has length {0}, found {shape:?}",
+                ids.len()
+            );
+        }
         let greedy_name = format!("greedy.{number}");
         let greedy = tensors.tensor(&greedy_name).is_ok().then(|| tokens(&greedy_name)).transpose()?;
         let experts_name = format!("experts.{number}");

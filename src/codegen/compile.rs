@@ -188,7 +188,10 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         })
         .collect::<Result<_, String>>()
         .map_err(|fault| anyhow!(fault))?;
-    let (tensors, program) = lower::lower(&prepared, &*checkpoint_dtype).map_err(|fault| anyhow!(fault))?;
+    let (mut tensors, program) = lower::lower(&prepared, &*checkpoint_dtype).map_err(|fault| anyhow!(fault))?;
+    if let Source::Recipe(_, Some(listing)) = source {
+        tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
+    }
     let manifest = Manifest {
         compiler: env!("CARGO_PKG_VERSION").to_owned(),
         model: unit.model,
@@ -397,10 +400,13 @@ fn sorted(sizes: &[u64], what: &str) -> Result<Vec<u64>> {
     }
 }
 
-/// The element type of a weight in a checkpoint's listing, under any of the forms a checkpoint may hold it in.
+/// The element type of a weight in a checkpoint's listing, under any of the forms a checkpoint may hold it in; f32, which
+/// holds all others, where they are several.
 fn listed_dtype(listing: &CheckpointListing, name: &str) -> Option<DType> {
-    let found = tensors::checkpoint_names(name).into_iter().find_map(|name| listing.get(&name))?;
-    Some(types::graph_dtype(found.0))
+    let found = tensors::listed_dtypes(listing, name);
+    let first = *found.first()?;
+    let same = found.iter().all(|dtype| *dtype == first);
+    Some(types::graph_dtype(if same { first } else { plan::DType::F32 }))
 }
 
 fn parse_torch_dtype(name: &str) -> Result<DType> {

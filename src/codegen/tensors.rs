@@ -1,8 +1,9 @@
 //! What the weights of a graph need from a checkpoint.
 
+use crate::codegen::compile::CheckpointListing;
 use crate::codegen::types::plan_dtype;
 use crate::ir;
-use crate::plan::{Synthetic, Tensor, TensorSource};
+use crate::plan::{DType, Synthetic, Tensor, TensorSource};
 
 /// The checkpoint tensor behind a weight that is one, with the element type `dtype` there.
 pub fn tensor(weight: &ir::Weight, dtype: ir::DType) -> Result<Tensor, String> {
@@ -18,6 +19,7 @@ pub fn tensor(weight: &ir::Weight, dtype: ir::DType) -> Result<Tensor, String> {
     Ok(Tensor {
         name: weight.name.clone(),
         dtype: plan_dtype(dtype),
+        index_dtypes: vec![],
         sources: sources(&weight.name, &shape),
         shape,
         synthetic: Synthetic { salt, center, scale },
@@ -39,13 +41,27 @@ fn sources(name: &str, shape: &[u64]) -> Vec<TensorSource> {
     }
 }
 
-/// The names under which a checkpoint may hold a weight, or the first part of it.
-pub fn checkpoint_names(name: &str) -> Vec<String> {
-    let names = sources(name, &[1, 1, 1]).into_iter().map(|source| match source {
-        TensorSource::Whole(name) | TensorSource::Part { name, .. } => name,
-        TensorSource::PerIndex(pattern) => pattern.replace("{}", "0"),
+/// The element types of a weight in a checkpoint's listing, in the form that the checkpoint holds it in: one, or one for each
+/// index.
+pub fn listed_dtypes(listing: &CheckpointListing, name: &str) -> Vec<DType> {
+    let dtype = |name: &str| listing.get(name).map(|(dtype, _)| *dtype);
+    let forms = sources(name, &[1, 1, 1]).into_iter().map(|source| match source {
+        TensorSource::Whole(name) | TensorSource::Part { name, .. } => dtype(&name).into_iter().collect(),
+        TensorSource::PerIndex(pattern) => {
+            (0..).map_while(|index| dtype(&pattern.replace("{}", &format!("{index}")))).collect::<Vec<_>>()
+        }
     });
-    names.collect()
+    forms.into_iter().find(|dtypes| !dtypes.is_empty()).unwrap_or_default()
+}
+
+/// Notes the types of a tensor that the checkpoint holds in differing ones.
+pub fn note_mixed(tensor: &mut Tensor, listing: &CheckpointListing) {
+    let mut dtypes = listed_dtypes(listing, &tensor.name);
+    // A listing with fewer or more indices is told as missing or unexpected tensors when it is loaded.
+    if dtypes.iter().any(|dtype| *dtype != dtypes[0]) {
+        dtypes.resize(tensor.shape.first().map_or(0, |&indices| indices as usize), tensor.dtype);
+        tensor.index_dtypes = dtypes;
+    }
 }
 
 /// Mean and half width of a synthetic tensor, so that activations keep their size through the layers: norms near 1,
@@ -86,8 +102,15 @@ mod tests {
         assert_eq!(sources("w3", &[4, 6, 8]), [each("w3"), packed(6)], "w3 rows follow w1 rows");
         let down = TensorSource::Whole(format!("{base}.experts.down_proj"));
         assert_eq!(sources("w2", &[4, 8, 6]), [each("w2"), down]);
-        let names = checkpoint_names(&format!("{base}.experts.w3.weight"));
-        assert_eq!(names, [format!("{base}.experts.0.w3.weight"), format!("{base}.experts.gate_up_proj")]);
+        let listing = |names: &[String]| {
+            let types = [crate::plan::DType::BF16, crate::plan::DType::F16];
+            names.iter().zip(types).map(|(name, dtype)| (name.clone(), (dtype, vec![]))).collect::<CheckpointListing>()
+        };
+        let name = format!("{base}.experts.w3.weight");
+        let one_by_one = listing(&[format!("{base}.experts.0.w3.weight"), format!("{base}.experts.1.w3.weight")]);
+        assert_eq!(listed_dtypes(&one_by_one, &name), [crate::plan::DType::BF16, crate::plan::DType::F16]);
+        let packed = listing(&[format!("{base}.experts.gate_up_proj")]);
+        assert_eq!(listed_dtypes(&packed, &name), [crate::plan::DType::BF16]);
     }
 
     #[test]
@@ -95,7 +118,6 @@ mod tests {
         let found = of("model.layers.0.conv.conv.weight", &[8, 3]);
         assert_eq!(found.sources, [TensorSource::Whole(found.name.clone())]);
         assert_eq!((found.dtype, &found.shape[..]), (crate::plan::DType::F16, &[8, 3][..]), "the checkpoint's type");
-        assert_eq!(checkpoint_names("a.weight"), ["a.weight"]);
     }
 
     #[test]

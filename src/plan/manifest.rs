@@ -156,6 +156,9 @@ pub struct Tensor {
     pub name: String,
     /// Element type in the checkpoint; loading refuses another.
     pub dtype: DType,
+    /// Where a checkpoint holds one tensor for each index and these differ in type: the type of each. Else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub index_dtypes: Vec<DType>,
     /// Shape.
     pub shape: Vec<u64>,
     /// The forms in which a checkpoint may hold it, any one of them.

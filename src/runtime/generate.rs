@@ -196,13 +196,18 @@ fn bucket_size<E: Executor + ?Sized>(executor: &E, bucket: usize, size: impl Fn(
     }
 }
 
-/// The captured logits of several sequences as one table `[sequences, new_tokens, vocab]`, NaN after a sequence has ended.
-/// `new_tokens` is what the longest generated, or more.
-pub fn logits_table<'f>(finished: impl IntoIterator<Item = &'f Finished>, new_tokens: usize, vocab: usize) -> Vec<f32> {
+/// The captured logits of several sequences as one table `[sequences, new_tokens, vocab]`, NaN after a sequence has ended
+/// and for one that did not run. `new_tokens` is what the longest generated, or more.
+pub fn logits_table<'f>(
+    finished: impl IntoIterator<Item = Option<&'f Finished>>,
+    new_tokens: usize,
+    vocab: usize,
+) -> Vec<f32> {
     let mut table = Vec::new();
     for (index, sequence) in finished.into_iter().enumerate() {
         let size = new_tokens * vocab;
-        table.extend_from_slice(&sequence.logits[..sequence.logits.len().min(size)]);
+        let logits = sequence.map_or(&[][..], |sequence| &sequence.logits);
+        table.extend_from_slice(&logits[..logits.len().min(size)]);
         table.resize((index + 1) * size, f32::NAN);
     }
     table

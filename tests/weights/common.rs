@@ -42,7 +42,7 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
 pub fn tensor(name: &str, dtype: DType, shape: &[u64], sources: Vec<TensorSource>) -> Tensor {
     let salt = name.bytes().fold(0, |sum, byte| sum * 31 + u64::from(byte));
     let synthetic = Synthetic { salt, center: 0.5, scale: 3.0 };
-    Tensor { name: name.to_string(), dtype, shape: shape.to_vec(), sources, synthetic }
+    Tensor { name: name.to_string(), dtype, index_dtypes: vec![], shape: shape.to_vec(), sources, synthetic }
 }
 
 pub fn whole(name: &str, dtype: DType, shape: &[u64]) -> Tensor {

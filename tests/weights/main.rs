@@ -133,6 +133,24 @@ fn weights_larger_than_one_task() {
     check_weights(&manifest(tensors, weights), &checkpoint);
 }
 
+#[test]
+fn a_type_for_each_index() {
+    let mut mixed = tensor("e", DType::F32, &[3, 2], vec![TensorSource::PerIndex("e.{}".into())]);
+    mixed.index_dtypes = vec![DType::BF16, DType::F32, DType::F16];
+    let numbers = [[1.0, -2.0], [0.1, 3.0], [0.5, 65504.0]];
+    let item = |i: usize, dtype: DType| (format!("e.{i}"), dtype, vec![2], written(dtype, &numbers[i]));
+    let types = mixed.index_dtypes.clone();
+    let items: Vec<Item> = types.iter().enumerate().map(|(i, &dtype)| item(i, dtype)).collect();
+    let manifest = manifest(vec![mixed], vec![weight(DType::F32, &[3, 2], 0, Layout::Copy(0))]);
+    let mut region = vec![0; 24];
+    let (_dir, checkpoint) = single(&items);
+    load(&manifest, &manifest.ranks[0], &checkpoint, &mut region, &|_| {}).unwrap();
+    assert_eq!(values(DType::F32, &region), numbers.concat());
+    let (_dir, other) = single(&[item(0, DType::BF16), item(1, DType::F16), item(2, DType::F16)]);
+    let error = load(&manifest, &manifest.ranks[0], &other, &mut region, &|_| {}).unwrap_err().to_string();
+    assert!(error.contains("mistyped `e.1`: expected F32, found F16") && !error.contains("`e.0`"), "{error}");
+}
+
 #[derive(Debug, Clone)]
 struct Case {
     shape: Vec<u64>,

@@ -20,6 +20,7 @@ use std::ops::RangeInclusive;
 pub use dot::dot;
 pub use svg_graph::svg;
 pub use svg_memory::memory_svg;
+pub use view::layer;
 
 /// What of a graph is drawn.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

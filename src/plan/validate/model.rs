@@ -56,6 +56,12 @@ fn check_tensor(tensor: &Tensor) -> Result<(), String> {
     if !synthetic.center.is_finite() || !synthetic.scale.is_finite() {
         return Err(format!("`synthetic`: expected finite numbers, found {synthetic:?}"));
     }
+    let indices = tensor.shape.first().copied().unwrap_or(0);
+    let mixed = &tensor.index_dtypes;
+    if !mixed.is_empty() && (mixed.len() as u64 != indices || mixed.contains(&DType::I32) || tensor.dtype == DType::I32)
+    {
+        return Err(format!("`index_dtypes`: expected none or {indices} float types, found {}", mixed.len()));
+    }
     if tensor.sources.is_empty() {
         return Err("expected at least one source".into());
     }

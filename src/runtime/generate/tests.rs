@@ -217,7 +217,7 @@ fn a_failed_executor_ends_the_run_and_frees_everything() {
 }
 
 #[test]
-fn the_table_of_logits_ends_in_nan() {
+fn the_table_of_logits_ends_in_nan_and_a_refused_sequence_is_all_nan() {
     let finished = |logits: Vec<f32>| Finished {
         id: 0,
         prompt_tokens: 1,
@@ -226,8 +226,9 @@ fn the_table_of_logits_ends_in_nan() {
         logits,
         prompt_logits: vec![],
     };
-    let table = logits_table(&[finished(vec![1.0, 2.0]), finished(vec![3.0, 4.0, 5.0, 6.0]), finished(vec![])], 2, 2);
-    assert_eq!(table.len(), 12);
+    let sequences = [finished(vec![1.0, 2.0]), finished(vec![3.0, 4.0, 5.0, 6.0]), finished(vec![])];
+    let table = logits_table(sequences.iter().map(Some).chain([None]), 2, 2);
+    assert_eq!(table.len(), 16);
     assert_eq!(table[..2], [1.0, 2.0]);
     assert!(table[2..4].iter().all(|x| x.is_nan()));
     assert_eq!(table[4..8], [3.0, 4.0, 5.0, 6.0]);

@@ -100,9 +100,9 @@ pub(super) struct Stored<'a>(Vec<StoredTensor<'a>>);
 
 /// A tensor in pieces of equal size, each adjacent in memory, in the order of its elements.
 struct StoredTensor<'a> {
-    dtype: DType,
     piece_elements: u64,
-    pieces: Vec<&'a [u8]>,
+    /// The element type of each, and its bytes.
+    pieces: Vec<(DType, &'a [u8])>,
 }
 
 impl Elements for Stored<'_> {
@@ -113,9 +113,9 @@ impl Elements for Stored<'_> {
             let (piece, within) = (position / stored.piece_elements, position % stored.piece_elements);
             let elements = (stored.piece_elements - within).min(bytes.len() as u64 / dtype.bytes());
             let (now, later) = bytes.split_at_mut((elements * dtype.bytes()) as usize);
-            let start = (within * stored.dtype.bytes()) as usize;
-            let source = &stored.pieces[piece as usize][start..][..(elements * stored.dtype.bytes()) as usize];
-            convert(stored.dtype, source, dtype, now);
+            let (found, piece) = stored.pieces[piece as usize];
+            let source = &piece[(within * found.bytes()) as usize..][..(elements * found.bytes()) as usize];
+            convert(found, source, dtype, now);
             position += elements;
             bytes = later;
         }
@@ -207,21 +207,31 @@ impl<'a> Form<'a> {
 
     /// The pieces of a tensor, given the bytes of each of the checkpoint's, whose shapes are right.
     fn pieces<'d>(&self, tensor: &Tensor, data: Vec<&'d [u8]>) -> StoredTensor<'d> {
-        let (pieces, piece_bytes) = match (self.source, tensor.shape.as_slice()) {
+        let typed = |pieces: Vec<&'d [u8]>| -> Vec<(DType, &'d [u8])> {
+            pieces.into_iter().enumerate().map(|(index, piece)| (self.dtype(tensor, index), piece)).collect()
+        };
+        let pieces: Vec<&[u8]> = match (self.source, tensor.shape.as_slice()) {
             (TensorSource::Part { start, of, .. }, [first, size, ..]) => {
                 let whole = data.first().copied().unwrap_or_default();
                 // The divisors are zero only if there are no bytes either.
                 let index_bytes = whole.len().checked_div((first * of) as usize).unwrap_or(0);
                 let (skip, take) = (*start as usize * index_bytes, *size as usize * index_bytes);
                 let row_bytes = (*of as usize * index_bytes).max(1);
-                (whole.chunks_exact(row_bytes).map(|row| &row[skip..][..take]).collect(), take)
+                whole.chunks_exact(row_bytes).map(|row| &row[skip..][..take]).collect()
             }
-            _ => {
-                let bytes = data.first().map_or(0, |data| data.len());
-                (data, bytes)
-            }
+            _ => data,
         };
-        StoredTensor { dtype: tensor.dtype, piece_elements: piece_bytes as u64 / tensor.dtype.bytes(), pieces }
+        let pieces = typed(pieces);
+        let piece_elements = pieces.first().map_or(0, |(dtype, piece)| piece.len() as u64 / dtype.bytes());
+        StoredTensor { piece_elements, pieces }
+    }
+
+    /// Element type of one of the checkpoint's tensors.
+    fn dtype(&self, tensor: &Tensor, index: usize) -> DType {
+        match self.source {
+            TensorSource::PerIndex(_) => tensor.index_dtypes.get(index).copied().unwrap_or(tensor.dtype),
+            _ => tensor.dtype,
+        }
     }
 }
 
@@ -235,7 +245,11 @@ fn locate<'a>(
     let mut best: Option<(&Form, Vec<Option<CheckpointTensor>>)> = None;
     for form in forms {
         let found: Vec<_> = form.names.iter().map(|name| checkpoint.tensor(name)).collect();
-        if let Some(data) = found.iter().map(|t| t.filter(|t| fits(tensor, form, t)).map(|t| t.data)).collect() {
+        let fits = |index: usize, found: &CheckpointTensor| {
+            found.dtype == form.dtype(tensor, index) && same_shape(&form.shape, found.shape)
+        };
+        let data = found.iter().enumerate().map(|(i, t)| t.filter(|t| fits(i, t)).map(|t| t.data));
+        if let Some(data) = data.collect() {
             return Some(form.pieces(tensor, data));
         }
         if best.is_none() && found.iter().any(Option::is_some) {
@@ -251,14 +265,15 @@ fn locate<'a>(
         report.missing.insert(Missing { name: tensor.name.clone(), forms });
         return None;
     };
-    for (name, found) in form.names.iter().zip(found) {
+    for (index, (name, found)) in form.names.iter().zip(found).enumerate() {
         let name = name.clone();
         let Some(found) = found else {
             report.missing.insert(Missing { name, forms: Vec::new() });
             continue;
         };
-        if found.dtype != tensor.dtype {
-            let mistyped = Mistyped { name: name.clone(), expected: tensor.dtype, found: found.dtype };
+        let expected = form.dtype(tensor, index);
+        if found.dtype != expected {
+            let mistyped = Mistyped { name: name.clone(), expected, found: found.dtype };
             report.mistyped.insert(name.clone(), mistyped);
         }
         if !same_shape(&form.shape, found.shape) {
@@ -266,10 +281,6 @@ fn locate<'a>(
         }
     }
     None
-}
-
-fn fits(tensor: &Tensor, form: &Form, found: &CheckpointTensor) -> bool {
-    found.dtype == tensor.dtype && same_shape(&form.shape, found.shape)
 }
 
 /// Equal but for dimensions of size 1, which do not change the order of elements.
