@@ -300,3 +300,55 @@ fn end(offset: u64, ty: &plan::TensorType) -> Option<u64> {
 fn too_large(name: &str) -> String {
     format!("`{name}` is too large: its bytes exceed 64 bits")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codegen::compile::Silent;
+    use crate::codegen::{CompileOptions, Recipe, Source, compile};
+
+    fn program() -> Program {
+        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let options = CompileOptions { prefill: Some(vec![8, 32]), decode: Some(vec![1]), ..CompileOptions::default() };
+        let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
+        compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")
+    }
+
+    #[test]
+    fn buckets_share_one_pool_of_the_largest() {
+        let program = program();
+        let largest = program.buckets.iter().map(|bucket| bucket.arena_bytes).max().expect("there are buckets");
+        assert_eq!(program.pool.arena.bytes, largest);
+        let io: Vec<(&str, u64, bool)> = program.io.iter().map(|io| (&*io.name, io.bytes, io.input)).collect();
+        // 32 rows; up to 16 of them get logits, one for each slot.
+        let expected =
+            [("tokens", 128, true), ("pos", 128, true), ("slot", 128, true), ("rows", 64, true), ("next", 64, false)];
+        assert_eq!(io, expected);
+    }
+
+    #[test]
+    fn layers_alike_share_their_semantics_and_steps_have_names_of_their_own() {
+        let program = program();
+        let bucket = program.buckets.last().expect("there are buckets");
+        let named = |name: &str| bucket.steps.iter().find(|step| step.name == name).map(|step| step.op);
+        let (first, second) = (named("layers.0.conv.norm+matmul"), named("layers.1.conv.norm+matmul"));
+        assert!(first.is_some() && first == second, "{first:?} {second:?}");
+        let names: std::collections::BTreeSet<&str> = bucket.steps.iter().map(|step| &*step.name).collect();
+        assert_eq!(names.len(), bucket.steps.len());
+        assert!(program.semantics.len() < bucket.steps.len() * program.buckets.len());
+    }
+
+    #[test]
+    fn merged_projections_are_a_layout_of_three_tensors() {
+        let program = program();
+        let joined: Vec<usize> = program
+            .weights
+            .iter()
+            .filter_map(|weight| match &weight.layout {
+                plan::Layout::Concat { tensors, .. } if weight.name.contains("self_attn") => Some(tensors.len()),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(joined, [3, 3], "q, k and v of two layers");
+    }
+}
