@@ -16,7 +16,7 @@ use crate::passes;
 
 /// Compile a recipe, a Hugging Face directory or a graph in text form to a plan file.
 ///
-/// Prints what each pass did: how often it rewrote, and the operators before and after.
+/// Prints what each pass did: how often it rewrote, the operators before and after, and the steps if it were the last.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A recipe (FILE.ron), or a graph in text form (FILE.ir)
@@ -89,6 +89,8 @@ fn report(compiled: &Compiled) -> String {
                 report.ops_before.to_string(),
                 report.ops_after.to_string(),
                 // A step for each operator.
+                report.ops_after.to_string(),
+                // One operator is one step, wherever the pipeline ends.
                 report.ops_after.to_string(),
             ]);
         }
