@@ -12,7 +12,7 @@ use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
 use crate::ir::{DType, Graph};
 use crate::passes::Target;
-use crate::plan::{self, Bucket, Manifest, Phase, PlanError, PlanFile, WeightSource};
+use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::cpu::{CpuExecutor, HostPool};
 use crate::runtime::weights::{self, Checkpoint};
 
@@ -123,28 +123,13 @@ impl Choices {
     }
 }
 
-/// The options that compile a plan's recipe to the same buckets again; passes left out are not known.
+/// The options that compile a plan's recipe again: it has the sizes and types as compiled; passes left out are not known.
 pub fn choices_of(manifest: &Manifest) -> CompileOptions {
-    let sizes = |phase: Phase, size: fn(&Bucket) -> u64| {
-        let buckets = manifest.ranks.first().map(|program| &program.buckets[..]).unwrap_or_default();
-        Some(buckets.iter().filter(|bucket| bucket.phase == phase).map(size).collect())
-    };
     CompileOptions {
         target: match manifest.target {
             plan::Target::Cpu => Target::Cpu,
             plan::Target::Sm_90a => Target::Sm90a,
         },
-        dtype: match manifest.dtype {
-            plan::DType::F32 => Some(DType::F32),
-            plan::DType::BF16 => Some(DType::BF16),
-            plan::DType::F16 => Some(DType::F16),
-            plan::DType::I32 => None,
-        },
-        prefill: sizes(Phase::Prefill, |bucket| bucket.tokens),
-        decode: sizes(Phase::Decode, |bucket| bucket.sequences),
-        max_sequences: Some(manifest.limits.max_sequences),
-        max_context: Some(manifest.limits.max_context),
-        kv_tokens: Some(manifest.limits.kv_tokens),
         forced_routing: manifest.model.forced_routing.is_some(),
         ..CompileOptions::default()
     }
