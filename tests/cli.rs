@@ -78,6 +78,17 @@ fn compiling_twice_gives_the_same_bytes() {
     assert!(read("demo.plan") == read("again.plan"));
 }
 
+/// `plans/gelu.manifest.ron` is a plan to read; it is what the compiler writes.
+#[test]
+fn the_plan_to_read_is_the_compilers() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let graph = project("plans/gelu.ir");
+    done(folder.path(), &["compile", graph.to_str().expect("UTF-8"), "--target", "cpu", "-o", "gelu.plan"]);
+    let written = done(folder.path(), &["inspect", "gelu.plan", "--manifest"]);
+    let kept = std::fs::read_to_string(project("plans/gelu.manifest.ron")).expect("it is there");
+    assert_eq!(written, kept, "write it again with `lfm2c inspect gelu.plan --manifest`, and read what changed");
+}
+
 #[test]
 fn run_gives_json_and_logits() {
     let folder = folder_with_plan();

@@ -54,12 +54,22 @@ impl Recipe {
     /// Reads a recipe's text.
     ///
     /// # Errors
-    /// No RON of this form, with line and column.
+    /// No RON of this form, with line and column; or fields that a recipe does not have. Unlike `config.json`, which carries
+    /// much that does not matter here, a recipe is written by hand: what is not known in it is a slip.
     pub fn parse(text: &str) -> Result<Recipe> {
         let options = ron::Options::default()
             .with_default_extension(ron::extensions::Extensions::IMPLICIT_SOME)
             .with_recursion_limit(32);
-        options.from_str(text).map_err(|e| anyhow::anyhow!("line {}: {}", e.span.start, e.code))
+        let at = |e: ron::error::SpannedError| anyhow::anyhow!("line {}: {}", e.span.start, e.code);
+        let mut deserializer = ron::Deserializer::from_str_with_options(text, &options).map_err(at)?;
+        let mut unknown = vec![];
+        let recipe = serde_ignored::deserialize(&mut deserializer, |path| unknown.push(path.to_string()))
+            .and_then(|recipe| deserializer.end().map(|()| recipe))
+            .map_err(|e| at(deserializer.span_error(e)))?;
+        if !unknown.is_empty() {
+            bail!("unknown fields: {}; a model's fields are those of its config.json", unknown.join(", "));
+        }
+        Ok(recipe)
     }
 
     /// Reads a recipe file; a relative model directory is resolved against the file's own.
@@ -136,4 +146,29 @@ pub fn read_config(directory: &Path) -> Result<Config> {
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}: expected a Hugging Face model directory", path.display()))?;
     Config::from_json(&text).with_context(|| format!("in {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEMO: &str = include_str!("../../plans/demo.ron");
+
+    #[test]
+    fn a_slip_in_a_field_is_named() {
+        assert!(Recipe::parse(DEMO).is_ok());
+        let slip = DEMO.replace("norm_topk_prob", "norm_topk_probs");
+        let error = Recipe::parse(&slip).expect_err("no such field").to_string();
+        assert!(error.contains("norm_topk_probs"), "{error}");
+        let error = Recipe::parse(&DEMO.replace("prefill:", "prefills:")).expect_err("no such field").to_string();
+        assert!(error.contains("prefills") && error.starts_with("line "), "{error}");
+        assert!(Recipe::parse(&format!("{DEMO} rest")).is_err(), "text behind the recipe");
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let recipe = Recipe::parse(DEMO).expect("the demo is a recipe");
+        let text = recipe.to_text().expect("it can be written");
+        assert_eq!(Recipe::parse(&text).expect("it can be read"), recipe);
+    }
 }
