@@ -88,8 +88,6 @@ fn report(compiled: &Compiled) -> String {
                 report.rewrites.to_string(),
                 report.ops_before.to_string(),
                 report.ops_after.to_string(),
-                // A step for each operator.
-                report.ops_after.to_string(),
                 // One operator is one step, wherever the pipeline ends.
                 report.ops_after.to_string(),
             ]);
