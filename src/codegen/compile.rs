@@ -202,6 +202,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         dtype: types::plan_dtype(unit.dtype),
         limits: unit.limits,
         tensors,
+        kernels: vec![],
+        services: vec![],
         ranks: vec![program],
     };
     let file = PlanFile { manifest, recipe: unit.recipe, texts };

@@ -134,6 +134,7 @@ impl Tables {
                 updates,
                 after: scheduled.after.iter().map(|&step| step as u32).collect(),
                 cost: cost(graph, op, extents),
+                launch: None,
             });
         }
         let mut outputs = vec![];

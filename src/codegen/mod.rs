@@ -2,6 +2,7 @@
 
 pub mod compile;
 mod cost;
+pub mod kernels;
 mod lower;
 pub mod recipe;
 mod semantic;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::Semantic;
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -32,6 +32,12 @@ pub struct Manifest {
     pub limits: Limits,
     /// The tensors it needs from a checkpoint.
     pub tensors: Vec<Tensor>,
+    /// The kernels that steps launch; none in a plan for the CPU.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub kernels: Vec<Kernel>,
+    /// The kernels that the runtime launches by itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<Service>,
     /// One program a rank.
     pub ranks: Vec<Program>,
 }
@@ -95,6 +101,105 @@ pub enum Target {
     Cpu,
     /// NVIDIA Hopper.
     Sm_90a,
+}
+
+/// A specialised kernel, compiled for the plan's target.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Its symbol, which is the name of its source file in `kernels/`.
+    pub name: String,
+    /// What it was specialised to, for a person to read.
+    pub config: String,
+    /// BLAKE3 of everything that it was compiled from, in hexadecimal.
+    pub source: String,
+    /// Its parameters, in order.
+    pub params: Vec<Param>,
+    /// Position of its machine code among the plan's; none in a plan that was lowered without a compiler, which only the CPU
+    /// executor can run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cubin: Option<u32>,
+}
+
+/// A kernel's parameter: name and type.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Param(pub String, pub ParamType);
+
+/// What a kernel takes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum ParamType {
+    /// The address of elements that it reads.
+    In(DType),
+    /// The address of elements that it writes, or reads and writes.
+    Out(DType),
+    /// A 32-bit integer.
+    Int,
+    /// A 64-bit integer.
+    Long,
+    /// A binary32 number.
+    Float,
+}
+
+impl ParamType {
+    /// Size in bytes, which is also its alignment.
+    pub fn bytes(self) -> usize {
+        match self {
+            ParamType::In(_) | ParamType::Out(_) | ParamType::Long => 8,
+            ParamType::Int | ParamType::Float => 4,
+        }
+    }
+}
+
+/// A kernel that the runtime launches by itself: what it is for, and its position in [`Manifest::kernels`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Service(pub ServiceRole, pub u32);
+
+/// What the runtime needs kernels for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum ServiceRole {
+    /// Makes elements of a synthetic tensor of the first type, stored as the second.
+    Synthesize(DType, DType),
+    /// Converts elements of a checkpoint from the first type to the second, into the places of a layout.
+    Place(DType, DType),
+    /// Takes the tokens that a step chose and makes the next step's inputs of them.
+    Advance,
+    /// Fills in the tokens that the host did not know when it started a step.
+    Feed,
+}
+
+/// How a step runs on the device.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// Position in [`Manifest::kernels`].
+    pub kernel: u32,
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block, along x.
+    pub block: u32,
+    /// Blocks along x that form a cluster.
+    pub cluster: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+    /// Whether it may start before the step before it is done; the kernel itself waits.
+    pub dependent: bool,
+    /// What its parameters are, in order.
+    pub args: Vec<Arg>,
+}
+
+/// A kernel's argument.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Arg {
+    /// The address of the step's read of this position.
+    Read(u32),
+    /// The address of the step's write of this position.
+    Write(u32),
+    /// A 32-bit integer.
+    Int(i32),
+    /// A 64-bit integer.
+    Long(i64),
+    /// A number.
+    Float(f32),
 }
 
 /// Element type.
@@ -379,7 +484,7 @@ pub enum Phase {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Buffer(pub String, pub u64, pub u64);
 
-/// One launch.
+/// One operator of the fused graph: on a device, one launch.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
@@ -397,6 +502,9 @@ pub struct Step {
     pub after: Vec<u32>,
     /// What it moves and computes.
     pub cost: Cost,
+    /// How it runs on the device; none in a plan for the CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub launch: Option<Launch>,
 }
 
 /// A place that a step reads or writes.

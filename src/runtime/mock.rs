@@ -40,6 +40,8 @@ pub fn manifest(
         dtype: DType::F32,
         limits: Limits { max_sequences, max_context, kv_tokens, page_tokens, ring_columns: RING as u64 },
         tensors: vec![],
+        kernels: vec![],
+        services: vec![],
         ranks: vec![program],
     }
 }

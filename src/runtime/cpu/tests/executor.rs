@@ -22,7 +22,7 @@ fn semantic(name: &str, inputs: &[&TensorType], outputs: &[&TensorType], op: Op)
 fn step(name: &str, op: usize, reads: &[Ref], writes: &[Ref]) -> Step {
     let cost = Cost { bytes: 0, bytes_per_expert: 0, bytes_per_position: 0, flops: 0 };
     let (reads, writes) = (reads.to_vec(), writes.to_vec());
-    Step { name: name.into(), op: op as u32, reads, writes, updates: vec![], after: vec![], cost }
+    Step { name: name.into(), op: op as u32, reads, writes, updates: vec![], after: vec![], cost, launch: None }
 }
 
 /// A bucket and its semantics, which are numbered from `first`.
@@ -146,6 +146,8 @@ fn manifest() -> Manifest {
             ring_columns: 4,
         },
         tensors: vec![],
+        kernels: vec![],
+        services: vec![],
         ranks: vec![program],
     }
 }

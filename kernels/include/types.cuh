@@ -1,0 +1,72 @@
+// Element types and conversions. No header of the CUDA toolkit is included anywhere, so that a compiler without its
+// headers is enough.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+// The upper half of binary32, and binary16.
+struct bf16 {
+    u16 bits;
+};
+struct f16 {
+    u16 bits;
+};
+
+constexpr float INFINITE = __builtin_huge_valf();
+
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(int x) { return (float)x; }
+__device__ __forceinline__ float to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+__device__ __forceinline__ float to_f32(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+template <class T> __device__ __forceinline__ T from_f32(float x);
+template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) {
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
+    f16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+}
+
+// x as an element of T would hold it.
+template <class T> __device__ __forceinline__ float rounded(float x) { return to_f32(from_f32<T>(x)); }
+
+// N adjacent elements, loaded and stored as one.
+template <class T, int N> struct alignas(sizeof(T) * N) Pack {
+    T at[N];
+};
+
+// Sixteen bytes.
+struct alignas(16) Quad {
+    u32 at[4];
+};
+
+// Reads sixteen bytes that nothing writes while the kernel runs and that are read once: weights.
+__device__ __forceinline__ Quad load_once(const void* from) {
+    Quad q;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.at[0]), "=r"(q.at[1]), "=r"(q.at[2]), "=r"(q.at[3])
+                 : "l"(from));
+    return q;
+}
+
+// The two elements of a word, in f32.
+template <class T> __device__ __forceinline__ float low(u32 word) { return to_f32(T{(u16)(word & 0xffff)}); }
+template <class T> __device__ __forceinline__ float high(u32 word) { return to_f32(T{(u16)(word >> 16)}); }
+
+// Two numbers, rounded to T, in a word.
+template <class T> __device__ __forceinline__ u32 pair(float lower, float upper) {
+    return (u32)from_f32<T>(lower).bits | (u32)from_f32<T>(upper).bits << 16;
+}

@@ -1,0 +1,138 @@
+//! Puts a specialised kernel together: generated text, parameters with their arguments, launch shape.
+
+use std::fmt::{Display, Write};
+
+use crate::plan::{Arg, DType, Launch, Param, ParamType, Slot, TensorType};
+
+use super::Problem;
+
+/// A kernel specialised to a step.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Specialised {
+    /// What distinguishes it from the twin's other candidates: `rows=16 warps=8`; empty if there is but one.
+    pub config: String,
+    /// Parameters, in order.
+    pub params: Vec<Param>,
+    /// Shape and arguments; the kernel's position is filled in later.
+    pub launch: Launch,
+    text: String,
+}
+
+impl Specialised {
+    /// The generated text that stands before the source: includes, constants, types, functions, and `PARAMS`, the list of
+    /// parameters as the kernel's signature takes it.
+    pub fn prelude(&self) -> String {
+        let params: Vec<String> = self.params.iter().map(|Param(name, ty)| format!("{}{name}", c_param(*ty))).collect();
+        let threads = self.launch.block;
+        format!(
+            "// Generated.\n#include \"types.cuh\"\n#include \"block.cuh\"\nconstexpr int THREADS = {threads};\n{}#define PARAMS {}\n",
+            self.text,
+            params.join(", ")
+        )
+    }
+}
+
+/// Collects what a [`Specialised`] needs.
+pub struct Builder<'a> {
+    problem: &'a Problem<'a>,
+    text: String,
+    params: Vec<Param>,
+    args: Vec<Arg>,
+}
+
+impl<'a> Builder<'a> {
+    /// Nothing yet.
+    pub fn new(problem: &'a Problem<'a>) -> Self {
+        Builder { problem, text: String::new(), params: vec![], args: vec![] }
+    }
+
+    /// `constexpr int NAME = value;`
+    pub fn constant(&mut self, name: &str, value: u64) -> &mut Self {
+        self.line(format_args!("constexpr int {name} = {value};"))
+    }
+
+    /// `constexpr float NAME = value;`, the exact bits.
+    pub fn number(&mut self, name: &str, value: f32) -> &mut Self {
+        self.line(format_args!("constexpr float {name} = {};", c_number(value)))
+    }
+
+    /// `typedef float NAME;`
+    pub fn alias(&mut self, name: &str, dtype: DType) -> &mut Self {
+        self.line(format_args!("typedef {} {name};", c_type(dtype)))
+    }
+
+    /// A line of text.
+    pub fn line(&mut self, line: impl Display) -> &mut Self {
+        writeln!(self.text, "{line}").expect("writing to a String");
+        self
+    }
+
+    /// A pointer to an input or output of the step. A state that the step updates is passed with [`Builder::state`].
+    pub fn pointer(&mut self, name: &str, slot: Slot) -> &mut Self {
+        let dtype = self.ty(slot).0;
+        match slot {
+            Slot::In(i) => self.param(name, ParamType::In(dtype), Arg::Read(i)),
+            Slot::Out(i) => self.param(name, ParamType::Out(dtype), Arg::Write(i)),
+            Slot::Temp(_) => unreachable!("a temporary has no address"),
+        }
+    }
+
+    /// A pointer to a state that the kernel writes.
+    pub fn state(&mut self, name: &str, slot: Slot) -> &mut Self {
+        let dtype = self.ty(slot).0;
+        let Slot::In(i) = slot else { unreachable!("a state is an input") };
+        self.param(name, ParamType::Out(dtype), Arg::Read(i))
+    }
+
+    /// An integer that the launch passes: what differs between buckets that should share a kernel, such as rows.
+    pub fn int(&mut self, name: &str, value: u64) -> &mut Self {
+        self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
+    }
+
+    fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
+        self.params.push(Param(name.to_owned(), ty));
+        self.args.push(arg);
+        self
+    }
+
+    /// The type of a value of the step.
+    pub fn ty(&self, slot: Slot) -> &'a TensorType {
+        super::pattern::ty(self.problem.semantic, slot)
+    }
+
+    /// The specialised kernel: blocks along x, y and z, threads of a block, dynamic shared memory in bytes.
+    pub fn finish(self, config: impl Into<String>, grid: [u64; 3], block: u32, shared: u64) -> Specialised {
+        let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
+        let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
+        let launch = Launch { kernel: 0, grid, block, cluster: 1, shared, dependent: true, args: self.args };
+        Specialised { config: config.into(), params: self.params, launch, text: self.text }
+    }
+}
+
+/// The C++ name of an element type; see `kernels/include/types.cuh`.
+pub fn c_type(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "float",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+        DType::I32 => "int",
+    }
+}
+
+/// A number as C++ source, the exact bits.
+pub fn c_number(value: f32) -> String {
+    match value {
+        value if value.is_finite() => format!("{value:e}f"),
+        value => format!("__int_as_float(0x{:08x})", value.to_bits()),
+    }
+}
+
+fn c_param(ty: ParamType) -> String {
+    match ty {
+        ParamType::In(dtype) => format!("const {}* __restrict__ ", c_type(dtype)),
+        ParamType::Out(dtype) => format!("{}* ", c_type(dtype)),
+        ParamType::Int => "int ".into(),
+        ParamType::Long => "long long ".into(),
+        ParamType::Float => "float ".into(),
+    }
+}

@@ -1,0 +1,82 @@
+//! The kernel registry: for each source file in `kernels/` its Rust twin, which knows the steps that the kernel can run, the
+//! constants to specialise it with, its parameters and its launch.
+//!
+//! A twin looks at a step's semantic alone, never at a name or a label. What it returns are *candidates*: configurations that
+//! all compute the step, best guess first. The twins stand in one table, the more special before the more general; the first
+//! candidate of the first twin that has one is the default, and tactics may name another.
+
+mod builder;
+mod expression;
+mod pattern;
+mod pointwise;
+
+pub use self::builder::{Builder, Specialised};
+use crate::plan::{Launch, Phase, Semantic};
+
+/// A step, as a twin sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Problem<'a> {
+    /// What it computes, with the bucket's sizes.
+    pub semantic: &'a Semantic,
+    /// The bucket's phase: in [`Phase::Decode`] each sequence has one row.
+    pub phase: Phase,
+}
+
+/// A kernel's Rust twin.
+pub trait Twin: Sync {
+    /// Name of its source file in `kernels/`, and of the function in it.
+    fn name(&self) -> &'static str;
+
+    /// Text of its source file.
+    fn source(&self) -> &'static str;
+
+    /// The ways in which this kernel can run a step, best guess first; none if it cannot.
+    fn candidates(&self, problem: &Problem) -> Vec<Specialised>;
+}
+
+/// Every kernel that steps launch, the more special before the more general.
+#[rustfmt::skip]
+pub static TWINS: &[&dyn Twin] = &[
+    &pointwise::Pointwise,
+];
+
+/// The files that sources include, by name.
+pub static HEADERS: &[(&str, &str)] = &[
+    ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
+];
+
+/// A kernel with a configuration for a step.
+pub struct Candidate {
+    /// Its twin.
+    pub twin: &'static dyn Twin,
+    /// The configuration.
+    pub specialised: Specialised,
+}
+
+/// All candidates for a step, the default first.
+pub fn candidates(problem: &Problem) -> Vec<Candidate> {
+    let of_twin = |twin: &'static dyn Twin| {
+        let list = twin.candidates(problem).into_iter();
+        list.map(move |specialised| Candidate { twin, specialised })
+    };
+    TWINS.iter().flat_map(|twin| of_twin(*twin)).collect()
+}
+
+impl Candidate {
+    /// What tactics call it: `stream rows=16 warps=8`.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.twin.name(), self.specialised.config).trim_end().to_owned()
+    }
+
+    /// The whole text to compile: generated constants, then the source.
+    pub fn text(&self) -> String {
+        format!("{}\n{}", self.specialised.prelude(), self.twin.source())
+    }
+
+    /// The launch, of the kernel with this position in the plan.
+    pub fn launch(&self, kernel: u32) -> Launch {
+        Launch { kernel, ..self.specialised.launch.clone() }
+    }
+}
