@@ -119,6 +119,7 @@ impl Choices {
             disabled: self.disable_pass.clone(),
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
+            ..CompileOptions::default()
         }
     }
 }

@@ -37,6 +37,7 @@ pub fn manifest(
             forced_routing: None,
         },
         target: Target::Cpu,
+        toolkit: None,
         dtype: DType::F32,
         limits: Limits { max_sequences, max_context, kv_tokens, page_tokens, ring_columns: RING as u64 },
         tensors: vec![],

@@ -137,6 +137,7 @@ fn manifest() -> Manifest {
             forced_routing: None,
         },
         target: Target::Cpu,
+        toolkit: None,
         dtype: DType::F32,
         limits: Limits {
             max_sequences: SLOTS as u64,
