@@ -245,7 +245,7 @@ impl CudaExecutor {
             Some(None) => {
                 self.launch_steps(bucket)?;
                 match &self.flight {
-                    Some(flight) => flight.advance(self.program(), bucket)?.launch_after_all(self.streams.main()),
+                    Some(flight) => flight.advance(bucket)?.launch_after_all(self.streams.main()),
                     None => Ok(()),
                 }
             }
@@ -264,7 +264,7 @@ impl CudaExecutor {
             let captured = self.streams.capture(|| {
                 self.streams.queue(steps, &self.lanes[bucket])?;
                 match &self.flight {
-                    Some(flight) => flight.advance(self.program(), bucket)?.launch(self.streams.main()),
+                    Some(flight) => flight.advance(bucket)?.launch(self.streams.main()),
                     None => Ok(()),
                 }
             });
