@@ -176,8 +176,7 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
         batch.rows.push(batch.tokens.len() as i32 - 1);
     }
     executor.run(at, &batch)?;
-    executor.next_tokens()?;
-    executor.logits()?;
+    executor.logits(&mut vec![])?;
     executor.run_head(at, &batch.rows[..1])
 }
 

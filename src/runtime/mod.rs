@@ -18,7 +18,7 @@ pub mod statistics;
 pub mod weights;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
-pub use executor::{Batch, Executor, SamplingParams};
+pub use executor::{Batch, Executor, PENDING, SamplingParams};
 pub use generate::{Generator, Options, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError};
 pub use scheduler::Scheduler;
