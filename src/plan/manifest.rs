@@ -173,6 +173,9 @@ pub enum ServiceRole {
     Feed,
 }
 
+/// Threads of a block of a service.
+pub const SERVICE_THREADS: u32 = 256;
+
 /// How a step runs on the device.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -4,6 +4,7 @@ pub mod batch;
 pub mod buckets;
 pub mod convert;
 pub mod cpu;
+pub mod cuda;
 pub mod executor;
 pub mod forced;
 pub mod generate;

@@ -230,8 +230,8 @@ impl CudaExecutor {
     /// No such bucket, the device failed, or with [`Graphs::Required`] the capture failed.
     pub fn launch(&mut self, bucket: usize) -> Result<()> {
         if self.graphs != Graphs::Off && self.captured.get(bucket).is_some_and(Option::is_none) {
-            match self.capture(bucket) {
-                Ok(_) => {}
+            match self.capture(bucket).map(drop) {
+                Ok(()) => {}
                 Err(error) if self.graphs == Graphs::Required => return Err(error),
                 Err(error) => {
                     let name = &self.program().buckets[bucket].name;
