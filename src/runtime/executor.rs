@@ -80,6 +80,12 @@ pub trait Executor {
     /// The plan it runs.
     fn manifest(&self) -> &Manifest;
 
+    /// What it runs on, for a person to read.
+    fn device(&self) -> String;
+
+    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>);
+
     /// How many steps may be in flight, that is enqueued and not collected: at least 1, and always the same, because
     /// which steps run depends on it.
     fn lookahead(&self) -> usize;

@@ -259,6 +259,12 @@ impl Mock {
 }
 
 impl Executor for Mock {
+    fn device(&self) -> String {
+        "a mock".into()
+    }
+
+    fn force_experts(&mut self, _slot: i32, _choices: Vec<i32>) {}
+
     fn manifest(&self) -> &Manifest {
         &self.manifest
     }

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod buckets;
+pub mod compare;
 pub mod convert;
 pub mod cpu;
 pub mod cuda;
@@ -17,6 +18,7 @@ pub mod sampling;
 pub mod scheduler;
 pub mod statistics;
 pub mod weights;
+pub mod workload;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, PENDING, SamplingParams};

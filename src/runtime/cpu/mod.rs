@@ -101,11 +101,6 @@ impl CpuExecutor {
         self
     }
 
-    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
-    pub fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
-        self.forced.set(slot, choices);
-    }
-
     /// The rank's program.
     pub fn program(&self) -> &Program {
         &self.manifest.ranks[self.rank]
@@ -258,6 +253,14 @@ impl CpuExecutor {
 impl Executor for CpuExecutor {
     fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    fn device(&self) -> String {
+        "the CPU".into()
+    }
+
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
+        self.forced.set(slot, choices);
     }
 
     fn set_pages(&mut self, slot: u32, pages: &[u32]) -> Result<()> {

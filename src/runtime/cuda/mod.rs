@@ -61,7 +61,7 @@ impl CudaExecutor {
     /// A device that cannot run the plan, or too little memory.
     pub fn new(file: &PlanFile, rank: usize, device: &Arc<Device>, graphs: Graphs) -> Result<CudaExecutor> {
         let manifest = Arc::new(file.manifest.clone());
-        check_device(&manifest, device)?;
+        check_device(&manifest, Some(device))?;
         let ranks = manifest.ranks.len();
         let program = manifest.ranks.get(rank).with_context(|| format!("no rank {rank} in a plan of {ranks}"))?;
         let planned = program.pool.bytes();
@@ -112,8 +112,8 @@ impl CudaExecutor {
         &self.manifest.ranks[self.rank]
     }
 
-    /// The device.
-    pub fn device(&self) -> &Arc<Device> {
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Device> {
         &self.device
     }
 
@@ -137,11 +137,6 @@ impl CudaExecutor {
         self.streams.main()
     }
 
-    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
-    pub fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
-        self.forced.set(slot, choices);
-    }
-
     /// Fills the arena, caches, rings and io with a byte: what is not live must not matter.
     ///
     /// # Errors
@@ -157,6 +152,17 @@ impl CudaExecutor {
             let start = (program.pool.state.offset + state.offset) as usize;
             self.pool.fill(start..start + state.ty.bytes().unwrap_or(0) as usize, byte, stream)?;
         }
+        Ok(stream.synchronize()?)
+    }
+
+    /// Fills the arena with a byte.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn poison_arena(&mut self, byte: u8) -> Result<()> {
+        let region = self.program().pool.arena;
+        let stream = self.streams.main();
+        self.pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, byte, stream)?;
         Ok(stream.synchronize()?)
     }
 

@@ -28,11 +28,11 @@ impl Ready {
     }
 }
 
-/// Checks that a device can run a plan.
+/// Checks that a device can run a plan; without one, that any could.
 ///
 /// # Errors
 /// What was expected and what was found.
-pub fn check_device(manifest: &Manifest, device: &Device) -> Result<()> {
+pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> {
     let expected = match manifest.target {
         Target::Cpu => bail!(
             "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
@@ -40,6 +40,10 @@ pub fn check_device(manifest: &Manifest, device: &Device) -> Result<()> {
         ),
         Target::Sm_90a => (9, 0),
     };
+    let Some((major, minor)) = manifest.toolkit else {
+        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
+    };
+    let Some(device) = device else { return Ok(()) };
     ensure!(
         device.capability == expected,
         "the plan is for compute capability {}.{}: found {} with {}.{}; run it on such a GPU, or with --device cpu",
@@ -49,9 +53,6 @@ pub fn check_device(manifest: &Manifest, device: &Device) -> Result<()> {
         device.capability.0,
         device.capability.1
     );
-    let Some((major, minor)) = manifest.toolkit else {
-        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
-    };
     ensure!(
         device.driver.0 >= major,
         "the plan's kernels were compiled by CUDA {major}.{minor}: expected a driver for CUDA {major} or later, found one for {}.{}; \

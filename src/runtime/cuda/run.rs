@@ -222,8 +222,15 @@ impl CudaExecutor {
         self.program().buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))
     }
 
-    fn upload(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+    /// Queues the copies of a batch's inputs to the device, where a bucket's steps find them.
+    ///
+    /// # Errors
+    /// The batch does not fit the bucket, or the device failed.
+    pub fn upload(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
         let manifest = Arc::clone(&self.manifest);
+        if let Some(flight) = &mut self.flight {
+            flight.prepared = None;
+        }
         let at = &manifest.ranks[self.rank].buckets[bucket];
         self.write_padded("tokens", &batch.tokens, at.tokens, -1)?;
         self.write_padded("pos", &batch.positions, at.tokens, 0)?;
@@ -246,6 +253,14 @@ impl CudaExecutor {
 impl Executor for CudaExecutor {
     fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    fn device(&self) -> String {
+        self.gpu().name.clone()
+    }
+
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
+        self.forced.set(slot, choices);
     }
 
     fn lookahead(&self) -> usize {
