@@ -16,7 +16,7 @@ struct f16 {
     u16 bits;
 };
 
-constexpr float INFINITE = __builtin_huge_valf();
+#define INFINITE __int_as_float(0x7f800000)
 
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(int x) { return (float)x; }
