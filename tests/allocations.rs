@@ -46,6 +46,12 @@ struct Ones {
 }
 
 impl Executor for Ones {
+    fn device(&self) -> String {
+        "a mock".into()
+    }
+
+    fn force_experts(&mut self, _slot: i32, _choices: Vec<i32>) {}
+
     fn manifest(&self) -> &Manifest {
         &self.manifest
     }

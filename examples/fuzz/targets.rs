@@ -6,7 +6,7 @@ use lfm2c::codegen::compile::{CompileOptions, Silent, Source, compile};
 use lfm2c::codegen::recipe::Recipe;
 use lfm2c::ir::{Extents, verify};
 use lfm2c::passes::{plan_memory, schedule};
-use lfm2c::plan::file::seal;
+use lfm2c::plan::file::{Kind, seal};
 use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::weights::{fill_synthetic, parse_header};

@@ -11,7 +11,7 @@ use crate::plan::Phase;
 use crate::runtime::Executor;
 use crate::runtime::compare::{bound, compare_step};
 use crate::runtime::cuda::Graphs;
-use crate::runtime::workload::Workload;
+use crate::runtime::workload::random_batch;
 
 /// Compares the GPU with the CPU, step by step.
 ///
@@ -65,7 +65,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             bail!("bucket {}: a graph that is no language model is compared by `lfm2c bench`", bucket.name);
         }
         gpu.poison(0xff)?;
-        let batch = workload(&mut gpu, arguments, i)?;
+        let batch = random_batch(&mut gpu, i, arguments.context, arguments.seed)?;
         gpu.poison_arena(0xff)?;
         gpu.upload(i, &batch)?;
         for (at, step) in bucket.steps.iter().enumerate() {
@@ -115,41 +115,3 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 }
 
 const HEADER: [&str; 6] = ["bucket", "step", "kernel", "output", "error", "first difference"];
-
-/// Random rows for a bucket: sequences of different lengths and positions, and some rows of padding.
-fn workload(gpu: &mut crate::runtime::cuda::CudaExecutor, arguments: &Arguments, bucket: usize) -> Result<crate::runtime::Batch> {
-    let at = gpu.program().buckets[bucket].clone();
-    let limits = gpu.manifest().limits.clone();
-    let (tokens, sequences) = (at.tokens as usize, at.sequences as usize);
-    let positions = (limits.max_context as usize).min(arguments.context + if at.phase == Phase::Prefill { tokens } else { 1 });
-    match at.phase {
-        Phase::Decode => {
-            // One row of padding where there is more than one.
-            let count = sequences.saturating_sub(1).max(1).min((limits.pages() as usize).max(1));
-            let mut work = Workload::new(gpu, count, positions, arguments.seed)?;
-            let most = work.room().min(limits.max_context as usize).saturating_sub(1).min(arguments.context);
-            let lengths: Vec<usize> = (0..count).map(|_| work.draw(most + 1)).collect();
-            work.fill(gpu, &lengths)?;
-            Ok(work.batch(&(0..count).map(|i| (i, 1)).collect::<Vec<_>>()))
-        }
-        _ => {
-            let count = sequences.min(4).min((limits.pages() as usize).max(1));
-            let mut work = Workload::new(gpu, count, positions, arguments.seed)?;
-            let room = work.room().min(limits.max_context as usize);
-            // Some begin anew, some go on.
-            let behind: Vec<usize> = (0..count).map(|i| if i % 2 == 0 { 0 } else { work.draw(room.min(arguments.context)) }).collect();
-            work.fill(gpu, &behind)?;
-            let mut left = tokens - tokens / 16;
-            let mut shares = vec![];
-            for (i, behind) in behind.iter().enumerate() {
-                let most = (room - behind).min(left);
-                let rows = if i + 1 == count { most } else { most.min(1 + work.draw(tokens.div_ceil(count) * 3 / 2)) };
-                left -= rows;
-                if rows > 0 {
-                    shares.push((i, rows));
-                }
-            }
-            Ok(work.batch(&shares))
-        }
-    }
-}

@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::cli::draw::memory_svg;
 use crate::cli::load::{self, find_bucket};
-use crate::cuda;
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
+use crate::cuda;
 use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
 use crate::cli::{progress, usage};
-use crate::cuda;
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
+use crate::cuda;
 use crate::ir::{DType, Graph};
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
@@ -49,6 +49,9 @@ pub struct Choices {
     /// Makes the choice of experts an input, for `verify` with a golden file that holds the reference's choices
     #[arg(long)]
     pub forced_routing: bool,
+    /// Leaves machine code out of a plan for a GPU, which then only the CPU executor can run; needs no CUDA compiler
+    #[arg(long)]
+    pub without_cubins: bool,
     /// Applies only the first N patches of each bucket's pipeline, to find a bad one by bisection
     #[arg(long, value_name = "N")]
     pub stop_after_patch: Option<usize>,
@@ -96,7 +99,9 @@ impl Device {
             Device::Cpu => false,
             Device::Cuda => true,
             // Where it cannot run there, the error that says why is more use than a silent CPU.
-            Device::Auto => manifest.target != plan::Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0,
+            Device::Auto => {
+                manifest.target != plan::Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0
+            }
         }
     }
 }
@@ -123,6 +128,7 @@ impl Choices {
             disabled: self.disable_pass.clone(),
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
+            without_cubins: self.without_cubins,
             ..CompileOptions::default()
         }
     }

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, anyhow, bail};
 use rayon::prelude::*;
 
-use crate::codegen::lower::{self, Prepared};
 use crate::codegen::cubins::{self, Compilation};
+use crate::codegen::lower::{self, Prepared};
 use crate::codegen::select::{Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
@@ -232,7 +232,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     if options.target != Target::Cpu {
         services::add(&mut manifest, &mut sources);
         if !options.without_cubins {
-            (cubins, compilation) = cubins::build(manifest.target, &sources, &|done, total| observer.kernels(done, total))?;
+            (cubins, compilation) =
+                cubins::build(manifest.target, &sources, &|done, total| observer.kernels(done, total))?;
             manifest.toolkit = Some(compilation.toolkit);
             manifest.kernels.iter_mut().zip(0..).for_each(|(kernel, i)| kernel.cubin = Some(i));
         }

@@ -72,7 +72,9 @@ pub fn build(
     let nvrtc = Nvrtc::load()?;
     let (major, minor) = nvrtc.version();
     if major < 13 {
-        return Err(NvrtcError::Unable { expected: "sm_90a with CUDA 13".into(), found: format!("{major}.{minor}") }.into());
+        return Err(
+            NvrtcError::Unable { expected: "sm_90a with CUDA 13".into(), found: format!("{major}.{minor}") }.into()
+        );
     }
     let folder = dirs::cache_dir().map(|root| root.join("lfm2c").join(format!("cubins-{major}.{minor}")));
     let (done, cached) = (AtomicUsize::new(0), AtomicUsize::new(0));

@@ -149,7 +149,8 @@ impl Tables<'_> {
             if *uses > 1 {
                 name = format!("{name}.{uses}");
             }
-            let launch = self.launch(&lowered.semantic, plan_phase(spec.phase)).map_err(|fault| format!("{name}: {fault}"))?;
+            let launch =
+                self.launch(&lowered.semantic, plan_phase(spec.phase)).map_err(|fault| format!("{name}: {fault}"))?;
             steps.push(Step {
                 name,
                 op: self.semantic(lowered.semantic),

@@ -7,8 +7,8 @@ pub mod kernels;
 mod lower;
 pub mod recipe;
 pub mod select;
-mod services;
 mod semantic;
+mod services;
 mod tensors;
 mod types;
 

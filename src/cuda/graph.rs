@@ -26,10 +26,7 @@ impl Graph {
     ///
     /// # Errors
     /// What `work` returns, or the driver refused.
-    pub fn capture<E: From<DeviceError>>(
-        stream: &Stream,
-        work: impl FnOnce() -> Result<(), E>,
-    ) -> Result<Graph, E> {
+    pub fn capture<E: From<DeviceError>>(stream: &Stream, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive; the graph is destroyed once.
         unsafe {

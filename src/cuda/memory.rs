@@ -24,8 +24,7 @@ impl DeviceMemory {
     /// Not enough memory.
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<DeviceMemory, DeviceError> {
         // SAFETY: freed once, when dropped.
-        let address =
-            during(&format!("allocating {bytes} bytes"), unsafe { result::malloc_sync(bytes.max(1)) })?;
+        let address = during(&format!("allocating {bytes} bytes"), unsafe { result::malloc_sync(bytes.max(1)) })?;
         Ok(DeviceMemory { address, bytes, device: Arc::clone(device) })
     }
 

@@ -149,7 +149,12 @@ fn preload() {
         .flatten()
         .flat_map(|root| [root.join("lib64"), root.join("lib")])
         .collect();
-    let pythons = [home("VIRTUAL_ENV"), home("HOME").map(|home| home.join(".local")), Some("/usr/local".into()), Some("/usr".into())];
+    let pythons = [
+        home("VIRTUAL_ENV"),
+        home("HOME").map(|home| home.join(".local")),
+        Some("/usr/local".into()),
+        Some("/usr".into()),
+    ];
     for lib in pythons.into_iter().flatten().map(|root| root.join("lib")) {
         let versions = std::fs::read_dir(&lib).into_iter().flatten().flatten();
         let versions = versions.filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"));

@@ -79,7 +79,11 @@ impl Workload {
     /// # Errors
     /// No room, or the device failed.
     pub fn fill(&mut self, executor: &mut dyn Executor, positions: &[usize]) -> Result<()> {
-        ensure!(positions.iter().all(|&n| n <= self.room()), "{positions:?} positions, each has room for {}", self.room());
+        ensure!(
+            positions.iter().all(|&n| n <= self.room()),
+            "{positions:?} positions, each has room for {}",
+            self.room()
+        );
         let program = executor.manifest().ranks.first().context("a plan without ranks")?;
         let largest = program.buckets.iter().rposition(|bucket| bucket.phase == Phase::Prefill);
         let bucket = largest.or(program.buckets.len().checked_sub(1)).context("a plan without buckets")?;
@@ -103,4 +107,44 @@ impl Workload {
             executor.run(bucket, &batch)?;
         }
     }
+}
+
+/// Random rows for a bucket: sequences of different lengths, at different positions, with up to `context` rows behind them that
+/// have been run, and some rows of padding.
+///
+/// # Errors
+/// The plan has too little room, or the device failed.
+pub fn random_batch(executor: &mut dyn Executor, bucket: usize, context: usize, seed: u64) -> Result<Batch> {
+    let program = executor.manifest().ranks.first().context("a plan without ranks")?;
+    let at = program.buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+    let (tokens, sequences, phase) = (at.tokens as usize, at.sequences as usize, at.phase);
+    let limits = &executor.manifest().limits;
+    let (pages, max_context) = (limits.pages().max(1) as usize, limits.max_context as usize);
+    if phase == Phase::Decode {
+        // One row of padding where there is more than one.
+        let count = sequences.saturating_sub(1).clamp(1, pages);
+        let mut work = Workload::new(executor, count, max_context.min(context + 1), seed)?;
+        let most = work.room().min(max_context).saturating_sub(1).min(context);
+        let behind: Vec<usize> = (0..count).map(|_| work.draw(most + 1)).collect();
+        work.fill(executor, &behind)?;
+        return Ok(work.batch(&(0..count).map(|i| (i, 1)).collect::<Vec<_>>()));
+    }
+    let count = sequences.min(4).min(pages);
+    let mut work = Workload::new(executor, count, max_context.min(context + tokens), seed)?;
+    let room = work.room().min(max_context);
+    // Some begin anew, some go on.
+    let behind: Vec<usize> =
+        (0..count).map(|i| if i % 2 == 0 { 0 } else { work.draw(room.min(context).max(1)) }).collect();
+    work.fill(executor, &behind)?;
+    let mut left = (tokens - tokens / 16).max(1);
+    let mut shares = vec![];
+    for (i, behind) in behind.iter().enumerate() {
+        let most = (room - behind).min(left);
+        let rows = if i + 1 == count { most } else { most.min(1 + work.draw(tokens.div_ceil(count) * 3 / 2)) };
+        left -= rows;
+        if rows > 0 {
+            shares.push((i, rows));
+        }
+    }
+    Ok(work.batch(&shares))
 }

@@ -179,7 +179,10 @@ fn operand_index(semantic: &Semantic, slot: Slot, result: Slot, columns: u64) ->
         Some(format!("row * {columns} + column"))
     } else if elements == columns && shape.last() == Some(&columns) {
         Some("column".into())
-    } else if shape.len() == whole.len() && shape.last() == Some(&1) && shape[..shape.len() - 1] == whole[..whole.len() - 1] {
+    } else if shape.len() == whole.len()
+        && shape.last() == Some(&1)
+        && shape[..shape.len() - 1] == whole[..whole.len() - 1]
+    {
         Some("row".into())
     } else if elements == 1 {
         Some("0".into())

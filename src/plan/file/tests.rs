@@ -4,7 +4,12 @@ const SMALL: &str = include_str!("../../../tests/data/small_manifest.ron");
 
 fn small() -> PlanFile {
     let manifest = PlanFile::parse_manifest(SMALL).expect("the fixture is a manifest");
-    PlanFile { manifest, recipe: "(name: \"small\")".into(), texts: vec!["graph @small () {\n  return\n}\n".into()], cubins: vec![] }
+    PlanFile {
+        manifest,
+        recipe: "(name: \"small\")".into(),
+        texts: vec!["graph @small () {\n  return\n}\n".into()],
+        cubins: vec![],
+    }
 }
 
 #[test]

@@ -3,8 +3,7 @@
 use super::{Faults, MAX_BYTES, Show, type_bytes};
 use crate::plan::{
     ALIGNMENT, DType, Io, Layout, Limits, Manifest, Program, Region, SAMPLING_COLUMNS, STOP_COLUMNS, State, StateRole,
-    TensorType,
-    Weight,
+    TensorType, Weight,
 };
 
 /// Inputs of a language model, each with one element a row.
@@ -45,13 +44,8 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         faults.note(at, check_state(state, language.then_some(&manifest.limits)));
     }
     inside("state", pool.state, places, at, faults);
-    let single = [
-        StateRole::BlockTable,
-        StateRole::Sampling,
-        StateRole::LastToken,
-        StateRole::Stops,
-        StateRole::StepCounter,
-    ];
+    let single =
+        [StateRole::BlockTable, StateRole::Sampling, StateRole::LastToken, StateRole::Stops, StateRole::StepCounter];
     for role in single {
         let count = program.states.iter().filter(|state| state.role == role).count();
         if language && count > 1 {

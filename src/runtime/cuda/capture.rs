@@ -117,7 +117,11 @@ impl Streams {
                 }
             }
             // A dependent launch waits for the kernel before it in its stream, and only for that.
-            if alone { step.launch(stream)? } else { step.launch_after_all(stream)? }
+            if alone {
+                step.launch(stream)?
+            } else {
+                step.launch_after_all(stream)?
+            }
             if lanes.recorded[i] {
                 let event = Event::new(device, false)?;
                 event.record(stream)?;

@@ -14,9 +14,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 pub use self::capture::Captured;
-pub use self::program::{check_device, kernel_name, offset};
 use self::capture::{Lanes, Streams};
 use self::program::{Kernels, Ready};
+pub use self::program::{check_device, kernel_name, offset};
 use self::run::Flight;
 use crate::cuda::{Device, DeviceMemory, Stream};
 use crate::plan::{Manifest, PlanFile, Program, Ref, TensorType};

@@ -41,7 +41,9 @@ pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> 
         Target::Sm_90a => (9, 0),
     };
     let Some((major, minor)) = manifest.toolkit else {
-        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
+        bail!(
+            "the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`"
+        );
     };
     let Some(device) = device else { return Ok(()) };
     ensure!(

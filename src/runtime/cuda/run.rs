@@ -9,7 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use super::program::{Kernels, Ready, offset};
 use super::{CudaExecutor, Graphs};
 use crate::cuda::{Device, DeviceMemory, HostMemory, LaunchShape, Stream};
-use crate::plan::{Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole};
+use crate::plan::{
+    Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole,
+};
 use crate::runtime::executor::{Batch, Executor, PENDING, SamplingParams};
 use crate::runtime::{batch, io};
 
