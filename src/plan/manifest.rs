@@ -154,18 +154,42 @@ impl ParamType {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Service(pub ServiceRole, pub u32);
 
-/// What the runtime needs kernels for.
+/// What the runtime needs kernels for, with the parameters that it passes, in order. Blocks have [`SERVICE_THREADS`] threads
+/// along x and no dynamic shared memory; but for [`ServiceRole::Advance`], any number of blocks does the work.
+///
+/// The first two write elements of a checkpoint tensor to their places in a weight. Element i of the tensor is the weight's
+/// element `i / part * whole + i % part / run * stride + offset + i % part % run`; `runtime::weights::places` gives the
+/// numbers for a layout. They move eight elements at a time where `first` and the five numbers are multiples of eight and the
+/// addresses of 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ServiceRole {
-    /// Makes elements of a synthetic tensor of the first type, stored as the second.
+    /// Makes elements `first..first + count` of a synthetic tensor of the first type, stored as the second: `to Out(second)`
+    /// (the weight), `first Long`, `count Long`, `key Long`, `center Float`, `scale Float`, `part Long`, `whole Long`,
+    /// `run Long`, `stride Long`, `offset Long`.
     Synthesize(DType, DType),
-    /// Converts elements of a checkpoint from the first type to the second, into the places of a layout.
+    /// Converts elements of a checkpoint from the first type to the second: `to Out(second)` (the weight), `from In(first)` (the
+    /// elements `first..first + count` of the tensor, and no others), `first Long`, `count Long`, `part Long`, `whole Long`,
+    /// `run Long`, `stride Long`, `offset Long`.
     Place(DType, DType),
-    /// Takes the tokens that a step chose and makes the next step's inputs of them.
+    /// Takes the tokens that a step chose, tells the host, and makes the next step's inputs of them; one block. `next In(I32)`,
+    /// `tokens Out(I32)`, `pos Out(I32)`, `slot Out(I32)`, `rows In(I32)`, `last Out(I32)` (a token for each slot), `stops
+    /// In(I32)` (`[slots, 8]`), `ring Long` (address of u64 `[depth, width]`, in memory that the host reads), `number Long`
+    /// (address of a u64, zero at first), `count Int` (rows of `next` and `rows`), `moves Int` (0: leaves the inputs as they are),
+    /// `depth Int`, `width Int`. What they mean is told in `kernels/advance.cu`.
     Advance,
-    /// Fills in the tokens that the host did not know when it started a step.
+    /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
+    /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
 }
+
+/// Threads of a block of a service.
+pub const SERVICE_THREADS: u32 = 256;
+
+/// Columns of the table of what ends a slot's sequence; see [`ServiceRole::Advance`].
+pub const STOP_COLUMNS: u64 = 8;
+
+/// The token of a row whose token [`ServiceRole::Feed`] fills in.
+pub const PENDING: i32 = -2;
 
 /// How a step runs on the device.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
