@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write};
 
-use crate::plan::{Arg, DType, Launch, Param, ParamType, Slot, TensorType};
+use crate::plan::{Arg, DType, Launch, Param, ParamType, Semantic, Slot, TensorType};
 
 use super::Problem;
 
@@ -34,7 +34,7 @@ impl Specialised {
 
 /// Collects what a [`Specialised`] needs.
 pub struct Builder<'a> {
-    problem: &'a Problem<'a>,
+    semantic: Option<&'a Semantic>,
     text: String,
     params: Vec<Param>,
     args: Vec<Arg>,
@@ -43,7 +43,12 @@ pub struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { problem, text: String::new(), params: vec![], args: vec![] }
+        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], args: vec![] }
+    }
+
+    /// Nothing yet, for a kernel that no step launches.
+    pub fn service() -> Self {
+        Builder { semantic: None, text: String::new(), params: vec![], args: vec![] }
     }
 
     /// `constexpr int NAME = value;`
@@ -89,6 +94,12 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
     }
 
+    /// A parameter whose argument the runtime knows.
+    pub fn parameter(&mut self, name: &str, ty: ParamType) -> &mut Self {
+        self.params.push(Param(name.to_owned(), ty));
+        self
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
         self.args.push(arg);
@@ -97,7 +108,7 @@ impl<'a> Builder<'a> {
 
     /// The type of a value of the step.
     pub fn ty(&self, slot: Slot) -> &'a TensorType {
-        super::pattern::ty(self.problem.semantic, slot)
+        super::pattern::ty(self.semantic.expect("a service has no operands"), slot)
     }
 
     /// The specialised kernel: blocks along x, y and z, threads of a block, dynamic shared memory in bytes.

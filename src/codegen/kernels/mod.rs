@@ -7,10 +7,18 @@
 
 mod builder;
 mod expression;
+mod gather_rows;
 mod pattern;
 mod pointwise;
+mod rms_norm;
+mod services;
+mod short_conv;
+mod split;
+#[cfg(test)]
+mod testing;
 
 pub use self::builder::{Builder, Specialised};
+pub use self::services::{ServiceKernel, services};
 use crate::plan::{Launch, Phase, Semantic};
 
 /// A step, as a twin sees it.
@@ -37,12 +45,17 @@ pub trait Twin: Sync {
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
+    &short_conv::ShortConv,
+    &rms_norm::RmsNorm,
+    &gather_rows::GatherRows,
+    &split::Split,
     &pointwise::Pointwise,
 ];
 
 /// The files that sources include, by name.
 pub static HEADERS: &[(&str, &str)] = &[
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
@@ -62,6 +75,11 @@ pub fn candidates(problem: &Problem) -> Vec<Candidate> {
         list.map(move |specialised| Candidate { twin, specialised })
     };
     TWINS.iter().flat_map(|twin| of_twin(*twin)).collect()
+}
+
+/// Blocks for work whose kernel lets a block do several parts: as many as the device has room for, or nearly.
+fn blocks(threads_of_work: u64, threads: u32) -> u64 {
+    threads_of_work.div_ceil(u64::from(threads)).min(132 * 16)
 }
 
 impl Candidate {
