@@ -5,10 +5,17 @@
 //! all compute the step, best guess first. The twins stand in one table, the more special before the more general; the first
 //! candidate of the first twin that has one is the default, and tactics may name another.
 
+mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod builder;
 mod expression;
+mod head_rope;
+mod heads;
+mod kv_write;
 mod pattern;
 mod pointwise;
+mod rope;
 
 pub use self::builder::{Builder, Specialised};
 use crate::plan::{Launch, Phase, Semantic};
@@ -38,12 +45,21 @@ pub trait Twin: Sync {
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
     &pointwise::Pointwise,
+    &head_rope::HeadRope,
+    &rope::Rope,
+    &kv_write::KvWrite,
+    &attention_prefill::AttentionPrefill,
+    &attention_decode::AttentionDecode,
+    &attention::Attention,
 ];
 
 /// The files that sources include, by name.
 pub static HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 
