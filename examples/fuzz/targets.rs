@@ -107,7 +107,10 @@ fn compiled_gelu() -> PlanFile {
 
 /// A manifest under hashes that hold, with as many texts as the seeds need.
 fn sealed(manifest: &str) -> Vec<u8> {
-    seal(&[manifest.as_bytes(), b"", b"graph @a () {\n  return\n}\n", b"b", b"c"])
+    let texts: [&[u8]; 3] = [b"graph @a () {\n  return\n}\n", b"b", b"c"];
+    let mut sections = vec![(Kind::Manifest, manifest.as_bytes()), (Kind::Recipe, &b""[..])];
+    sections.extend(texts.map(|text| (Kind::Text, text)));
+    seal(&sections)
 }
 
 fn plan_seeds() -> Vec<Seed> {
@@ -173,8 +176,7 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
         batch.rows.push(batch.tokens.len() as i32 - 1);
     }
     executor.run(at, &batch)?;
-    executor.next_tokens()?;
-    executor.logits()?;
+    executor.logits(&mut vec![])?;
     executor.run_head(at, &batch.rows[..1])
 }
 

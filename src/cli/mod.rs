@@ -1,6 +1,7 @@
 //! The command line: one file a command. Exit codes: 0 done, 1 the work failed or a verification did not hold, 2 wrong usage.
 
 mod compile;
+mod diff;
 mod dot;
 pub mod draw;
 mod inspect;
@@ -36,6 +37,7 @@ enum Command {
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
+    Diff(diff::Arguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -57,6 +59,7 @@ pub fn main() -> ExitCode {
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),
+        Command::Diff(arguments) => diff::execute(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,9 +2,12 @@
 
 pub mod compile;
 mod cost;
+pub mod cubins;
 pub mod kernels;
 mod lower;
 pub mod recipe;
+pub mod select;
+mod services;
 mod semantic;
 mod tensors;
 mod types;

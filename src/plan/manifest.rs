@@ -16,6 +16,9 @@ pub const ALIGNMENT: u64 = 256;
 /// Columns of the sampling parameter table; see [`StateRole::Sampling`].
 pub const SAMPLING_COLUMNS: u64 = 8;
 
+/// Columns of the table of stops; see [`StateRole::Stops`].
+pub const STOP_COLUMNS: u64 = 8;
+
 /// A whole plan, without its texts and machine code.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +29,9 @@ pub struct Manifest {
     pub model: Model,
     /// What it runs on. The CPU executor runs every plan.
     pub target: Target,
+    /// Version of the CUDA toolkit that compiled its kernels, major and minor; none without machine code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub toolkit: Option<(u32, u32)>,
     /// Element type of activations and caches.
     pub dtype: DType,
     /// What the plan holds room for.
@@ -166,6 +172,9 @@ pub enum ServiceRole {
     /// Fills in the tokens that the host did not know when it started a step.
     Feed,
 }
+
+/// Threads of a block of a service.
+pub const SERVICE_THREADS: u32 = 256;
 
 /// How a step runs on the device.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -422,6 +431,12 @@ pub enum StateRole {
     /// Sampling parameters of each slot, i32 `[slots, 8]`: the bits of f32 temperature (0: greedy), top-k (0: off), bits of
     /// f32 top-p (1: off), bits of f32 min-p (0: off), the low and the high half of the seed, two unused.
     Sampling,
+    /// The token chosen last for each slot, i32 `[slots]`: what a device feeds a sequence's next step with.
+    LastToken,
+    /// What ends each slot's sequence, i32 `[slots, 8]`: up to seven tokens (-1: none), and the last position that runs.
+    Stops,
+    /// Number of steps that have published tokens, one 64-bit number as i32 `[2]`.
+    StepCounter,
 }
 
 /// A buffer exchanged with the host.

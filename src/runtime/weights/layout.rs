@@ -40,6 +40,40 @@ pub(super) fn fill(
     Ok(())
 }
 
+/// The weights of a region by ascending offset, for writing any range of it.
+pub(super) struct Region {
+    weights: Vec<(u64, u64, DType, Gather)>,
+}
+
+impl Region {
+    /// Of weights that do not overlap.
+    pub(super) fn new(tensors: &[Tensor], weights: &[Weight]) -> Result<Region, WeightError> {
+        let mut list = Vec::with_capacity(weights.len());
+        for weight in weights {
+            let bytes = weight.ty.bytes().ok_or_else(|| fault(weight, format!("size of {:?} overflows", weight.ty)))?;
+            let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
+            list.push((weight.offset, bytes, weight.ty.0, gather));
+        }
+        list.sort_by_key(|&(offset, bytes, ..)| (offset, bytes));
+        Ok(Region { weights: list })
+    }
+
+    /// Writes the region's bytes from `start` on, a multiple of every element's size, in parallel. Bytes between weights stay as
+    /// they are.
+    pub(super) fn write(&self, elements: &impl Elements, start: u64, bytes: &mut [u8]) {
+        bytes.par_chunks_mut(TASK_BYTES).enumerate().for_each(|(i, bytes)| {
+            let start = start + (i * TASK_BYTES) as u64;
+            let end = start + bytes.len() as u64;
+            let first = self.weights.partition_point(|&(offset, size, ..)| offset + size <= start);
+            for (offset, size, dtype, gather) in self.weights[first..].iter().take_while(|(offset, ..)| *offset < end) {
+                let (from, to) = (start.max(*offset), end.min(offset + size));
+                let piece = &mut bytes[(from - start) as usize..(to - start) as usize];
+                gather.write(elements, (from - offset) / dtype.bytes(), *dtype, piece);
+            }
+        });
+    }
+}
+
 /// The bytes of each weight, by ascending offset.
 fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w Weight, &'r mut [u8])>, WeightError> {
     let length = region.len();
