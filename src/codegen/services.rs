@@ -1,7 +1,7 @@
 //! The kernels that the runtime launches by itself, added to a plan: see [`crate::plan::ServiceRole`].
 
 use super::cubins::Source;
-use super::kernels::services::services;
+use super::kernels::services;
 use crate::plan::{Kernel, Manifest, Service};
 
 /// Adds the services that a plan needs to its manifest, and their sources to those of its kernels.

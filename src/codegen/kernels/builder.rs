@@ -38,17 +38,18 @@ pub struct Builder<'a> {
     text: String,
     params: Vec<Param>,
     args: Vec<Arg>,
+    cluster: u32,
 }
 
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], args: vec![] }
+        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], args: vec![], cluster: 1 }
     }
 
     /// Nothing yet, for a kernel that no step launches.
     pub fn service() -> Self {
-        Builder { semantic: None, text: String::new(), params: vec![], args: vec![] }
+        Builder { semantic: None, text: String::new(), params: vec![], args: vec![], cluster: 1 }
     }
 
     /// `constexpr int NAME = value;`
@@ -100,6 +101,12 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// So many blocks along x form a cluster; they divide the grid.
+    pub fn cluster(&mut self, blocks: u32) -> &mut Self {
+        self.cluster = blocks;
+        self
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
         self.args.push(arg);
@@ -115,7 +122,7 @@ impl<'a> Builder<'a> {
     pub fn finish(self, config: impl Into<String>, grid: [u64; 3], block: u32, shared: u64) -> Specialised {
         let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
         let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
-        let launch = Launch { kernel: 0, grid, block, cluster: 1, shared, dependent: true, args: self.args };
+        let launch = Launch { kernel: 0, grid, block, cluster: self.cluster, shared, dependent: true, args: self.args };
         Specialised { config: config.into(), params: self.params, launch, text: self.text }
     }
 }

@@ -5,12 +5,19 @@
 //! all compute the step, best guess first. The twins stand in one table, the more special before the more general; the first
 //! candidate of the first twin that has one is the default, and tactics may name another.
 
+mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod builder;
 mod expression;
 mod gather_rows;
+mod head_rope;
+mod heads;
+mod kv_write;
 mod pattern;
 mod pointwise;
 mod rms_norm;
+mod rope;
 mod services;
 mod short_conv;
 mod split;
@@ -50,13 +57,22 @@ pub static TWINS: &[&dyn Twin] = &[
     &gather_rows::GatherRows,
     &split::Split,
     &pointwise::Pointwise,
+    &head_rope::HeadRope,
+    &rope::Rope,
+    &kv_write::KvWrite,
+    &attention_prefill::AttentionPrefill,
+    &attention_decode::AttentionDecode,
+    &attention::Attention,
 ];
 
 /// The files that sources include, by name.
 pub static HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
+    ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 
