@@ -9,6 +9,9 @@ mod builder;
 mod expression;
 mod pattern;
 mod pointwise;
+mod product;
+mod tile;
+mod tile_fma;
 
 pub use self::builder::{Builder, Specialised};
 use crate::plan::{Launch, Phase, Semantic};
@@ -37,6 +40,8 @@ pub trait Twin: Sync {
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
+    &tile::Tile,
+    &tile_fma::TileFma,
     &pointwise::Pointwise,
 ];
 
@@ -44,6 +49,7 @@ pub static TWINS: &[&dyn Twin] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 
