@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn one_text_for_all_rows_of_a_size_of_tile() {
-        let text = |rows| AttentionPrefill.candidates(&problem(&sizes(DType::BF16).rows(rows).attention()))[0].prelude();
+        let text =
+            |rows| AttentionPrefill.candidates(&problem(&sizes(DType::BF16).rows(rows).attention()))[0].prelude();
         assert_eq!(text(1), text(64));
         assert_eq!(text(4096), text(8192));
     }

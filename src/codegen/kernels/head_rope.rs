@@ -56,7 +56,10 @@ mod tests {
             let joined = sizes(dtype).prepared();
             let found = HeadRope.candidates(&problem(&joined));
             let text = found[0].prelude();
-            assert!(text.contains("Q_STRIDE = 3072") && text.contains("V_AT = 2560") && text.contains("HALF = 32"), "{text}");
+            assert!(
+                text.contains("Q_STRIDE = 3072") && text.contains("V_AT = 2560") && text.contains("HALF = 32"),
+                "{text}"
+            );
             let text = HeadRope.candidates(&problem(&sizes(dtype).apart()))[0].prelude();
             assert!(text.contains("Q_STRIDE = 2048") && text.contains("V_AT = 0"), "{text}");
         }
@@ -71,7 +74,11 @@ mod tests {
     #[test]
     fn odd_halves_go_element_by_element() {
         let found = HeadRope.candidates(&problem(&sizes(DType::BF16).head(6).prepared()));
-        assert!(found[0].prelude().contains("constexpr int E = 1;\nconstexpr int LANES = 4;"), "{}", found[0].prelude());
+        assert!(
+            found[0].prelude().contains("constexpr int E = 1;\nconstexpr int LANES = 4;"),
+            "{}",
+            found[0].prelude()
+        );
     }
 
     #[test]

@@ -35,8 +35,16 @@ impl Cache {
         let types = operands.map(|slot| dtype(semantic, slot));
         let typed = types[0] != DType::I32 && types[1..] == [DType::I32; 3];
         let sized = kv_heads > 0 && page > 0 && head > 0 && page * head <= i32::MAX as u64;
-        (typed && sized && operands.iter().all(is_input))
-            .then_some(Cache { kv, table, pos, slot, kv_heads, page, head, pages_per_slot })
+        (typed && sized && operands.iter().all(is_input)).then_some(Cache {
+            kv,
+            table,
+            pos,
+            slot,
+            kv_heads,
+            page,
+            head,
+            pages_per_slot,
+        })
     }
 
     /// Constants and types, without parameters.

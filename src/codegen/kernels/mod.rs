@@ -23,6 +23,9 @@ mod short_conv;
 mod split;
 #[cfg(test)]
 mod testing;
+mod tile;
+mod tile_fma;
+mod tiles;
 
 pub use self::builder::{Builder, Specialised};
 pub use self::services::{ServiceKernel, services};
@@ -56,6 +59,8 @@ pub static TWINS: &[&dyn Twin] = &[
     &rms_norm::RmsNorm,
     &gather_rows::GatherRows,
     &split::Split,
+    &tile::Tile,
+    &tile_fma::TileFma,
     &pointwise::Pointwise,
     &head_rope::HeadRope,
     &rope::Rope,
@@ -73,6 +78,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
+    ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 

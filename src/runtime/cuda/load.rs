@@ -50,7 +50,8 @@ impl CudaExecutor {
         let program = &self.manifest.ranks[self.rank];
         let tensors = &self.manifest.tensors;
         let blocks = self.device.multiprocessors * 8;
-        let shape = LaunchShape { grid: [blocks, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent: false };
+        let shape =
+            LaunchShape { grid: [blocks, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent: false };
         let mut done = 0;
         for weight in &program.weights {
             let to = self.pool.address() + program.pool.weights.offset + weight.offset;

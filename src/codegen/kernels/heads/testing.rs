@@ -166,11 +166,27 @@ fn dump_texts() {
             let file = format!("{name}.{i}.cu");
             std::fs::write(format!("{dir}/{file}"), candidate.text()).unwrap();
             let l = &candidate.specialised.launch;
-            index += &format!("{file} {} grid={:?} block={} cluster={} shared={}\n", candidate.name(), l.grid, l.block, l.cluster, l.shared);
+            index += &format!(
+                "{file} {} grid={:?} block={} cluster={} shared={}\n",
+                candidate.name(),
+                l.grid,
+                l.block,
+                l.cluster,
+                l.shared
+            );
         }
     };
     for (t, dtype) in [("f32", DType::F32), ("f16", DType::F16), ("bf16", DType::BF16)] {
-        for (heads, kv, head, page) in [(32, 8, 64, 64), (8, 2, 16, 64), (64, 8, 128, 64), (6, 2, 6, 5), (12, 4, 96, 16), (8, 8, 256, 64), (5, 1, 80, 7), (14, 2, 512, 64)] {
+        for (heads, kv, head, page) in [
+            (32, 8, 64, 64),
+            (8, 2, 16, 64),
+            (64, 8, 128, 64),
+            (6, 2, 6, 5),
+            (12, 4, 96, 16),
+            (8, 8, 256, 64),
+            (5, 1, 80, 7),
+            (14, 2, 512, 64),
+        ] {
             let s = Sizes { dtype, rows: 5, heads, kv_heads: kv, head, page, pages_per_slot: 100 };
             let n = format!("{t}-{heads}-{kv}-{head}-{page}");
             put(format!("fused-{n}"), &s.fused(), Phase::Decode, head == 64);
