@@ -10,22 +10,35 @@ mod attention_decode;
 mod attention_prefill;
 mod builder;
 mod expression;
+mod frame;
 mod gather_rows;
+mod group_rows;
 mod head_rope;
 mod heads;
 mod kv_write;
 mod pattern;
 mod pointwise;
+mod product;
 mod rms_norm;
 mod rope;
+mod router;
+mod routing;
+mod row_sum;
+mod sample;
+mod select;
 mod services;
 mod short_conv;
 mod split;
-#[cfg(test)]
-mod testing;
+mod stream;
+mod stream_fma;
 mod tile;
 mod tile_fma;
 mod tiles;
+mod weighted_sum;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod trial;
 
 pub use self::builder::{Builder, Specialised};
 pub use self::services::{ServiceKernel, services};
@@ -55,12 +68,21 @@ pub trait Twin: Sync {
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
+    &stream::Stream,
+    &stream_fma::StreamFma,
+    &tile::Tile,
+    &tile_fma::TileFma,
+    &router::Router,
+    &group_rows::GroupRows,
+    &weighted_sum::WeightedSum,
+    &select::TopK,
+    &select::GatherColumns,
+    &row_sum::RowSum,
+    &sample::Sample,
     &short_conv::ShortConv,
     &rms_norm::RmsNorm,
     &gather_rows::GatherRows,
     &split::Split,
-    &tile::Tile,
-    &tile_fma::TileFma,
     &pointwise::Pointwise,
     &head_rope::HeadRope,
     &rope::Rope,
@@ -74,10 +96,14 @@ pub static TWINS: &[&dyn Twin] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
-    ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
+    ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
+    ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
+    ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
+    ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
+    ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
     ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
