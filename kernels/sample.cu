@@ -305,7 +305,7 @@ struct Search {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(PARAMS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(PARAMS) {
     __shared__ Shared s;
     release_next();
     cluster_arrive<CLUSTER>();
@@ -322,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) sample(PARAMS) {
     float temperature = __int_as_float(params[TEMPERATURE]);
     Search search{s, logits + at * V, rank, 0, 0, 0, 0, 0, 0};
     u64 best = 0;
-    search.each<4>([&](float x, u32 index) {
+    search.each<2048 / THREADS>([&](float x, u32 index) {
         u64 own = ranked(ordered(x), index);
         best = own > best ? own : best;
     });

@@ -15,20 +15,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) weighted_sum(PARAMS) {
         for (int first = 0; first < CHOSEN; first += BATCH) {
             Pack<X, VECTOR> row[BATCH];
             float weight[BATCH];
-            bool there[BATCH];
+            int place[BATCH];
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
+                bool inside = first + j < CHOSEN;
                 i64 pair = token * CHOSEN + first + j;
-                int place = first + j < CHOSEN ? places[pair] : -1;
-                there[j] = place >= 0;
-                if (there[j]) {
-                    weight[j] = to_f32(weights[pair]);
-                    row[j] = *(const Pack<X, VECTOR>*)(source + (GROUPED ? place : pair) * COLUMNS + column);
-                }
+                place[j] = inside ? places[pair] : -1;
+                weight[j] = inside ? to_f32(weights[pair]) : 0.0f;
             }
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
-                if (!there[j]) continue;
+                i64 from = GROUPED ? place[j] : token * CHOSEN + first + j;
+                if (place[j] >= 0) row[j] = *(const Pack<X, VECTOR>*)(source + from * COLUMNS + column);
+            }
+#pragma unroll
+            for (int j = 0; j < BATCH; j++) {
+                if (place[j] < 0) continue;
 #pragma unroll
                 for (int v = 0; v < VECTOR; v++) {
                     sum[v] = __fadd_rn(sum[v], __fmul_rn(weight[j], to_f32(row[j].at[v])));

@@ -8,9 +8,8 @@ use crate::plan::{DType, Instr, Op};
 /// The twin.
 pub struct Sample;
 
-const THREADS: u32 = 512;
-/// Blocks for which the device has room at once.
-const MOST_BLOCKS: u64 = 132 * 4;
+/// Threads for which the device has room at once, with the registers that they need.
+const MOST_THREADS: u64 = 132 * 512;
 
 impl Twin for Sample {
     fn name(&self) -> &'static str {
@@ -25,7 +24,7 @@ impl Twin for Sample {
         let all = [8, 4, 2, 1].map(|cluster| specialise(problem, cluster));
         let mut found: Vec<Specialised> = all.into_iter().flatten().collect();
         // The most blocks a row with which all rows still run at once.
-        let first = found.iter().position(|c| u64::from(c.launch.grid[0]) <= MOST_BLOCKS);
+        let first = found.iter().position(|c| u64::from(c.launch.grid[0]) * u64::from(c.launch.block) <= MOST_THREADS);
         let first = first.unwrap_or(found.len().saturating_sub(1));
         let rest = found.split_off(first);
         rest.into_iter().chain(found).collect()
@@ -47,7 +46,9 @@ fn specialise(problem: &Problem, cluster: u32) -> Option<Specialised> {
     builder.constant("V", vocab).constant("VECTOR", vector).alias("L", element);
     builder.pointer("next", next).pointer("logits", logits).pointer("rows", rows).pointer("pos", pos);
     builder.pointer("slot", slot).pointer("sampling", sampling);
-    Some(builder.finish(format!("cluster={cluster}"), [count * u64::from(cluster), 1, 1], THREADS, 0))
+    // A multiprocessor has room for one large block or two small ones.
+    let threads = if cluster >= 4 { 512 } else { 256 };
+    Some(builder.finish(format!("cluster={cluster}"), [count * u64::from(cluster), 1, 1], threads, 0))
 }
 
 #[cfg(test)]

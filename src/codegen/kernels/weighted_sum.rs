@@ -68,7 +68,7 @@ fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{BinaryFn, Expr, Semantic, Slot};
+    use crate::plan::{BinaryFn, Expr, Instr, Semantic, Slot};
 
     fn combine(tokens: u64, k: u64, n: u64, dtype: DType, grouped: bool, residual: bool) -> Semantic {
         let source = if grouped { vec![tokens * k, n] } else { vec![tokens, k, n] };
