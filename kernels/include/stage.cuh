@@ -53,7 +53,7 @@ template <class A> struct Same<A, A> {
 template <class Layout, class Row>
 __device__ __forceinline__ void stage_plain(S* to, const X* x, int first, int count, int k0, Row row) {
     constexpr int VECTORS = PART / 8, ROUND = 4;
-    if constexpr (Same<X, S>::VALUE) {
+    if constexpr (Same<X, S>::VALUE && sizeof(S) == 2) {
         for (int r = 0; r < count; r++) {
             i64 from = row(first + r);
             for (int k = threadIdx.x * 8; k < PART; k += THREADS * 8) {

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use crate::codegen::cost::cost;
 use crate::codegen::cubins::Source;
+use crate::codegen::kernels::is_weight;
 use crate::codegen::select::Selector;
 use crate::codegen::types::tensor_type;
 use crate::codegen::{semantic, tensors};
@@ -345,23 +346,11 @@ fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
     })
 }
 
-/// Whether everything that kernels load before they wait for the steps before is a weight: the second argument of these
-/// operators. In a graph in text form it may be a value that an earlier step makes.
-fn loads_early_what_is_constant(semantic: &Semantic, reads: &[Ref]) -> bool {
-    use plan::Op;
-    semantic.body.iter().all(|plan::Instr(op, arguments, _)| match (op, arguments.get(1)) {
-        (
-            Op::Embed
-            | Op::RmsNorm { .. }
-            | Op::Matmul
-            | Op::Conv1dCausal
-            | Op::ExpertMatmul
-            | Op::GroupedMatmul
-            | Op::GroupedMatmulGather { .. },
-            Some(plan::Slot::In(i)),
-        ) => matches!(reads.get(*i as usize), Some(Ref::Weight(_))),
-        _ => true,
-    })
+/// Whether everything that the step's kernel may load before it waits for the steps before is a weight. In a graph in text form
+/// it may be a value that one of them makes.
+fn weights_are_constant(semantic: &Semantic, reads: &[Ref]) -> bool {
+    let mut inputs = reads.iter().zip(0..);
+    inputs.all(|(place, i)| matches!(place, Ref::Weight(_)) || !is_weight(semantic, plan::Slot::In(i)))
 }
 
 /// The plan's word for a phase.

@@ -53,7 +53,6 @@ pub const SHAPES: &[Shape] = &[
 /// A shape's plan for the GPU, with synthetic weights.
 pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
     let raw: RawConfig = serde_json::from_str(shape.text).expect("the shape is a configuration");
-    let demo = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the demo recipe is valid");
     let recipe = Recipe {
         name: shape.name.into(),
         model: ModelSource::Config(Box::new(raw)),
@@ -65,7 +64,7 @@ pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
         max_sequences: None,
         max_context: None,
         kv_tokens: None,
-        ..demo
+
     };
     let options = CompileOptions { target: Target::Sm90a, ..options.clone() };
     let compiled = compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent);

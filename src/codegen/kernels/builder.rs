@@ -15,6 +15,8 @@ pub struct Specialised {
     pub params: Vec<Param>,
     /// Shape and arguments; the kernel's position is filled in later.
     pub launch: Launch,
+    /// For each parameter, whether nothing writes what it points to while a plan runs.
+    constant: Vec<bool>,
     text: String,
 }
 
@@ -22,7 +24,9 @@ impl Specialised {
     /// The generated text that stands before the source: includes, constants, types, functions, and `PARAMS`, the list of
     /// parameters as the kernel's signature takes it.
     pub fn prelude(&self) -> String {
-        let params: Vec<String> = self.params.iter().map(|Param(name, ty)| format!("{}{name}", c_param(*ty))).collect();
+        let params = self.params.iter().zip(&self.constant);
+        let params: Vec<String> =
+            params.map(|(Param(name, ty), constant)| format!("{}{name}", c_param(*ty, *constant))).collect();
         let threads = self.launch.block;
         format!(
             "// Generated.\n#include \"types.cuh\"\n#include \"block.cuh\"\nconstexpr int THREADS = {threads};\n{}#define PARAMS {}\n",
@@ -37,6 +41,7 @@ pub struct Builder<'a> {
     semantic: Option<&'a Semantic>,
     text: String,
     params: Vec<Param>,
+    constant: Vec<bool>,
     args: Vec<Arg>,
     cluster: u32,
 }
@@ -44,12 +49,12 @@ pub struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], args: vec![], cluster: 1 }
+        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
     }
 
     /// Nothing yet, for a kernel that no step launches.
     pub fn service() -> Self {
-        Builder { semantic: None, text: String::new(), params: vec![], args: vec![], cluster: 1 }
+        Builder { semantic: None, text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
     }
 
     /// `constexpr int NAME = value;`
@@ -77,7 +82,14 @@ impl<'a> Builder<'a> {
     pub fn pointer(&mut self, name: &str, slot: Slot) -> &mut Self {
         let dtype = self.ty(slot).0;
         match slot {
-            Slot::In(i) => self.param(name, ParamType::In(dtype), Arg::Read(i)),
+            Slot::In(i) => {
+                self.param(name, ParamType::In(dtype), Arg::Read(i));
+                let constant = self.semantic.is_some_and(|semantic| super::pattern::is_weight(semantic, slot));
+                if let Some(last) = self.constant.last_mut() {
+                    *last = constant;
+                }
+                self
+            }
             Slot::Out(i) => self.param(name, ParamType::Out(dtype), Arg::Write(i)),
             Slot::Temp(_) => unreachable!("a temporary has no address"),
         }
@@ -98,6 +110,7 @@ impl<'a> Builder<'a> {
     /// A parameter whose argument the runtime knows.
     pub fn parameter(&mut self, name: &str, ty: ParamType) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
+        self.constant.push(false);
         self
     }
 
@@ -109,6 +122,7 @@ impl<'a> Builder<'a> {
 
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
+        self.constant.push(false);
         self.args.push(arg);
         self
     }
@@ -123,7 +137,7 @@ impl<'a> Builder<'a> {
         let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
         let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
         let launch = Launch { kernel: 0, grid, block, cluster: self.cluster, shared, dependent: true, args: self.args };
-        Specialised { config: config.into(), params: self.params, launch, text: self.text }
+        Specialised { config: config.into(), params: self.params, launch, constant: self.constant, text: self.text }
     }
 }
 
@@ -145,9 +159,12 @@ pub fn c_number(value: f32) -> String {
     }
 }
 
-fn c_param(ty: ParamType) -> String {
+/// Only constants are `__restrict__`: the compiler may read such memory early and past coherent caches, which is wrong for what
+/// a kernel writes that may still run when this one starts.
+fn c_param(ty: ParamType, constant: bool) -> String {
     match ty {
-        ParamType::In(dtype) => format!("const {}* __restrict__ ", c_type(dtype)),
+        ParamType::In(dtype) if constant => format!("const {}* __restrict__ ", c_type(dtype)),
+        ParamType::In(dtype) => format!("const {}* ", c_type(dtype)),
         ParamType::Out(dtype) => format!("{}* ", c_type(dtype)),
         ParamType::Int => "int ".into(),
         ParamType::Long => "long long ".into(),

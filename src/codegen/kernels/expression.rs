@@ -161,7 +161,7 @@ impl Epilogue {
         for (i, &slot) in self.operands.iter().enumerate() {
             let name = format!("e{i}");
             builder.pointer(&name, slot);
-            write!(formal, ", const {}* __restrict__ {name}", c_type(builder.ty(slot).0)).expect("writing to a String");
+            write!(formal, ", const {}* {name}", c_type(builder.ty(slot).0)).expect("writing to a String");
             write!(actual, ", {name}").expect("writing to a String");
         }
         builder.line(format_args!(

@@ -41,6 +41,7 @@ mod testing;
 mod trial;
 
 pub use self::builder::{Builder, Specialised};
+pub use self::pattern::is_weight;
 pub use self::services::{ServiceKernel, services};
 use crate::plan::{Launch, Phase, Semantic};
 
