@@ -43,6 +43,18 @@ template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
 // x as an element of T would hold it.
 template <class T> __device__ __forceinline__ float rounded(float x) { return to_f32(from_f32<T>(x)); }
 
+template <class A, class B> constexpr bool SAME = false;
+template <class A> constexpr bool SAME<A, A> = true;
+
+// x as an element of another type; of the same type, the same bits.
+template <class To, class From> __device__ __forceinline__ To converted(From x) {
+    if constexpr (SAME<To, From>) {
+        return x;
+    } else {
+        return from_f32<To>(to_f32(x));
+    }
+}
+
 // N adjacent elements, loaded and stored as one.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack {
     T at[N];
@@ -53,6 +65,9 @@ struct alignas(16) Quad {
     u32 at[4];
 };
 
+// Asks for memory into the second cache. Right before `wait_for_previous` too, whoever writes there: no value is read.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // Reads sixteen bytes that nothing writes while the kernel runs and that are read once: weights.
 __device__ __forceinline__ Quad load_once(const void* from) {
     Quad q;
@@ -60,6 +75,30 @@ __device__ __forceinline__ Quad load_once(const void* from) {
                  : "=r"(q.at[0]), "=r"(q.at[1]), "=r"(q.at[2]), "=r"(q.at[3])
                  : "l"(from));
     return q;
+}
+
+// The same, or zeros.
+__device__ __forceinline__ Quad load_once_if(bool wanted, const void* from) {
+    Quad q = {};
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+                 "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(q.at[0]), "+r"(q.at[1]), "+r"(q.at[2]), "+r"(q.at[3])
+                 : "l"(from), "r"((u32)wanted));
+    return q;
+}
+
+// Reads what a kernel before this one wrote: never moved before `wait_for_previous`.
+__device__ __forceinline__ Quad load_fresh(const void* from) {
+    Quad q;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.at[0]), "=r"(q.at[1]), "=r"(q.at[2]), "=r"(q.at[3])
+                 : "l"(from));
+    return q;
+}
+__device__ __forceinline__ int load_fresh(const int* from) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
 }
 
 // The two elements of a word, in f32.

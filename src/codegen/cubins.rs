@@ -57,7 +57,7 @@ fn options(target: Target) -> Vec<String> {
         Target::Cpu => unreachable!("the CPU has no kernels"),
         Target::Sm_90a => "sm_90a",
     };
-    vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "--extra-device-vectorization".into()]
+    vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "--device-as-default-execution-space".into()]
 }
 
 /// Compiles every source that the cache does not have; `progress` hears how many of all are done.

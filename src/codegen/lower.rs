@@ -345,6 +345,25 @@ fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
     })
 }
 
+/// Whether everything that kernels load before they wait for the steps before is a weight: the second argument of these
+/// operators. In a graph in text form it may be a value that an earlier step makes.
+fn loads_early_what_is_constant(semantic: &Semantic, reads: &[Ref]) -> bool {
+    use plan::Op;
+    semantic.body.iter().all(|plan::Instr(op, arguments, _)| match (op, arguments.get(1)) {
+        (
+            Op::Embed
+            | Op::RmsNorm { .. }
+            | Op::Matmul
+            | Op::Conv1dCausal
+            | Op::ExpertMatmul
+            | Op::GroupedMatmul
+            | Op::GroupedMatmulGather { .. },
+            Some(plan::Slot::In(i)),
+        ) => matches!(reads.get(*i as usize), Some(Ref::Weight(_))),
+        _ => true,
+    })
+}
+
 /// The plan's word for a phase.
 pub fn plan_phase(phase: Phase) -> plan::Phase {
     match phase {

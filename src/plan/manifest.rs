@@ -160,16 +160,26 @@ impl ParamType {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Service(pub ServiceRole, pub u32);
 
-/// What the runtime needs kernels for.
+/// What the runtime needs kernels for, with the parameters that it passes, in order. Blocks have [`SERVICE_THREADS`] threads
+/// along x and no dynamic shared memory; but for [`ServiceRole::Advance`], any number of blocks does the work.
+///
+/// Element i of a synthetic tensor is the weight's element `i / part * whole + i % part / run * stride + offset + i % part % run`;
+/// `runtime::weights::places` gives the numbers for a layout. Eight elements move at a time where `first` and the five numbers
+/// are multiples of eight and the address of 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ServiceRole {
-    /// Makes elements of a synthetic tensor of the first type, stored as the second.
+    /// Makes elements `first..first + count` of a synthetic tensor of the first type, stored as the second: `to Out(second)`
+    /// (the weight), `first Long`, `count Long`, `key Long`, `center Float`, `scale Float`, `part Long`, `whole Long`,
+    /// `run Long`, `stride Long`, `offset Long`.
     Synthesize(DType, DType),
-    /// Converts elements of a checkpoint from the first type to the second, into the places of a layout.
-    Place(DType, DType),
-    /// Takes the tokens that a step chose and makes the next step's inputs of them.
+    /// Takes the tokens that a step chose, tells the host, and makes the next step's inputs of them; one block. `next In(I32)`,
+    /// `tokens Out(I32)`, `pos Out(I32)`, `slot Out(I32)`, `rows In(I32)`, `last Out(I32)` (a token for each slot), `stops
+    /// In(I32)` (`[slots, 8]`), `ring Long` (address of u64 `[depth, width]`, in memory that the host reads), `number Long`
+    /// (address of a u64, zero at first), `count Int` (rows of `next` and `rows`), `moves Int` (0: leaves the inputs as they are),
+    /// `depth Int`, `width Int`. What they mean is told in `kernels/advance.cu`.
     Advance,
-    /// Fills in the tokens that the host did not know when it started a step.
+    /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
+    /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write};
 
-use crate::plan::{Arg, DType, Launch, Param, ParamType, Slot, TensorType};
+use crate::plan::{Arg, DType, Launch, Param, ParamType, Semantic, Slot, TensorType};
 
 use super::Problem;
 
@@ -34,16 +34,22 @@ impl Specialised {
 
 /// Collects what a [`Specialised`] needs.
 pub struct Builder<'a> {
-    problem: &'a Problem<'a>,
+    semantic: Option<&'a Semantic>,
     text: String,
     params: Vec<Param>,
     args: Vec<Arg>,
+    cluster: u32,
 }
 
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { problem, text: String::new(), params: vec![], args: vec![] }
+        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], args: vec![], cluster: 1 }
+    }
+
+    /// Nothing yet, for a kernel that no step launches.
+    pub fn service() -> Self {
+        Builder { semantic: None, text: String::new(), params: vec![], args: vec![], cluster: 1 }
     }
 
     /// `constexpr int NAME = value;`
@@ -89,6 +95,18 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
     }
 
+    /// A parameter whose argument the runtime knows.
+    pub fn parameter(&mut self, name: &str, ty: ParamType) -> &mut Self {
+        self.params.push(Param(name.to_owned(), ty));
+        self
+    }
+
+    /// So many blocks along x form a cluster; they divide the grid.
+    pub fn cluster(&mut self, blocks: u32) -> &mut Self {
+        self.cluster = blocks;
+        self
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
         self.args.push(arg);
@@ -97,14 +115,14 @@ impl<'a> Builder<'a> {
 
     /// The type of a value of the step.
     pub fn ty(&self, slot: Slot) -> &'a TensorType {
-        super::pattern::ty(self.problem.semantic, slot)
+        super::pattern::ty(self.semantic.expect("a service has no operands"), slot)
     }
 
     /// The specialised kernel: blocks along x, y and z, threads of a block, dynamic shared memory in bytes.
     pub fn finish(self, config: impl Into<String>, grid: [u64; 3], block: u32, shared: u64) -> Specialised {
         let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
         let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
-        let launch = Launch { kernel: 0, grid, block, cluster: 1, shared, dependent: true, args: self.args };
+        let launch = Launch { kernel: 0, grid, block, cluster: self.cluster, shared, dependent: true, args: self.args };
         Specialised { config: config.into(), params: self.params, launch, text: self.text }
     }
 }

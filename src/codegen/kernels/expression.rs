@@ -108,14 +108,15 @@ impl Epilogue {
             _ => registers.set(&format!("rounded<{}>({value})", c_type(ty(semantic, slot).0))),
         };
         let v0 = stored(&mut registers, "v0", product);
-        if let Some((Instr(Op::Split { block: Some(size) }, arguments, parts), after)) = rest.split_first()
+        if let Some((Instr(Op::Split { block: size }, arguments, parts), after)) = rest.split_first()
             && arguments[..] == [product]
         {
             let [first, second] = parts[..] else { return None };
             if ty(semantic, first) != ty(semantic, second) {
                 return None;
             }
-            block = Some(*size);
+            // Halves one after the other are blocks too, of their whole size.
+            block = Some(size.unwrap_or(rows_and_last(semantic, first).1));
             known.push((first, v0));
             known.push((second, stored(&mut registers, "v1", product)));
             rest = after;

@@ -53,6 +53,11 @@ pub fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
 }
 
+/// True for the types of numbers that are no integers.
+pub fn is_float(semantic: &Semantic, slot: Slot) -> bool {
+    dtype(semantic, slot) != DType::I32
+}
+
 /// A body from the front: each step takes the next instruction if it is what is asked for.
 pub struct Body<'a> {
     /// Instructions not taken yet.

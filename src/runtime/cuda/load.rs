@@ -4,8 +4,9 @@
 use anyhow::Result;
 
 use super::CudaExecutor;
-use crate::cuda::{Event, HostMemory, Stream};
-use crate::runtime::weights::{Origin, Window};
+use crate::cuda::{Event, HostMemory, LaunchShape, Stream};
+use crate::plan::{SERVICE_THREADS, ServiceRole, WeightSource};
+use crate::runtime::weights::{Origin, Window, places, synthetic};
 
 /// Parts in work at a time, and the size of each.
 const PARTS: usize = 4;
@@ -17,6 +18,11 @@ impl CudaExecutor {
     /// # Errors
     /// The checkpoint does not fit the plan, or the device failed.
     pub fn load(&mut self, origin: Origin, progress: &dyn Fn(u64)) -> Result<()> {
+        if let Origin::Synthetic(seed) = origin
+            && matches!(self.manifest.model.weights, WeightSource::Synthetic(_))
+        {
+            return self.synthesize(seed, progress);
+        }
         let program = &self.manifest.ranks[self.rank];
         let region = program.pool.weights;
         let window = Window::new(&self.manifest, program, origin)?;
@@ -37,5 +43,31 @@ impl CudaExecutor {
             progress(start + length as u64);
         }
         Ok(stream.synchronize()?)
+    }
+
+    /// Makes synthetic weights on the device.
+    fn synthesize(&self, seed: u64, progress: &dyn Fn(u64)) -> Result<()> {
+        let program = &self.manifest.ranks[self.rank];
+        let tensors = &self.manifest.tensors;
+        let blocks = self.device.multiprocessors * 8;
+        let shape =
+            LaunchShape { grid: [blocks, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent: false };
+        let mut done = 0;
+        for weight in &program.weights {
+            let to = self.pool.address() + program.pool.weights.offset + weight.offset;
+            for at in places(weight, tensors)? {
+                let tensor = &tensors[at.tensor as usize];
+                let count = tensor.shape.iter().product();
+                let key = synthetic::key(seed, tensor.synthetic.salt);
+                let bits = |x: f32| u64::from(x.to_bits());
+                let (center, scale) = (bits(tensor.synthetic.center), bits(tensor.synthetic.scale));
+                let args = [to, 0, count, key, center, scale, at.part, at.whole, at.run, at.stride, at.offset];
+                let kernel = self.kernels.service(ServiceRole::Synthesize(tensor.dtype, weight.ty.0))?;
+                self.streams.main().launch(kernel, &shape, &args)?;
+            }
+            done += weight.ty.bytes().unwrap_or(0);
+            progress(done);
+        }
+        Ok(self.streams.main().synchronize()?)
     }
 }

@@ -8,6 +8,7 @@ pub mod synthetic;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
 pub use header::{HeaderEntry, HeaderError, parse_header};
+pub use layout::{Places, places};
 pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
 
 use crate::plan::{Manifest, Program};
