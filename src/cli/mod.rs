@@ -1,12 +1,16 @@
 //! The command line: one file a command. Exit codes: 0 done, 1 the work failed or a verification did not hold, 2 wrong usage.
 
+mod bench;
+mod bench_fusion;
 mod compile;
 mod diff;
 mod dot;
 pub mod draw;
 mod inspect;
 mod load;
+mod measure;
 mod output;
+mod profile;
 mod progress;
 mod run;
 mod run_input;
@@ -38,6 +42,8 @@ enum Command {
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
     Diff(diff::Arguments),
+    Bench(bench::Arguments),
+    Profile(profile::Arguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -60,6 +66,8 @@ pub fn main() -> ExitCode {
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),
         Command::Diff(arguments) => diff::execute(&arguments),
+        Command::Bench(arguments) => bench::execute(&arguments),
+        Command::Profile(arguments) => profile::execute(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

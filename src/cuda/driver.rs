@@ -134,6 +134,14 @@ impl Device {
         Ok((free as u64, total as u64))
     }
 
+    /// The highest clocks of the multiprocessors and of the memory, in kHz; 0 where the driver does not say.
+    pub fn clocks(&self) -> (u32, u32) {
+        use sys::CUdevice_attribute as A;
+        // SAFETY: the handle is a device's.
+        let clock = |which| unsafe { result::device::get_attribute(self.handle, which) }.map_or(0, |khz| khz as u32);
+        (clock(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE), clock(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE))
+    }
+
     /// Waits until everything is done.
     ///
     /// # Errors

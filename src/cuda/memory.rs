@@ -93,6 +93,19 @@ impl DeviceMemory {
         during("copying to the device", unsafe { result::memcpy_htod_async(to, from, stream.handle) })
     }
 
+    /// Starts a copy of the first bytes of another block to the beginning of this one.
+    ///
+    /// # Errors
+    /// Out of range, or the driver failed.
+    pub fn copy_from(&self, from: &DeviceMemory, bytes: usize, stream: &Stream) -> Result<(), DeviceError> {
+        let (to, from) = (self.at(0, bytes)?, from.at(0, bytes)?);
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both in range, and of different allocations; freeing one waits for work that uses it.
+        during("copying on the device", unsafe { result::memcpy_dtod_async(to, from, bytes, stream.handle) })
+    }
+
     /// Starts filling with a byte.
     ///
     /// # Errors

@@ -102,7 +102,13 @@ fn place_name(program: &Program, bucket: usize, step: &Step, place: Ref) -> Stri
 }
 
 /// Compares elements; with `before`, those alone that one of the two changed.
-fn compare(name: String, ty: &TensorType, expected: &[u8], found: &[u8], before: Option<&[u8]>) -> Result<Written> {
+pub(super) fn compare(
+    name: String,
+    ty: &TensorType,
+    expected: &[u8],
+    found: &[u8],
+    before: Option<&[u8]>,
+) -> Result<Written> {
     ensure!(expected.len() == found.len(), "{} bytes against {}", expected.len(), found.len());
     let size = ty.0.bytes() as usize;
     let changed = |i: usize| {

@@ -6,6 +6,7 @@
 
 mod capture;
 mod load;
+pub mod measure;
 mod program;
 mod run;
 
@@ -248,14 +249,17 @@ impl CudaExecutor {
         }
         match self.captured.get(bucket) {
             Some(Some(captured)) => Ok(captured.graph.launch(self.streams.main())?),
-            Some(None) => {
-                self.launch_steps(bucket)?;
-                match &self.flight {
-                    Some(flight) => flight.advance(bucket)?.launch_after_all(self.streams.main()),
-                    None => Ok(()),
-                }
-            }
+            Some(None) => self.launch_singly(bucket),
             None => bail!("no bucket {bucket}"),
+        }
+    }
+
+    /// Queues a bucket's steps one by one, and what follows the last.
+    fn launch_singly(&self, bucket: usize) -> Result<()> {
+        self.launch_steps(bucket)?;
+        match &self.flight {
+            Some(flight) => flight.advance(bucket)?.launch_after_all(self.streams.main()),
+            None => Ok(()),
         }
     }
 

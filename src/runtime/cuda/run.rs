@@ -358,4 +358,24 @@ impl CudaExecutor {
     pub fn uses_graphs(&self) -> bool {
         self.graphs != Graphs::Off
     }
+
+    /// Queues a bucket over the inputs that the device holds, as a graph or step by step. It chooses tokens and moves inputs
+    /// as a step does, but nobody collects them: for measurements. No step is in flight.
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::launch`].
+    pub fn replay(&mut self, bucket: usize, graph: bool) -> Result<()> {
+        if graph {
+            self.launch(bucket)?
+        } else {
+            self.launch_singly(bucket)?
+        }
+        if let Some(flight) = &mut self.flight {
+            // The device counts this step too.
+            flight.number = flight.number.wrapping_add(1);
+            flight.prepared = None;
+            flight.last = None;
+        }
+        Ok(())
+    }
 }
