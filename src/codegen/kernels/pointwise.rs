@@ -150,7 +150,7 @@ fn strides(shape: &[u64], result: &[u64]) -> Option<Vec<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{DType, Expr, Phase, Semantic, UnaryFn};
+    use crate::plan::{DType, Expr, Phase, Semantic, Slot, UnaryFn};
 
     fn semantic(inputs: Vec<Vec<u64>>, output: Vec<u64>) -> Semantic {
         let arguments: Vec<Slot> = (0..inputs.len() as u32).map(Slot::In).collect();
