@@ -11,7 +11,7 @@ constexpr int CHUNK = 32, WARPS = THREADS / 32, SHARES = GROUP / SHARE;
 
 extern __shared__ float shared[];
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention(PARAMS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention(PARAMS) {
     release_next();
     __shared__ i64 places[CHUNK];
     float *queries = shared, *sums = queries + SHARE * D, *scores = sums + SHARE * D;

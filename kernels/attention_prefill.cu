@@ -14,14 +14,17 @@
 #include "attention.cuh"
 #include "mma.cuh"
 
-constexpr int WARPS = THREADS / 32, KEYS = 64, TILE = 16 * TILES * WARPS, ROWS = TILE / SHARE, SHARES = GROUP / SHARE;
+constexpr int WARPS = THREADS / 32, TILE = 16 * TILES * WARPS, ROWS = TILE / SHARE, SHARES = GROUP / SHARE;
 constexpr int UNITS = KV_HEADS * SHARES, WORDS = D / 8, PITCH = D + 8, STEPS = D / 16;
 constexpr bool WHOLE_PAGES = PAGE % KEYS == 0;
+// Whether a warp's queries stay in registers, beside its sums and scores.
+constexpr bool KEEP = TILES * STEPS <= 4;
 
-// Two halves, each of KEYS keys, then KEYS values, at a pitch that spreads rows over the banks.
+// Two halves, each of KEYS keys, then KEYS values, then TILE queries, at a pitch that spreads rows over the banks.
 extern __shared__ Quad shared[];
+constexpr u32 HALF_BYTES = 2 * KEYS * PITCH * 2, QUERIES = 2 * HALF_BYTES;
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_prefill(PARAMS) {
     release_next();
     __shared__ int tile_slot[ROWS], tile_pos[ROWS];
     int unit = blockIdx.x % UNITS, kv_head = unit / SHARES, first_head = kv_head * GROUP + unit % SHARES * SHARE;
@@ -35,24 +38,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) 
         tile_pos[i] = row < rows ? pos[row] : -1;
     }
 
-    // This lane's lines: lane / 4 and lane / 4 + 8 of each sixteen.
+    u32 base = shared_address(shared);
+    for (int i = threadIdx.x; i < TILE * WORDS; i += THREADS) {
+        int line = i / WORDS, word = i % WORDS, row = first_row + line / SHARE;
+        bool exists = line < ROWS * SHARE && row < rows;
+        const T* from = q + (i64)(exists ? row : 0) * (HEADS * D) + (first_head + line % SHARE) * D + word * 8;
+        copy_async(base + QUERIES + (line * PITCH + word * 8) * 2, from, exists);
+    }
+    copies_end_group();
+    // The rows of this lane's lines, which are lane / 4 and lane / 4 + 8 of each sixteen.
     int line_row[TILES][2];
-    i64 line_at[TILES][2];
-    u32 query[TILES][STEPS][4];
 #pragma unroll
     for (int m = 0; m < TILES; m++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            int line = (warp * TILES + m) * 16 + h * 8 + lane / 4, row = line / SHARE;
-            bool exists = row < ROWS && first_row + row < rows;
-            line_row[m][h] = exists ? row : -1;
-            line_at[m][h] = (i64)(first_row + (exists ? row : 0)) * (HEADS * D) + (first_head + line % SHARE) * D;
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                const T* from = q + line_at[m][h] + k * 16 + lane % 4 * 2;
-                query[m][k][h] = exists ? *(const u32*)from : 0;
-                query[m][k][h + 2] = exists ? *(const u32*)(from + 8) : 0;
-            }
+            int row = ((warp * TILES + m) * 16 + h * 8 + lane / 4) / SHARE;
+            line_row[m][h] = row < ROWS && first_row + row < rows ? row : -1;
         }
     }
     float sums[TILES][2 * STEPS][4] = {}, most[TILES][2], total[TILES][2];
@@ -64,12 +65,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) 
             total[m][h] = 0;
         }
     }
-    // Addresses of this lane's rows of the matrices it loads: keys as they are, values transposed.
-    u32 base = shared_address(shared);
+    // Addresses of this lane's rows of the matrices it loads: queries and keys as they are, values transposed.
     u32 key_at = base + ((lane / 16 * 8 + lane % 8) * PITCH + lane / 8 % 2 * 8) * 2;
     u32 value_at = base + ((KEYS + lane % 16) * PITCH + lane / 16 * 8) * 2;
-    constexpr u32 HALF_BYTES = 2 * KEYS * PITCH * 2;
+    u32 query_at = base + QUERIES + ((warp * TILES * 16 + lane % 16) * PITCH + lane / 16 * 8) * 2;
+    u32 query[TILES][KEEP ? STEPS : 1][4];
+    copies_wait<0>();
     __syncthreads();
+    if constexpr (KEEP) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) load_matrices(query[m][k], query_at + (m * 16 * PITCH + k * 16) * 2);
+        }
+    }
 
     for (int run = 0, run_end; run < ROWS; run = run_end) {
         int sequence = tile_slot[run], last = -1;
@@ -132,6 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) 
             float score[TILES][KEYS / 8][4] = {};
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
+                if constexpr (!KEEP) {
+#pragma unroll
+                    for (int m = 0; m < TILES; m++) load_matrices(query[m][0], query_at + (m * 16 * PITCH + k * 16) * 2);
+                }
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n += 2) {
                     u32 keys[4];
@@ -139,8 +152,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) 
                     u32 low_keys[2] = {keys[0], keys[1]}, high_keys[2] = {keys[2], keys[3]};
 #pragma unroll
                     for (int m = 0; m < TILES; m++) {
-                        mma<T>(score[m][n], query[m][k], low_keys);
-                        mma<T>(score[m][n + 1], query[m][k], high_keys);
+                        mma<T>(score[m][n], query[m][KEEP ? k : 0], low_keys);
+                        mma<T>(score[m][n + 1], query[m][KEEP ? k : 0], high_keys);
                     }
                 }
             }
@@ -227,12 +240,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_prefill(PARAMS) 
             int row = line_row[m][h];
             if (row < 0) continue;
             bool live = tile_slot[row] >= 0;
+            int head = first_head + (h * 8 + lane / 4 + (warp * TILES + m) * 16) % SHARE;
+            Y* to = y + (i64)(first_row + row) * (HEADS * D) + head * D + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < 2 * STEPS; n++) {
                 Pack<Y, 2> out;
                 out.at[0] = from_f32<Y>(live ? sums[m][n][2 * h] / all : 0.0f);
                 out.at[1] = from_f32<Y>(live ? sums[m][n][2 * h + 1] / all : 0.0f);
-                *(Pack<Y, 2>*)(y + line_at[m][h] + n * 8 + lane % 4 * 2) = out;
+                *(Pack<Y, 2>*)(to + n * 8) = out;
             }
         }
     }

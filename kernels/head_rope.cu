@@ -9,7 +9,7 @@
 
 typedef Halves<HALF, LANES, E> Head;
 
-extern "C" __global__ void __launch_bounds__(THREADS) head_rope(PARAMS) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) head_rope(PARAMS) {
     release_next();
     __shared__ float cosines[HALF], sines[HALF];
     constexpr int TEAMS = THREADS / LANES, ALL = HEADS + 2 * KV_HEADS;

@@ -9,8 +9,8 @@ use crate::plan::{Phase, Slot};
 /// The twin.
 pub struct AttentionPrefill;
 
-/// Positions that a block works on at a time, as in the source.
-const KEYS: u64 = 64;
+/// A way to divide the work: sixteens of lines a warp, warps, positions at a time.
+type Shape = (u64, u64, u64);
 /// Query heads of a KV head in one block: more would leave few rows to a block.
 const MOST_SHARE: u64 = 16;
 /// Blocks from which on larger tiles pay.
@@ -26,11 +26,10 @@ impl Twin for AttentionPrefill {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        // Sixteens of lines a warp, warps.
-        let large = [(2, 4), (1, 8), (1, 4), (2, 8)];
-        let small = [(1, 4), (2, 4), (1, 8), (2, 8)];
-        let found = |shapes: [(u64, u64); 4]| -> Vec<Specialised> {
-            shapes.into_iter().filter_map(|(tiles, warps)| specialise(problem, tiles, warps)).collect()
+        let large = [(2, 4, 32), (1, 8, 64), (1, 4, 64), (2, 8, 32)];
+        let small = [(1, 4, 64), (2, 4, 32), (1, 8, 64), (2, 8, 32)];
+        let found = |shapes: [Shape; 4]| -> Vec<Specialised> {
+            shapes.into_iter().filter_map(|shape| specialise(problem, shape)).collect()
         };
         let list = found(large);
         match list.first() {
@@ -40,7 +39,7 @@ impl Twin for AttentionPrefill {
     }
 }
 
-fn specialise(problem: &Problem, tiles: u64, warps: u64) -> Option<Specialised> {
+fn specialise(problem: &Problem, (tiles, warps, keys): Shape) -> Option<Specialised> {
     let semantic = problem.semantic;
     let attend = Attend::of(semantic, only(semantic)?)?;
     let (Slot::In(_), head) = (attend.q, attend.cache.head) else { return None };
@@ -58,11 +57,18 @@ fn specialise(problem: &Problem, tiles: u64, warps: u64) -> Option<Specialised> 
     let mut builder = Builder::new(problem);
     attend.constants(&mut builder, share);
     // Scores count in powers of two.
-    builder.constant("TILES", tiles).number("SCALE", attend.scale * std::f32::consts::LOG2_E);
+    // Blocks of one multiprocessor for which there are registers, without spilling any.
+    let resident = match (tiles, warps) {
+        (1, 4) if head <= 64 => 4,
+        (1, 4) => 2,
+        (2, 4) => 3,
+        _ => 1,
+    };
+    builder.constant("KEYS", keys).constant("BLOCKS", resident).constant("TILES", tiles).number("SCALE", attend.scale * std::f32::consts::LOG2_E);
     builder.line(format_args!("typedef {half} T;")).pointer("q", attend.q);
     attend.cache.parameters(&mut builder, false);
     builder.pointer("y", attend.y).int("rows", attend.rows);
-    let shared = 2 * 2 * KEYS * (head + 8) * 2;
+    let shared = (2 * 2 * keys + 16 * tiles * warps) * (head + 8) * 2;
     Some(builder.finish(format!("tiles={tiles} warps={warps}"), [blocks, 1, 1], warps as u32 * 32, shared))
 }
 

@@ -91,8 +91,8 @@ mod tests {
         wrong.body[position].1[1] = Slot::In(6);
         assert!(none(&wrong), "rotated by slots");
         let mut wrong = sizes(DType::BF16).prepared();
-        wrong.body[5].1[1] = Slot::Temp(1);
-        assert!(none(&wrong), "keys that are not normalised as values");
+        wrong.body[5].1[1] = Slot::Temp(4);
+        assert!(none(&wrong), "normalised keys as values");
         let mut wrong = sizes(DType::BF16).prepared();
         wrong.inputs[1].1 = vec![32];
         assert!(none(&wrong), "norms of half heads");
