@@ -262,6 +262,92 @@ fn measuring_needs_a_gpu() {
 }
 
 #[test]
+fn tuning_needs_a_gpu() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    std::fs::copy(project("plans/demo.ron"), at.join("demo.ron")).expect("it can be copied");
+    let tune = ["compile", "demo.ron", "--tune", "-o", "x.plan"];
+    for wrong in [&["--target", "cpu"][..], &["--without-cubins"], &["--forced-routing"]] {
+        fails(at, 2, &[&tune[..], wrong].concat());
+    }
+    // Told before anything else.
+    std::fs::write(at.join("demo.lock.ron"), "(version: 1, gpu: 5)").expect("it is written");
+    let errors = fails(at, 1, &tune);
+    assert!(errors.contains("demo.lock.ron") && errors.contains("line 1, column"), "{errors}");
+    std::fs::remove_file(at.join("demo.lock.ron")).expect("it was written");
+    if lfm2c::cuda::Device::count() > 0 {
+        return;
+    }
+    for target in [&[][..], &["--target", "sm_90a"]] {
+        let errors = fails(at, 1, &[&tune[..], target].concat());
+        assert!(errors.contains("--tune measures kernels on a GPU of this machine"), "{errors}");
+    }
+    assert!(!at.join("demo.lock.ron").exists() && !at.join("x.plan").exists());
+}
+
+/// Names of the kernels in a plan, with what they are specialised to.
+fn kernels(folder: &Path, plan: &str) -> Vec<String> {
+    let manifest = json(&done(folder, &["inspect", plan, "--format", "json"]));
+    let text = |kernel: &Value, field: &str| kernel[field].as_str().expect("a text").to_owned();
+    let kernels = manifest["kernels"].as_array().expect("kernels");
+    kernels.iter().map(|kernel| format!("{} {}", text(kernel, "name"), text(kernel, "config"))).collect()
+}
+
+#[test]
+fn a_lock_file_beside_a_recipe_chooses_kernels() {
+    use lfm2c::codegen::lock::{LOCK_VERSION, Measured};
+    use lfm2c::codegen::{Lock, Tuning};
+
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    std::fs::copy(project("plans/demo.ron"), at.join("demo.ron")).expect("it can be copied");
+    let options =
+        ["--target", "sm_90a", "--without-cubins", "--dtype", "bf16", "--prefill", "64", "--decode", "1", "--max-sequences", "4"];
+    let compile = |plan, more: &[&str]| {
+        done(at, &[&["compile", "demo.ron", "-o", plan], &options[..], more].concat())
+    };
+    let read = |name: &str| std::fs::read(at.join(name)).expect("the plan was written");
+    assert!(!compile("default.plan", &[]).contains("demo.lock.ron"));
+    let file = lfm2c::plan::PlanFile::read(&at.join("default.plan")).expect("it is a plan");
+    let tuning = Tuning::of(&file.manifest);
+    let (key, names) = tuning.problems().find(|(_, names)| names.len() > 1).expect("there is a choice");
+    let chosen = names.last().expect("several").to_string();
+    let measured = |chosen: &str| Measured { chosen: chosen.into(), candidates: Default::default() };
+    let problems = [(key.to_owned(), measured(&chosen)), ("dream 0123".into(), measured("wish"))];
+    let lock = Lock {
+        version: LOCK_VERSION,
+        compiler: "0.0.1".into(),
+        gpu: "NVIDIA H200".into(),
+        toolkit: (13, 0),
+        problems: problems.into(),
+    };
+    lock.write(&at.join("demo.lock.ron")).expect("it can be written");
+    let all = tuning.problems().count();
+    let expected = format!("demo.lock.ron: chooses the kernels of 1 of {all} problems; {} that it", all - 1);
+    let text = compile("tuned.plan", &[]);
+    assert!(text.contains(&expected), "{expected} in {text}");
+    assert!(kernels(at, "tuned.plan").contains(&chosen) && !kernels(at, "default.plan").contains(&chosen));
+    compile("again.plan", &[]);
+    compile("ignored.plan", &["--no-lock"]);
+    assert!(read("tuned.plan") == read("again.plan") && read("ignored.plan") == read("default.plan"));
+    assert!(read("tuned.plan") != read("default.plan"));
+    // A run of the recipe compiles with it too, and says so; one for the CPU has no choice.
+    let run = |more: &[&str]| {
+        let arguments = [&["run", "demo.ron", "--device", "cpu", "--max-new-tokens", "1"], more].concat();
+        let output = lfm2c(at, &arguments);
+        assert!(output.status.success(), "{arguments:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    let errors = run(&options);
+    assert!(errors.contains(&expected) && errors.contains("measured by lfm2c 0.0.1"), "{errors}");
+    assert!(!run(&["--target", "cpu"]).contains("demo.lock.ron"));
+    std::fs::write(at.join("demo.lock.ron"), "(\n  version: 1,\n  speed: 11,\n)").expect("it is written");
+    let errors = fails(at, 1, &[&["run", "demo.ron"], &options[..]].concat());
+    assert!(errors.contains("demo.lock.ron") && errors.contains("line 3, column"), "{errors}");
+    compile("ignored.plan", &["--no-lock"]);
+}
+
+#[test]
 fn every_pass_of_the_design_can_be_left_out() {
     let folder = folder_with_plan();
     let demo = project("plans/demo.ron");

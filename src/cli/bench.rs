@@ -78,7 +78,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         return bench_fusion::execute(arguments);
     }
     let model = arguments.model.as_deref();
-    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &compile_options(arguments))?;
+    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &compile_options(arguments)?)?;
     let buckets = select(&file.manifest.ranks[0], &arguments.choices)?;
     let ceilings = arguments.measuring.ceilings(&machine);
     let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
@@ -142,12 +142,12 @@ fn fault(name: &str, found: &Distinct) -> String {
 }
 
 /// What to compile of a source. For a plan, sizes only choose among its buckets.
-fn compile_options(arguments: &Arguments) -> CompileOptions {
+fn compile_options(arguments: &Arguments) -> Result<CompileOptions> {
     let choices = &arguments.choices;
     if !measure::is_source(&arguments.input) {
-        return Choices { decode: None, prefill: None, ..choices.clone() }.options();
+        return Ok(Choices { decode: None, prefill: None, ..choices.clone() }.options());
     }
-    let mut options = choices.options();
+    let mut options = choices.options_for(&arguments.input)?;
     if has_extension(&arguments.input, "ron") {
         match (&choices.decode, &choices.prefill) {
             (Some(_), None) => options.prefill = Some(vec![FILL_ROWS]),
@@ -155,7 +155,7 @@ fn compile_options(arguments: &Arguments) -> CompileOptions {
             _ => {}
         }
     }
-    options
+    Ok(options)
 }
 
 /// The buckets that are measured: those of the sizes named, or all where none is.

@@ -40,7 +40,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let (_device, machine) = measure::machine()?;
     let source = load::source(Some(&arguments.input), model)?;
-    let fused = compile_options(arguments);
+    let fused = compile_options(arguments)?;
     let mut unfused = fused.clone();
     unfused.disabled.extend(passes::fusing().into_iter().map(str::to_owned));
     let unfused = compile_source(&source, &unfused)?.file;
@@ -70,8 +70,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 
 /// One bucket of a recipe: the first size named, else one decode row. Prompts are fed by decode steps, so that no other is
 /// compiled.
-fn compile_options(arguments: &Arguments) -> CompileOptions {
-    let mut options = arguments.choices.options();
+fn compile_options(arguments: &Arguments) -> Result<CompileOptions> {
+    let mut options = arguments.choices.options_for(&arguments.input)?;
     if has_extension(&arguments.input, "ron") {
         let first = |sizes: &Option<Vec<u64>>| sizes.as_ref().and_then(|sizes| sizes.first().copied());
         (options.decode, options.prefill) = match (first(&options.decode), first(&options.prefill)) {
@@ -79,7 +79,7 @@ fn compile_options(arguments: &Arguments) -> CompileOptions {
             (sequences, _) => (Some(vec![sequences.unwrap_or(1)]), Some(vec![])),
         };
     }
-    options
+    Ok(options)
 }
 
 fn compare(arguments: &Arguments, options: &Options, unfused: &PlanFile, fused: &PlanFile) -> Result<Comparison> {

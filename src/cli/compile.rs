@@ -1,22 +1,23 @@
 //! `lfm2c compile`: a recipe or a model directory to a plan file.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::Result;
 
-use crate::cli::load::{self, Choices, compile_source};
+use crate::cli::load::{self, Choices, TargetChoice, compile_source};
 use crate::cli::output::{note, print};
 use crate::cli::table::{regions, size, table};
-use crate::cli::usage;
+use crate::cli::{lock, tune, usage};
 use crate::codegen::compile::{BucketReport, Observer};
-use crate::codegen::{Compiled, compile};
+use crate::codegen::{CompileOptions, Compiled, Lock, Source, compile};
 use crate::ir::Graph;
-use crate::passes;
+use crate::passes::{self, Target};
 
 /// Compile a recipe, a Hugging Face directory or a graph in text form to a plan file.
 ///
-/// Prints what each pass did: how often it rewrote, the operators before and after, and the steps if it were the last.
+/// Prints what each pass did: how often it rewrote, the operators before and after, and the steps if it were the last. For a
+/// GPU, the lock file beside the recipe (FILE.lock.ron), or beside the plan where there is no recipe, chooses among kernels.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A recipe (FILE.ron), or a graph in text form (FILE.ir)
@@ -27,6 +28,11 @@ pub struct Arguments {
     model: Option<PathBuf>,
     #[command(flatten)]
     choices: Choices,
+    /// Measures the candidates of every choice among kernels on the GPU of this machine, and writes the fastest to the lock file,
+    /// for this and every later compilation. Keeps what the file has of other sizes, measured alike, unless --no-lock is given.
+    /// Steps are timed one by one: what neighbours gain by overlapping does not count
+    #[arg(long, conflicts_with_all = ["without_cubins", "forced_routing", "stop_after_patch"])]
+    tune: bool,
     /// Prints the graph after a pass, or after `all`, to standard error
     #[arg(long, value_name = "NAME")]
     print_after: Option<String>,
@@ -39,7 +45,13 @@ pub struct Arguments {
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = std::time::Instant::now();
     let source = load::source(arguments.recipe.as_deref(), arguments.model.as_deref())?;
-    let options = arguments.choices.options();
+    // What the lock file lies beside.
+    let named = arguments.recipe.as_deref().unwrap_or(&arguments.output);
+    let options = match (arguments.tune, arguments.choices.no_lock) {
+        (true, _) => tuned(arguments, &source, named)?,
+        (false, true) => arguments.choices.options(),
+        (false, false) => lock::apply(arguments.choices.options(), named)?,
+    };
     let compiled = match &arguments.print_after {
         None => compile_source(&source, &options)?,
         Some(name) => {
@@ -52,6 +64,9 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     load::check_checkpoint(&source, &compiled)?;
     compiled.file.write(&arguments.output)?;
     print(report(&compiled))?;
+    if !options.tactics.chosen.is_empty() {
+        print(lock::report(&lock::beside(named), &compiled) + "\n")?;
+    }
     let bytes = std::fs::metadata(&arguments.output)?.len();
     print(format_args!(
         "{}: {} in {:.2} s, plan {}\n",
@@ -60,6 +75,22 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         started.elapsed().as_secs_f64(),
         &compiled.file.hash()[..16],
     ))
+}
+
+/// Measures, writes the lock file, and gives the options with its choices.
+fn tuned(arguments: &Arguments, source: &Source, named: &Path) -> Result<CompileOptions> {
+    if arguments.choices.target == TargetChoice::Cpu {
+        return usage("--tune: expected --target sm_90a or auto, found cpu, which has no choice among kernels");
+    }
+    let options = CompileOptions { target: Target::Sm90a, ..arguments.choices.options() };
+    let path = lock::beside(named);
+    // A file that is no lock is told before anything is measured.
+    let earlier = if arguments.choices.no_lock { None } else { Lock::read(&path)? };
+    let mut lock = tune::measure(source, &options, arguments.model.as_deref())?;
+    let kept = earlier.map_or(0, |earlier| lock.keep(earlier));
+    lock.write(&path)?;
+    print(format_args!("{}: {} problems, {kept} of them measured earlier\n\n", path.display(), lock.problems.len()))?;
+    Ok(CompileOptions { tactics: lock.tactics(), ..options })
 }
 
 struct Printer<'a> {

@@ -50,7 +50,7 @@ pub struct Arguments {
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let model = arguments.model.as_deref();
-    let file = load::plan(&arguments.plan, model, &arguments.choices.options())?;
+    let file = load::plan(&arguments.plan, model, &arguments.choices.options_for(&arguments.plan)?)?;
     let mut gpu = load::cuda_executor(&file, model, Graphs::Off)?;
     let mut cpu = load::cpu_executor(&file, model)?;
     let program = gpu.program().clone();

@@ -101,9 +101,9 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
         (None, after) => {
             let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
             match after {
-                Some(after) => staged(&source, without_cubins(&arguments.choices), arguments, after),
+                Some(after) => staged(&source, without_cubins(arguments)?, arguments, after),
                 None => {
-                    let compiled = load::compile_source(&source, &without_cubins(&arguments.choices))?;
+                    let compiled = load::compile_source(&source, &without_cubins(arguments)?)?;
                     final_graph(&compiled.file, arguments.bucket.as_deref())
                 }
             }
@@ -120,8 +120,12 @@ fn final_graph(file: &PlanFile, bucket: Option<&str>) -> Result<Graph> {
 }
 
 /// A drawing needs no machine code.
-fn without_cubins(choices: &Choices) -> CompileOptions {
-    CompileOptions { without_cubins: true, ..choices.options() }
+fn without_cubins(arguments: &Arguments) -> Result<CompileOptions> {
+    let options = match &arguments.input {
+        Some(path) => arguments.choices.options_for(path)?,
+        None => arguments.choices.options(),
+    };
+    Ok(CompileOptions { without_cubins: true, ..options })
 }
 
 /// The graph of a bucket as a pass left it.

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use crate::cli::{progress, usage};
+use crate::cli::measure::is_source;
+use crate::cli::output::note;
+use crate::cli::{lock, progress, usage};
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
@@ -55,6 +57,9 @@ pub struct Choices {
     /// Applies only the first N patches of each bucket's pipeline, to find a bad one by bisection
     #[arg(long, value_name = "N")]
     pub stop_after_patch: Option<usize>,
+    /// Ignores the lock file beside a recipe (FILE.lock.ron): the choices among kernels that `compile --tune` made
+    #[arg(long)]
+    pub no_lock: bool,
 }
 
 /// `--target`.
@@ -131,6 +136,13 @@ impl Choices {
             without_cubins: self.without_cubins,
             ..CompileOptions::default()
         }
+    }
+
+    /// As options of the compile driver, with the choices of the lock file beside what is to be compiled; nothing is beside
+    /// what is compiled already.
+    pub fn options_for(&self, path: &Path) -> Result<CompileOptions> {
+        let options = self.options();
+        if self.no_lock || !is_source(path) { Ok(options) } else { lock::apply(options, path) }
     }
 }
 
@@ -231,8 +243,12 @@ impl Observer for Bar<'_> {
 
 /// A plan from a plan file, or compiled on the spot from a recipe or a graph.
 pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
-    if has_extension(path, "ron") || has_extension(path, "ir") {
-        return Ok(compile_source(&source(Some(path), model)?, options)?.file);
+    if is_source(path) {
+        let compiled = compile_source(&source(Some(path), model)?, options)?;
+        if !options.tactics.chosen.is_empty() {
+            note(lock::report(&lock::beside(path), &compiled));
+        }
+        return Ok(compiled.file);
     }
     if *options != Choices::default().options() {
         return usage(format!(

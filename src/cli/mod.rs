@@ -8,6 +8,7 @@ mod dot;
 pub mod draw;
 mod inspect;
 mod load;
+mod lock;
 mod measure;
 mod output;
 mod profile;
@@ -15,6 +16,7 @@ mod progress;
 mod run;
 mod run_input;
 mod table;
+mod tune;
 mod verify;
 
 use std::process::ExitCode;

@@ -50,7 +50,8 @@ pub struct Arguments {
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let options = arguments.measuring.options()?;
     let model = arguments.model.as_deref();
-    let Opened { file, machine, _device } = measure::open(&arguments.plan, model, &arguments.choices.options())?;
+    let compiling = arguments.choices.options_for(&arguments.plan)?;
+    let Opened { file, machine, _device } = measure::open(&arguments.plan, model, &compiling)?;
     let bucket = choose(&file.manifest.ranks[0], arguments.bucket.as_deref())?;
     let ceilings = arguments.measuring.ceilings(&machine);
     let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;

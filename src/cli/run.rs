@@ -100,7 +100,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     check_options(arguments)?;
     let model = arguments.model.as_deref();
-    let file = load::plan(&arguments.input_plan, model, &arguments.choices.options())?;
+    let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
     let prompts = prompts(&arguments.tokens, arguments.input.as_deref(), &file.manifest)?;
     if arguments.prompt_logits.is_some() && prompts.len() != 1 {
         return usage(format!("--prompt-logits: expected a single prompt, found {}", prompts.len()));

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::lower::{self, Prepared};
-use crate::codegen::select::{Selector, Tactics};
+use crate::codegen::select::{Known, Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
@@ -106,6 +106,8 @@ pub struct Compiled {
     pub unfused_steps: usize,
     /// What compiling the kernels did.
     pub kernels: Compilation,
+    /// How many of the choices among kernels were those of the options' tactics.
+    pub known: Known,
 }
 
 /// What the passes did in one bucket.
@@ -210,6 +212,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         .map_err(|fault| anyhow!(fault))?;
     let lowered = lower::lower(&prepared, &*checkpoint_dtype, selector.as_ref()).map_err(|fault| anyhow!(fault))?;
     let lower::Lowered { mut tensors, program, kernels, mut sources } = lowered;
+    let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&program));
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
     }
@@ -241,7 +244,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known })
 }
 
 /// What the driver needs of a source.

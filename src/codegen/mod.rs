@@ -4,13 +4,17 @@ pub mod compile;
 mod cost;
 pub mod cubins;
 pub mod kernels;
+pub mod lock;
 mod lower;
 pub mod recipe;
 pub mod select;
 mod semantic;
 mod services;
 mod tensors;
+pub mod tuning;
 mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
+pub use lock::Lock;
 pub use recipe::Recipe;
+pub use tuning::Tuning;

@@ -6,21 +6,38 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{Phase, Semantic};
+use crate::plan::{Phase, Program, Semantic};
 
 /// Choices among candidates, beside which the registry's first is taken.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
-    /// For a problem (see [`problem_key`]) the candidate's name.
+    /// For a problem (see [`problem_key`]) the candidate's name. Names of problems and candidates that there are not are ignored.
     pub chosen: BTreeMap<String, String>,
-    /// Takes each problem's candidate of this position, modulo their number: for tests that run all of them.
+    /// Takes the candidate of this position, modulo their number, of each problem that none is chosen for: to run all of them.
     pub nth: Option<usize>,
+}
+
+/// How many of a program's problems tactics know.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Known {
+    /// Different problems of the program's steps.
+    pub problems: usize,
+    /// Those for which tactics name a candidate that there is.
+    pub chosen: usize,
 }
 
 /// A name for a problem that stays the same from run to run.
 pub fn problem_key(problem: &Problem) -> String {
     let text = format!("{:?} {:?}", problem.phase, problem.semantic);
     format!("{} {}", problem.semantic.name, &blake3::hash(text.as_bytes()).to_hex()[..16])
+}
+
+/// The problem of each step of a program, in order, beside the position of its bucket.
+pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<'_>)> {
+    program.buckets.iter().enumerate().flat_map(|(i, bucket)| {
+        let semantics = bucket.steps.iter().filter_map(|step| program.semantics.get(step.op as usize));
+        semantics.map(move |semantic| (i, Problem { semantic, phase: bucket.phase }))
+    })
 }
 
 /// Chooses, and remembers what it chose.
@@ -44,17 +61,32 @@ impl<'a> Selector<'a> {
         }
         let problem = Problem { semantic, phase };
         let mut list = candidates(&problem);
-        let at = match self.tactics.nth {
-            Some(nth) if !list.is_empty() => nth % list.len(),
-            _ if self.tactics.chosen.is_empty() => 0,
-            _ => {
-                let wanted = self.tactics.chosen.get(&problem_key(&problem));
-                wanted.and_then(|wanted| list.iter().position(|found| found.name() == *wanted)).unwrap_or(0)
-            }
-        };
+        // Whatever tactics say, there is a choice if there is a candidate: what is fused must not depend on them.
+        let at = self.chosen(&problem, &list).or(self.tactics.nth.and_then(|nth| nth.checked_rem(list.len())));
+        let at = at.unwrap_or(0);
         let chosen = (at < list.len()).then(|| Arc::new(list.swap_remove(at)));
         known().insert(key, chosen.clone());
         chosen
+    }
+
+    /// Position of the candidate that tactics name, if there is such a one.
+    fn chosen(&self, problem: &Problem, list: &[Candidate]) -> Option<usize> {
+        if self.tactics.chosen.is_empty() {
+            return None;
+        }
+        let wanted = self.tactics.chosen.get(&problem_key(problem))?;
+        list.iter().position(|found| found.name() == *wanted)
+    }
+
+    /// Counts the problems of a program, and those that tactics know.
+    pub fn known(&self, program: &Program) -> Known {
+        let mut problems: BTreeMap<String, bool> = BTreeMap::new();
+        for (_, problem) in step_problems(program) {
+            problems
+                .entry(problem_key(&problem))
+                .or_insert_with(|| self.chosen(&problem, &candidates(&problem)).is_some());
+        }
+        Known { problems: problems.len(), chosen: problems.values().filter(|&&chosen| chosen).count() }
     }
 
     /// Whether a kernel can run an operator of a graph.
@@ -87,5 +119,69 @@ impl<'a> Selector<'a> {
         }
         graph.ops = ops;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codegen::compile::Silent;
+    use crate::codegen::{CompileOptions, Recipe, Source, compile};
+    use crate::passes::Target;
+
+    fn program(tactics: Tactics) -> Program {
+        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let options = CompileOptions {
+            target: Target::Sm90a,
+            dtype: Some(crate::ir::DType::BF16),
+            prefill: Some(vec![64]),
+            decode: Some(vec![1, 8]),
+            without_cubins: true,
+            tactics,
+            ..CompileOptions::default()
+        };
+        let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
+        compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")
+    }
+
+    /// Steps and semantics alike: the measurements of all candidates rely on it.
+    #[test]
+    fn what_is_fused_does_not_depend_on_tactics() {
+        let keys = |program: &Program| -> Vec<(usize, String)> {
+            step_problems(program).map(|(bucket, problem)| (bucket, problem_key(&problem))).collect()
+        };
+        let default = program(Tactics::default());
+        for nth in [1, 2, 7] {
+            let other = program(Tactics { nth: Some(nth), ..Tactics::default() });
+            assert_eq!(keys(&default), keys(&other), "candidates {nth}");
+        }
+    }
+
+    #[test]
+    fn candidates_of_a_problem_have_names_of_their_own() {
+        for (_, problem) in step_problems(&program(Tactics::default())) {
+            let names: Vec<String> = candidates(&problem).iter().map(Candidate::name).collect();
+            let different: std::collections::BTreeSet<&String> = names.iter().collect();
+            assert_eq!(different.len(), names.len(), "{names:?}");
+        }
+    }
+
+    #[test]
+    fn there_is_a_choice_whatever_tactics_say() {
+        let program = program(Tactics::default());
+        for (_, problem) in step_problems(&program) {
+            let list = candidates(&problem);
+            let last = list.last().expect("a step has a candidate").name();
+            let name = |chosen: &str, nth| {
+                let chosen = BTreeMap::from([(problem_key(&problem), chosen.to_owned())]);
+                let tactics = Tactics { chosen, nth };
+                let found = Selector::new(&tactics).choose(problem.semantic, problem.phase);
+                found.expect("there is a candidate").name()
+            };
+            assert_eq!(name(&last, None), last);
+            assert_eq!(name(&last, Some(0)), last, "a name goes before a position");
+            assert_eq!(name("none such", None), list[0].name());
+            assert_eq!(name("none such", Some(1)), list[1 % list.len()].name());
+        }
     }
 }

@@ -76,23 +76,22 @@ pub(super) struct Kernels {
 impl Kernels {
     /// Loads all machine code, and looks up each kernel with the most shared memory that a launch gives it.
     pub(super) fn load(file: &PlanFile, program: &Program, device: &Arc<Device>) -> Result<Kernels> {
-        let kernels = &file.manifest.kernels;
-        let mut shared = vec![0; kernels.len()];
-        for launch in program.buckets.iter().flat_map(|bucket| &bucket.steps).filter_map(|step| step.launch.as_ref()) {
-            let most = shared.get_mut(launch.kernel as usize).context("a launch of no kernel")?;
-            *most = launch.shared.max(*most);
-        }
+        let shared = most_shared(file, program)?;
         let (mut modules, mut functions) = (vec![], HashMap::new());
-        for ((i, kernel), &shared) in (0..).zip(kernels).zip(&shared) {
-            let what = || format!("kernel {} ({})", kernel.name, kernel.config);
-            let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
-            let module = Module::load(device, cubin).with_context(what)?;
-            let sizes: Vec<usize> = kernel.params.iter().map(|Param(_, ty)| ty.bytes()).collect();
-            functions.insert(i, module.function(&kernel.name, &sizes, shared).with_context(what)?);
+        for ((i, kernel), &shared) in (0..).zip(&file.manifest.kernels).zip(&shared) {
+            let (module, function) = load_kernel(file, kernel, shared, device)?;
+            functions.insert(i, function);
             modules.push(module);
         }
         let services = file.manifest.services.iter().map(|service| (service.0, service.1)).collect();
         Ok(Kernels { modules, functions, services })
+    }
+
+    /// The kernels that a device does not load, with what it says.
+    pub(super) fn refused(file: &PlanFile, program: &Program, device: &Arc<Device>) -> Result<Vec<(u32, String)>> {
+        let shared = most_shared(file, program)?;
+        let loaded = file.manifest.kernels.iter().zip(&shared).map(|(kernel, &shared)| load_kernel(file, kernel, shared, device));
+        Ok((0..).zip(loaded).filter_map(|(i, loaded)| Some((i, format!("{:#}", loaded.err()?)))).collect())
     }
 
     /// How many there are.
@@ -134,6 +133,30 @@ impl Kernels {
         };
         Ok(Ready { function: self.function(launch.kernel)?.clone(), shape, args: args.collect::<Result<_>>()? })
     }
+}
+
+/// For each kernel the most shared memory that a launch gives it.
+fn most_shared(file: &PlanFile, program: &Program) -> Result<Vec<u32>> {
+    let mut shared = vec![0; file.manifest.kernels.len()];
+    for launch in program.buckets.iter().flat_map(|bucket| &bucket.steps).filter_map(|step| step.launch.as_ref()) {
+        let most = shared.get_mut(launch.kernel as usize).context("a launch of no kernel")?;
+        *most = launch.shared.max(*most);
+    }
+    Ok(shared)
+}
+
+fn load_kernel(
+    file: &PlanFile,
+    kernel: &Kernel,
+    shared: u32,
+    device: &Arc<Device>,
+) -> Result<(Arc<Module>, Function)> {
+    let what = || format!("kernel {} ({})", kernel.name, kernel.config);
+    let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
+    let module = Module::load(device, cubin).with_context(what)?;
+    let sizes: Vec<usize> = kernel.params.iter().map(|Param(_, ty)| ty.bytes()).collect();
+    let function = module.function(&kernel.name, &sizes, shared).with_context(what)?;
+    Ok((module, function))
 }
 
 /// Where a place lies in the pool.

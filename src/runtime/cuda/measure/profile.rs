@@ -140,7 +140,7 @@ pub fn profile(
 
 /// Median times of an empty span and of each step, in microseconds. The device is kept busy until all is queued, so that it
 /// never waits for the host.
-fn step_times(executor: &CudaExecutor, bucket: usize, count: usize) -> Result<(f64, Vec<f64>)> {
+pub(super) fn step_times(executor: &CudaExecutor, bucket: usize, count: usize) -> Result<(f64, Vec<f64>)> {
     let stream = executor.stream();
     let (free, _) = executor.gpu().memory()?;
     let bytes = usize::try_from(SCRATCH_BYTES.min(free / 4))?;

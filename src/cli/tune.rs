@@ -1,0 +1,135 @@
+//! `lfm2c compile --tune`: the candidates of every choice among kernels, measured on the GPU that is present.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cli::output::{note, print};
+use crate::cli::table::table;
+use crate::cli::{load, progress};
+use crate::codegen::{CompileOptions, Lock, Source, Tuning};
+use crate::cuda;
+use crate::plan::PlanFile;
+use crate::runtime::cuda::measure::{Options, Timed, refused_kernels, time_steps};
+use crate::runtime::cuda::{Graphs, check_device};
+
+/// Every plan has one.
+const RANK: usize = 0;
+
+/// Measures, prints the choices, and gives what to keep of them. The options' own tactics do not count.
+pub fn measure(source: &Source, options: &CompileOptions, model: Option<&Path>) -> Result<Lock> {
+    let gpu = gpu()?;
+    let problems = CompileOptions { without_cubins: true, tactics: Default::default(), ..options.clone() };
+    let mut tuning = Tuning::of(&load::compile_source(source, &problems)?.file.manifest);
+    let mut toolkit = None;
+    let rounds = tuning.rounds();
+    for nth in 0..rounds {
+        note(format_args!("round {} of {rounds}", nth + 1));
+        toolkit = Some(round(source, options, model, &mut tuning, nth)?);
+    }
+    let toolkit = toolkit.context("the plan has no steps: nothing to measure")?;
+    print(report(&tuning, &gpu))?;
+    Ok(tuning.lock(&gpu, toolkit))
+}
+
+/// The name of the first GPU, if kernels can be compiled for it.
+fn gpu() -> Result<String> {
+    let device = cuda::Device::open(0).context(
+        "--tune measures kernels on a GPU of this machine; without one, leave it out: a lock file beside the recipe, made on \
+         another machine, is used",
+    )?;
+    let (major, minor) = device.capability;
+    if (major, minor) != (9, 0) {
+        bail!("--tune: expected a GPU of compute capability 9.0, found {} with {major}.{minor}", device.name);
+    }
+    Ok(device.name.clone())
+}
+
+/// Compiles and measures one round, as often as it takes until the device runs all of it. Gives the toolkit's version.
+fn round(
+    source: &Source,
+    options: &CompileOptions,
+    model: Option<&Path>,
+    tuning: &mut Tuning,
+    nth: usize,
+) -> Result<(u32, u32)> {
+    loop {
+        let options = CompileOptions { tactics: tuning.tactics(nth)?, ..options.clone() };
+        let file = load::compile_source(source, &options)?.file;
+        match time(&file, model)? {
+            Timed::Steps(times) => {
+                tuning.record(nth, &times)?;
+                return file.manifest.toolkit.context("a plan for a GPU without machine code");
+            }
+            Timed::Refused(steps) => {
+                let buckets = &file.manifest.ranks[RANK].buckets;
+                for at in &steps {
+                    let bucket = &buckets[at.bucket];
+                    note(format_args!("bucket {}, step {}: {}", bucket.name, bucket.steps[at.step].name, at.error));
+                }
+                let steps: Vec<_> = steps.into_iter().map(|at| (at.bucket, at.step, at.error)).collect();
+                tuning.fail(nth, &steps)?;
+            }
+        }
+    }
+}
+
+/// Times of a plan's steps. The device is opened anew, because a kernel that failed leaves it unusable until it is closed.
+fn time(file: &PlanFile, model: Option<&Path>) -> Result<Timed> {
+    check_device(&file.manifest, None)?;
+    let mut executor = match load::cuda_executor(file, model, Graphs::Off) {
+        Ok(executor) => executor,
+        Err(error) => {
+            let refused = refused_kernels(file, RANK, &cuda::Device::open(0)?)?;
+            return if refused.is_empty() { Err(error) } else { Ok(Timed::Refused(refused)) };
+        }
+    };
+    // Steps are timed where the inputs stand; none moves them on.
+    let options = Options { steps: 1, ..Options::default() };
+    let bar = progress::count("measuring buckets", executor.program().buckets.len() as u64);
+    let timed = time_steps(&mut executor, &options, &|done| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    timed
+}
+
+/// What was found out.
+fn report(tuning: &Tuning, gpu: &str) -> String {
+    let us = |us: Option<f64>| us.map_or_else(|| "failed".to_owned(), |us| format!("{us:.2}"));
+    let choices = tuning.choices();
+    let rows: Vec<Vec<String>> = choices
+        .iter()
+        .filter(|choice| choice.candidates > 1)
+        .map(|choice| {
+            vec![
+                choice.key.to_owned(),
+                choice.bucket.to_owned(),
+                choice.steps.to_string(),
+                choice.candidates.to_string(),
+                us(choice.default_us),
+                us(choice.us),
+                choice.chosen.to_owned(),
+            ]
+        })
+        .collect();
+    let totals: Vec<Vec<String>> = tuning
+        .totals()
+        .iter()
+        .map(|total| {
+            vec![
+                total.bucket.to_owned(),
+                total.steps.to_string(),
+                format!("{:.1}", total.default_us),
+                format!("{:.1}", total.us),
+                format!("{:.1} %", 100.0 * (1.0 - total.us / total.default_us)),
+            ]
+        })
+        .collect();
+    format!(
+        "{gpu}: {} problems, {} of them with a choice\n\n{}\n{}\
+         us: median of a problem's steps, each timed by itself, so without what neighbours gain by overlapping\n\n",
+        choices.len(),
+        rows.len(),
+        table(&["problem", "first in", "steps", "candidates", "default, us", "chosen, us", "chosen"], &rows),
+        table(&["bucket", "steps", "defaults, us", "chosen, us", "saved"], &totals),
+    )
+}

@@ -1,0 +1,260 @@
+//! The lock file beside a recipe: which candidate of each kernel choice a measurement found fastest, so that a machine without
+//! a GPU compiles the tuned plan.
+//!
+//! A lock is advice: a plan is right with any of a problem's candidates. So problems and candidates that this version does not
+//! have are ignored, and problems that the lock does not have take the registry's default.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::codegen::select::Tactics;
+
+/// Version of the lock file's form.
+pub const LOCK_VERSION: u32 = 1;
+
+const HEADING: &str = "// Times of kernels' candidates, and the choice among them: written by `lfm2c compile --tune`.\n";
+
+/// What was measured, and what is chosen by it. Sorted, so that two of them can be compared line by line.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lock {
+    /// [`LOCK_VERSION`].
+    pub version: u32,
+    /// Version of the lfm2c that measured.
+    pub compiler: String,
+    /// The GPU's name.
+    pub gpu: String,
+    /// Version of the CUDA toolkit that compiled the kernels, major and minor.
+    pub toolkit: (u32, u32),
+    /// By [`crate::codegen::select::problem_key`].
+    pub problems: BTreeMap<String, Measured>,
+}
+
+/// The candidates of one problem.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Measured {
+    /// Name of the candidate that is taken.
+    pub chosen: String,
+    /// What was measured of each, by name.
+    pub candidates: BTreeMap<String, Time>,
+}
+
+/// What was measured of a candidate.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Time {
+    /// Median time in microseconds.
+    Us(f64),
+    /// The device did not run it: why.
+    Failed(String),
+}
+
+/// As much of a lock as every version has.
+#[derive(Deserialize)]
+struct Header {
+    version: u32,
+}
+
+impl Lock {
+    /// Reads a lock's text.
+    ///
+    /// # Errors
+    /// No lock of this version, with line and column.
+    pub fn parse(text: &str) -> Result<Lock> {
+        let options = ron::Options::default().with_recursion_limit(32);
+        let at = |e: ron::error::SpannedError| {
+            anyhow!("line {}, column {}: {}", e.span.start.line, e.span.start.col, e.code)
+        };
+        let Header { version } = options.from_str(text).map_err(at)?;
+        ensure!(
+            version == LOCK_VERSION,
+            "version of the lock file: expected {LOCK_VERSION}, found {version}; measure again with `lfm2c compile --tune`, or \
+             leave it out with --no-lock"
+        );
+        options.from_str(text).map_err(at)
+    }
+
+    /// Reads a lock file; none if there is no such file.
+    ///
+    /// # Errors
+    /// The file cannot be read or is no lock.
+    pub fn read(path: &Path) -> Result<Option<Lock>> {
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            text => text.with_context(|| format!("cannot read the lock file {}", path.display()))?,
+        };
+        Lock::parse(&text).with_context(|| format!("{} is not a lock file", path.display())).map(Some)
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        fs::write(path, self.to_text()?).with_context(|| format!("cannot write the lock file {}", path.display()))
+    }
+
+    /// Its text: a line for each candidate.
+    ///
+    /// # Errors
+    /// None that a lock can cause.
+    pub fn to_text(&self) -> Result<String> {
+        let config = ron::ser::PrettyConfig::new().depth_limit(4).new_line("\n");
+        Ok(format!("{HEADING}{}\n", ron::ser::to_string_pretty(self, config)?))
+    }
+
+    /// Its choices.
+    pub fn tactics(&self) -> Tactics {
+        let chosen = self.problems.iter().map(|(key, measured)| (key.clone(), measured.chosen.clone()));
+        Tactics { chosen: chosen.collect(), nth: None }
+    }
+
+    /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
+    /// the same lfm2c with the same toolkit on the same kind of GPU. Says how many problems it took.
+    pub fn keep(&mut self, earlier: Lock) -> usize {
+        let compares = |lock: &Lock| (lock.compiler.clone(), lock.gpu.clone(), lock.toolkit);
+        if compares(self) != compares(&earlier) {
+            return 0;
+        }
+        let before = self.problems.len();
+        for (key, measured) in earlier.problems {
+            self.problems.entry(key).or_insert(measured);
+        }
+        self.problems.len() - before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codegen::compile::Silent;
+    use crate::codegen::{CompileOptions, Compiled, Recipe, Source, Tuning, compile};
+    use crate::passes::Target;
+
+    fn lock() -> Lock {
+        let candidates = BTreeMap::from([
+            ("tile b=2".to_owned(), Time::Failed("too much".into())),
+            ("stream a=1".to_owned(), Time::Us(5.25)),
+        ]);
+        Lock {
+            version: LOCK_VERSION,
+            compiler: "0.1.0".into(),
+            gpu: "NVIDIA H200".into(),
+            toolkit: (13, 0),
+            problems: BTreeMap::from([("matmul 01".to_owned(), Measured { chosen: "stream a=1".into(), candidates })]),
+        }
+    }
+
+    const TEXT: &str = r#"(
+    version: 1,
+    compiler: "0.1.0",
+    gpu: "NVIDIA H200",
+    toolkit: (13, 0),
+    problems: {
+        "matmul 01": (
+            chosen: "stream a=1",
+            candidates: {
+                "stream a=1": Us(5.25),
+                "tile b=2": Failed("too much"),
+            },
+        ),
+    },
+)
+"#;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let text = lock().to_text().expect("it can be written");
+        assert_eq!(text.strip_prefix(HEADING).expect("a heading"), TEXT);
+        assert_eq!(Lock::parse(&text).expect("it can be read"), lock());
+    }
+
+    #[test]
+    fn faults_say_where() {
+        let fault = |from: &str, to: &str| Lock::parse(&TEXT.replace(from, to)).expect_err("a fault").to_string();
+        let unknown = fault("chosen:", "choosen:");
+        assert!(unknown.starts_with("line 8, column ") && unknown.contains("choosen"), "{unknown}");
+        assert!(fault("Us(5.25)", "Us(fast)").starts_with("line 10, column "));
+        assert!(fault("gpu:", "gpus:").starts_with("line "));
+        assert!(fault("toolkit: (13, 0),", "").starts_with("line "));
+        // Not what is unknown in a form of tomorrow, but that it is one.
+        let later = Lock::parse(&TEXT.replace("version: 1", "version: 2").replace("chosen", "better"));
+        assert!(later.expect_err("another version").to_string().contains("expected 1, found 2"));
+    }
+
+    #[test]
+    fn earlier_problems_are_kept_where_they_compare() {
+        let other = |gpu: &str| {
+            let measured = lock().problems["matmul 01"].clone();
+            let newer = Measured { chosen: "tile b=2".into(), ..measured.clone() };
+            let problems = BTreeMap::from([("matmul 01".into(), newer), ("norm 02".into(), measured)]);
+            Lock { gpu: gpu.into(), problems, ..lock() }
+        };
+        let mut kept = lock();
+        assert_eq!(kept.keep(other("NVIDIA H200")), 1);
+        assert_eq!(kept.problems.len(), 2);
+        assert_eq!(kept.problems["matmul 01"].chosen, "stream a=1", "the newer measurement");
+        let mut foreign = lock();
+        assert_eq!(foreign.keep(other("NVIDIA H100")), 0);
+        assert_eq!(foreign, lock());
+    }
+
+    fn compiled(tactics: Tactics) -> Compiled {
+        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let options = CompileOptions {
+            target: Target::Sm90a,
+            dtype: Some(crate::ir::DType::BF16),
+            prefill: Some(vec![64]),
+            decode: Some(vec![1]),
+            without_cubins: true,
+            tactics,
+            ..CompileOptions::default()
+        };
+        compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles")
+    }
+
+    /// Kernels that steps launch, as the plan names them.
+    fn kernels(compiled: &Compiled) -> Vec<String> {
+        let manifest = &compiled.file.manifest;
+        let steps = manifest.ranks[0].buckets.iter().flat_map(|bucket| &bucket.steps);
+        let launched = steps.filter_map(|step| step.launch.as_ref()).map(|launch| launch.kernel as usize);
+        launched.map(|at| format!("{} {}", manifest.kernels[at].name, manifest.kernels[at].config)).collect()
+    }
+
+    #[test]
+    fn a_plan_has_the_choices_of_a_lock() {
+        let default = compiled(Tactics::default());
+        let tuning = Tuning::of(&default.file.manifest);
+        let (key, names) = tuning.problems().find(|(_, names)| names.len() > 1).expect("there is a choice");
+        let chosen = names.last().expect("several").to_string();
+        assert!(!kernels(&default).contains(&chosen), "{chosen} is some default");
+        let mut lock = lock();
+        let measured = Measured { chosen: chosen.clone(), candidates: BTreeMap::new() };
+        lock.problems.insert(key.to_owned(), measured);
+        let tuned = compiled(lock.tactics());
+        assert!(kernels(&tuned).contains(&chosen), "{chosen} in {:?}", kernels(&tuned));
+        assert_eq!((tuned.known.chosen, tuned.known.problems), (1, tuning.problems().count()));
+        let again = compiled(lock.tactics());
+        assert_eq!(tuned.file.hash(), again.file.hash(), "the same lock, the same plan");
+        assert_ne!(tuned.file.hash(), default.file.hash());
+    }
+
+    #[test]
+    fn what_a_lock_says_of_unknown_things_is_ignored() {
+        let default = compiled(Tactics::default());
+        assert_eq!(default.known.chosen, 0);
+        let mut lock = lock();
+        let tuning = Tuning::of(&default.file.manifest);
+        for (key, _) in tuning.problems() {
+            let measured = Measured { chosen: "wish speed=11".into(), candidates: BTreeMap::new() };
+            lock.problems.insert(key.to_owned(), measured);
+        }
+        let tuned = compiled(lock.tactics());
+        assert_eq!(tuned.known, default.known);
+        assert_eq!(tuned.file.hash(), default.file.hash());
+    }
+}

@@ -1,0 +1,104 @@
+//! Times of all steps of a plan, by which kernels are chosen, and what a device refuses to run of it.
+//!
+//! Each step is timed as in a profile: by itself, begun when everything before it is done. What neighbours gain or lose by
+//! overlapping in the captured graph does not show, so a choice by these times can be wrong where kernels differ mostly in how
+//! early they start or in how late they end.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+
+use super::inputs::{Inputs, Options};
+use super::profile::step_times;
+use crate::cuda::Device;
+use crate::plan::{Phase, PlanFile};
+use crate::runtime::cuda::CudaExecutor;
+use crate::runtime::cuda::program::Kernels;
+use crate::runtime::executor::Batch;
+
+/// A step whose kernel the device refused.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Refused {
+    /// Position of its bucket.
+    pub bucket: usize,
+    /// Its position there.
+    pub step: usize,
+    /// What the driver said.
+    pub error: String,
+}
+
+/// What timing a plan gave.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Timed {
+    /// For each bucket the median time of each step, in microseconds.
+    Steps(Vec<Vec<f64>>),
+    /// Steps that do not run; none was timed. There may be more.
+    Refused(Vec<Refused>),
+}
+
+/// The steps of a rank whose kernels the device does not even load.
+///
+/// # Errors
+/// No such rank.
+pub fn refused_kernels(file: &PlanFile, rank: usize, device: &Arc<Device>) -> Result<Vec<Refused>> {
+    let program = file.manifest.ranks.get(rank).with_context(|| format!("no rank {rank}"))?;
+    let kernels = Kernels::refused(file, program, device)?;
+    let mut refused = vec![];
+    for (bucket, at) in program.buckets.iter().enumerate() {
+        for (step, launch) in at.steps.iter().enumerate().filter_map(|(i, step)| Some((i, step.launch.as_ref()?))) {
+            let found = kernels.iter().find(|(kernel, _)| *kernel == launch.kernel);
+            refused.extend(found.map(|(_, error)| Refused { bucket, step, error: error.clone() }));
+        }
+    }
+    Ok(refused)
+}
+
+/// Times every step of every bucket, over inputs and state as [`Inputs::prepare`] makes them; `progress` hears how many
+/// buckets are done.
+///
+/// # Errors
+/// The plan has too little room, or the device failed otherwise than by refusing a step.
+pub fn time_steps(executor: &mut CudaExecutor, options: &Options, progress: &dyn Fn(usize)) -> Result<Timed> {
+    let buckets = executor.program().buckets.len();
+    let mut refused = vec![];
+    for bucket in 0..buckets {
+        let found = first_refused(executor, bucket)?;
+        refused.extend(found);
+        // A failure that stays ends everything; a refused launch does not.
+        if !refused.is_empty() && executor.stream().synchronize().is_err() {
+            break;
+        }
+    }
+    if !refused.is_empty() {
+        return Ok(Timed::Refused(refused));
+    }
+    let mut times = Vec::with_capacity(buckets);
+    for bucket in 0..buckets {
+        let (name, count) = (executor.program().buckets[bucket].name.clone(), executor.program().buckets[bucket].steps.len());
+        let timed = Inputs::prepare(executor, bucket, options).and_then(|inputs| {
+            inputs.upload(executor, bucket)?;
+            step_times(executor, bucket, count)
+        });
+        times.push(timed.with_context(|| format!("bucket {name}"))?.1);
+        progress(bucket + 1);
+    }
+    Ok(Timed::Steps(times))
+}
+
+/// Runs a bucket step by step over padding alone, up to the first step that does not run: what follows would read what nobody
+/// wrote.
+fn first_refused(executor: &mut CudaExecutor, bucket: usize) -> Result<Option<Refused>> {
+    let at = executor.program().buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+    let (phase, count) = (at.phase, at.steps.len());
+    if phase != Phase::Fixed {
+        executor.upload(bucket, &Batch::default())?;
+    }
+    executor.stream().synchronize()?;
+    for step in 0..count {
+        let ran = executor.launch_step(bucket, step).and_then(|()| Ok(executor.stream().synchronize()?));
+        if let Err(error) = ran {
+            return Ok(Some(Refused { bucket, step, error: format!("{error:#}") }));
+        }
+    }
+    Ok(None)
+}
