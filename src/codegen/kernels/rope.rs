@@ -59,11 +59,7 @@ mod tests {
             inputs: vec![TensorType(DType::F16, vec![rows, 24]), TensorType(DType::I32, vec![rows])],
             outputs: vec![TensorType(DType::F32, vec![rows, 24])],
             temps: vec![],
-            body: vec![Instr(
-                Op::Rope { theta: 1e6, head_dim },
-                vec![Slot::In(0), Slot::In(1)],
-                vec![Slot::Out(0)],
-            )],
+            body: vec![Instr(Op::Rope { theta: 1e6, head_dim }, vec![Slot::In(0), Slot::In(1)], vec![Slot::Out(0)])],
         }
     }
 
