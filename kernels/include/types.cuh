@@ -62,6 +62,30 @@ __device__ __forceinline__ Quad load_once(const void* from) {
     return q;
 }
 
+// The same, or zeros.
+__device__ __forceinline__ Quad load_once_if(bool wanted, const void* from) {
+    Quad q = {};
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+                 "@p ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                 : "+r"(q.at[0]), "+r"(q.at[1]), "+r"(q.at[2]), "+r"(q.at[3])
+                 : "l"(from), "r"((u32)wanted));
+    return q;
+}
+
+// Reads what a kernel before this one wrote: never moved before `wait_for_previous`.
+__device__ __forceinline__ Quad load_fresh(const void* from) {
+    Quad q;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(q.at[0]), "=r"(q.at[1]), "=r"(q.at[2]), "=r"(q.at[3])
+                 : "l"(from));
+    return q;
+}
+__device__ __forceinline__ int load_fresh(const int* from) {
+    int x;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(from));
+    return x;
+}
+
 // The two elements of a word, in f32.
 template <class T> __device__ __forceinline__ float low(u32 word) { return to_f32(T{(u16)(word & 0xffff)}); }
 template <class T> __device__ __forceinline__ float high(u32 word) { return to_f32(T{(u16)(word >> 16)}); }

@@ -7,8 +7,12 @@
 
 mod builder;
 mod expression;
+mod frame;
 mod pattern;
 mod pointwise;
+mod product;
+mod stream;
+mod stream_fma;
 
 pub use self::builder::{Builder, Specialised};
 use crate::plan::{Launch, Phase, Semantic};
@@ -37,6 +41,8 @@ pub trait Twin: Sync {
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
+    &stream::Stream,
+    &stream_fma::StreamFma,
     &pointwise::Pointwise,
 ];
 
@@ -44,6 +50,8 @@ pub static TWINS: &[&dyn Twin] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
+    ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 

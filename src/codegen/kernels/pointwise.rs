@@ -62,11 +62,8 @@ fn specialise(problem: &Problem, vector: u64) -> Option<Specialised> {
     builder.int("count", count);
     let mut registers = Registers::default();
     let last = registers.expression(exprs, &values);
-    let store = if matches!(out.0, crate::plan::DType::I32) {
-        format!("(int){last}")
-    } else {
-        format!("from_f32<Y>({last})")
-    };
+    let store =
+        if matches!(out.0, crate::plan::DType::I32) { format!("(int){last}") } else { format!("from_f32<Y>({last})") };
     builder.line(format_args!(
         "__device__ __forceinline__ void compute(i64 i, {formal}) {{\n{loads}    Pack<Y, VECTOR> out;\n#pragma unroll\n    \
          for (int j = 0; j < VECTOR; j++) {{\n{}    out.at[j] = {store};\n    }}\n    *(Pack<Y, VECTOR>*)(y + i) = out;\n}}",
@@ -150,7 +147,7 @@ fn strides(shape: &[u64], result: &[u64]) -> Option<Vec<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{DType, Expr, Phase, Semantic, UnaryFn};
+    use crate::plan::{DType, Expr, Phase, Semantic, Slot, UnaryFn};
 
     fn semantic(inputs: Vec<Vec<u64>>, output: Vec<u64>) -> Semantic {
         let arguments: Vec<Slot> = (0..inputs.len() as u32).map(Slot::In).collect();
