@@ -54,7 +54,10 @@ fn compile_prints_what_the_passes_did() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/lfm2-8b-a1b.ron");
     let recipe = recipe.to_str().expect("UTF-8");
-    let text = done(folder.path(), &["compile", recipe, "--target", "sm_90a", "--decode", "1,64", "-o", "big.plan"]);
+    let text = done(
+        folder.path(),
+        &["compile", recipe, "--target", "sm_90a", "--without-cubins", "--decode", "1,64", "-o", "big.plan"],
+    );
     assert!(text.contains("rewrites") && text.contains("fuse-shortconv"), "{text}");
     let manifest = json(&done(folder.path(), &["inspect", "big.plan", "--format", "json"]));
     let buckets = manifest["ranks"][0]["buckets"].as_array().expect("buckets");
@@ -196,6 +199,12 @@ fn wrong_usage_has_exit_code_2() {
         &["run", "demo.plan", "--chunk", "0"],
         &["run", "demo.plan", "--temperature", "nan"],
         &["run", "demo.plan", "--top-p", "1.5"],
+        &["bench", "demo.plan", "--compare-fusion"],
+        &["bench", "demo.plan", "--steps", "0"],
+        &["bench", "demo.plan", "--dtype", "bf16"],
+        &["bench", demo, "--compare-fusion", "--block", "moe"],
+        &["bench", "demo.plan", "--peak-tflops", "0"],
+        &["profile", "demo.plan", "--temperature", "nan"],
         &["dot", "demo.plan", "--layers", "6..9"],
         &["dot", "demo.plan", "--model", "."],
         &["run", "demo.plan", "--tokens", "five"],
@@ -214,11 +223,14 @@ fn what_cannot_run_says_why() {
     let folder = folder_with_plan();
     let at = folder.path();
     let long: Vec<String> = (0..520).map(|_| "1".to_owned()).collect();
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 9] = [
         (&["run", "missing.plan"], "missing.plan"),
         (&["run", "demo.plan", "--tokens", "512"], "vocabulary"),
         (&["run", "demo.plan", "--tokens", &long.join(",")], "max-context"),
         (&["run", "demo.plan", "--device", "cuda"], "--device cpu"),
+        (&["bench", "demo.plan", "--decode", "1"], "--target sm_90a"),
+        (&["profile", "demo.plan"], "--target sm_90a"),
+        (&["profile", "missing.plan"], "missing.plan"),
         (&["run", "demo.plan", "--require-graphs"], "graphs"),
         (&["compile", "--model", "nowhere", "-o", "x.plan"], "nowhere"),
     ];
@@ -226,6 +238,27 @@ fn what_cannot_run_says_why() {
         let errors = fails(at, 1, arguments);
         assert!(errors.contains(expected), "{arguments:?}: {errors}");
     }
+}
+
+/// A recipe is measured on a GPU: where there is none, that is told before anything is compiled.
+#[test]
+fn measuring_needs_a_gpu() {
+    if lfm2c::cuda::Device::count() > 0 {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let (demo, gelu) = (project("plans/demo.ron"), project("plans/gelu.ir"));
+    let (demo, gelu) = (demo.to_str().expect("UTF-8"), gelu.to_str().expect("UTF-8"));
+    for arguments in [
+        &["bench", demo, "--decode", "1"][..],
+        &["bench", demo, "--block", "conv,moe", "--format", "json"],
+        &["bench", gelu, "--compare-fusion"],
+        &["profile", demo, "--trace", "trace.json"],
+    ] {
+        let errors = fails(folder.path(), 1, arguments);
+        assert!(errors.contains("GPU"), "{arguments:?}: {errors}");
+    }
+    assert!(!folder.path().join("trace.json").exists());
 }
 
 #[test]

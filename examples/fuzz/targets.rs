@@ -6,7 +6,7 @@ use lfm2c::codegen::compile::{CompileOptions, Silent, Source, compile};
 use lfm2c::codegen::recipe::Recipe;
 use lfm2c::ir::{Extents, verify};
 use lfm2c::passes::{plan_memory, schedule};
-use lfm2c::plan::file::seal;
+use lfm2c::plan::file::{Kind, seal};
 use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::weights::{fill_synthetic, parse_header};
@@ -107,7 +107,10 @@ fn compiled_gelu() -> PlanFile {
 
 /// A manifest under hashes that hold, with as many texts as the seeds need.
 fn sealed(manifest: &str) -> Vec<u8> {
-    seal(&[manifest.as_bytes(), b"", b"graph @a () {\n  return\n}\n", b"b", b"c"])
+    let texts: [&[u8]; 3] = [b"graph @a () {\n  return\n}\n", b"b", b"c"];
+    let mut sections = vec![(Kind::Manifest, manifest.as_bytes()), (Kind::Recipe, &b""[..])];
+    sections.extend(texts.map(|text| (Kind::Text, text)));
+    seal(&sections)
 }
 
 fn plan_seeds() -> Vec<Seed> {
@@ -173,8 +176,7 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
         batch.rows.push(batch.tokens.len() as i32 - 1);
     }
     executor.run(at, &batch)?;
-    executor.next_tokens()?;
-    executor.logits()?;
+    executor.logits(&mut vec![])?;
     executor.run_head(at, &batch.rows[..1])
 }
 

@@ -16,7 +16,7 @@ struct f16 {
     u16 bits;
 };
 
-constexpr float INFINITE = __builtin_huge_valf();
+#define INFINITE __int_as_float(0x7f800000)
 
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(int x) { return (float)x; }
@@ -43,6 +43,18 @@ template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
 // x as an element of T would hold it.
 template <class T> __device__ __forceinline__ float rounded(float x) { return to_f32(from_f32<T>(x)); }
 
+template <class A, class B> constexpr bool SAME = false;
+template <class A> constexpr bool SAME<A, A> = true;
+
+// x as an element of another type; of the same type, the same bits.
+template <class To, class From> __device__ __forceinline__ To converted(From x) {
+    if constexpr (SAME<To, From>) {
+        return x;
+    } else {
+        return from_f32<To>(to_f32(x));
+    }
+}
+
 // N adjacent elements, loaded and stored as one.
 template <class T, int N> struct alignas(sizeof(T) * N) Pack {
     T at[N];
@@ -52,6 +64,9 @@ template <class T, int N> struct alignas(sizeof(T) * N) Pack {
 struct alignas(16) Quad {
     u32 at[4];
 };
+
+// Asks for memory into the second cache. Right before `wait_for_previous` too, whoever writes there: no value is read.
+__device__ __forceinline__ void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Reads sixteen bytes that nothing writes while the kernel runs and that are read once: weights.
 __device__ __forceinline__ Quad load_once(const void* from) {

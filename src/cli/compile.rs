@@ -52,6 +52,19 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     load::check_checkpoint(&source, &compiled)?;
     compiled.file.write(&arguments.output)?;
     print(report(&compiled))?;
+    let kernels = &compiled.kernels;
+    if kernels.compiled + kernels.cached > 0 {
+        print(format_args!(
+            "{} kernels, {} of machine code: {} compiled by CUDA {}.{} in {:.2} s, {} from the cache\n",
+            kernels.compiled + kernels.cached,
+            size(kernels.bytes as u64),
+            kernels.compiled,
+            kernels.toolkit.0,
+            kernels.toolkit.1,
+            kernels.elapsed.as_secs_f64(),
+            kernels.cached,
+        ))?;
+    }
     let bytes = std::fs::metadata(&arguments.output)?.len();
     print(format_args!(
         "{}: {} in {:.2} s, plan {}\n",

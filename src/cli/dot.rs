@@ -101,9 +101,9 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
         (None, after) => {
             let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
             match after {
-                Some(after) => staged(&source, arguments.choices.options(), arguments, after),
+                Some(after) => staged(&source, without_cubins(&arguments.choices), arguments, after),
                 None => {
-                    let compiled = load::compile_source(&source, &arguments.choices.options())?;
+                    let compiled = load::compile_source(&source, &without_cubins(&arguments.choices))?;
                     final_graph(&compiled.file, arguments.bucket.as_deref())
                 }
             }
@@ -117,6 +117,11 @@ fn final_graph(file: &PlanFile, bucket: Option<&str>) -> Result<Graph> {
     let at = choose(&names, bucket)?;
     let text = file.texts.get(buckets[at].text as usize).ok_or_else(|| anyhow!("the bucket has no text"))?;
     Ok(ir::parse(text)?.graph)
+}
+
+/// A drawing needs no machine code.
+fn without_cubins(choices: &Choices) -> CompileOptions {
+    CompileOptions { without_cubins: true, ..choices.options() }
 }
 
 /// The graph of a bucket as a pass left it.

@@ -5,10 +5,13 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 
 use crate::cli::draw::memory_svg;
-use crate::cli::load::{self, Device, find_bucket};
+use crate::cli::load::{self, find_bucket};
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
-use crate::plan::{Bucket, Manifest, Phase, Program, WeightSource};
+use crate::cuda;
+use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
+use crate::runtime::Executor;
+use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 
 /// Show what is in a plan: model, pool, buckets, steps.
 #[derive(clap::Args, Debug)]
@@ -45,7 +48,7 @@ pub enum Format {
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let file = load::read_plan(&arguments.plan)?;
     if arguments.device {
-        Device::Cuda.check()?;
+        return on_device(&file);
     }
     let program = &file.manifest.ranks[0];
     let names: Vec<&str> = program.buckets.iter().map(|bucket| bucket.name.as_str()).collect();
@@ -158,4 +161,39 @@ fn steps(program: &Program, bucket: &Bucket) -> String {
         })
         .collect();
     table(&[&format!("step ({})", bucket.name), "operators", "bytes", "Mflop", "after"], &rows)
+}
+
+/// Captures every bucket on the first GPU and says what each took; weights are not loaded.
+fn on_device(file: &PlanFile) -> Result<()> {
+    check_device(&file.manifest, None)?;
+    let device = cuda::Device::open(0)?;
+    let started = std::time::Instant::now();
+    let mut executor = CudaExecutor::new(file, 0, &device, Graphs::Required)?;
+    let made = started.elapsed();
+    executor.capture_all()?;
+    let mut rows = vec![];
+    for (i, bucket) in executor.program().buckets.iter().enumerate() {
+        let Some(captured) = executor.captured(i) else { continue };
+        rows.push(vec![
+            bucket.name.clone(),
+            bucket.steps.len().to_string(),
+            captured.nodes().to_string(),
+            format!("{:.2}", captured.elapsed.as_secs_f64() * 1e3),
+            size(captured.bytes),
+        ]);
+    }
+    let (major, minor) = device.driver;
+    let planned = executor.program().pool.bytes();
+    let measured = executor.measured_pool_bytes().unwrap_or(0);
+    print(table(&["bucket", "steps", "graph nodes", "capture, ms", "memory"], &rows))?;
+    print(format_args!(
+        "{}, driver for CUDA {major}.{minor}: {} kernels loaded and {} allocated in {:.3} s, {} graphs captured in {:.3} s\n\
+         pool: {planned} bytes planned, {measured} measured\n",
+        device.name,
+        executor.kernels(),
+        size(planned),
+        made.as_secs_f64(),
+        rows.len(),
+        (started.elapsed() - made).as_secs_f64(),
+    ))
 }

@@ -10,16 +10,19 @@ use crate::cli::{progress, usage};
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
+use crate::cuda;
 use crate::ir::{DType, Graph};
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
+use crate::runtime::Executor;
 use crate::runtime::cpu::{CpuExecutor, HostPool};
-use crate::runtime::weights::{self, Checkpoint};
+use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
+use crate::runtime::weights::{self, Checkpoint, Origin};
 
 /// What a recipe's choices can be overridden with.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Choices {
-    /// What to lower the steps for; `auto` is what this version can run on: cpu
+    /// What to lower the steps for; `auto` is the GPU of this machine if it is one that kernels can be compiled for, else cpu
     #[arg(long, value_enum, default_value_t = TargetChoice::Auto)]
     pub target: TargetChoice,
     /// Element type of activations and caches [default: the recipe's, else the model's]
@@ -46,6 +49,9 @@ pub struct Choices {
     /// Makes the choice of experts an input, for `verify` with a golden file that holds the reference's choices
     #[arg(long)]
     pub forced_routing: bool,
+    /// Leaves machine code out of a plan for a GPU, which then only the CPU executor can run; needs no CUDA compiler
+    #[arg(long)]
+    pub without_cubins: bool,
     /// Applies only the first N patches of each bucket's pipeline, to find a bad one by bisection
     #[arg(long, value_name = "N")]
     pub stop_after_patch: Option<usize>,
@@ -87,13 +93,15 @@ pub enum Device {
 }
 
 impl Device {
-    /// Checks that this build can use the device for a plan.
-    pub fn check(self) -> Result<()> {
+    /// Whether a plan runs on a GPU.
+    fn is_cuda(self, manifest: &Manifest) -> bool {
         match self {
-            Device::Auto | Device::Cpu => Ok(()),
-            Device::Cuda => bail!(
-                "--device cuda: this version of lfm2c has no CUDA executor; run the plan with --device cpu, which runs every plan"
-            ),
+            Device::Cpu => false,
+            Device::Cuda => true,
+            // Where it cannot run there, the error that says why is more use than a silent CPU.
+            Device::Auto => {
+                manifest.target != plan::Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0
+            }
         }
     }
 }
@@ -103,6 +111,7 @@ impl Choices {
     pub fn options(&self) -> CompileOptions {
         CompileOptions {
             target: match self.target {
+                TargetChoice::Auto if has_hopper() => Target::Sm90a,
                 TargetChoice::Auto | TargetChoice::Cpu => Target::Cpu,
                 TargetChoice::Sm_90a => Target::Sm90a,
             },
@@ -119,8 +128,15 @@ impl Choices {
             disabled: self.disable_pass.clone(),
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
+            without_cubins: self.without_cubins,
+            ..CompileOptions::default()
         }
     }
+}
+
+/// True if the first GPU is of the kind that kernels are compiled for.
+fn has_hopper() -> bool {
+    cuda::Device::count() > 0 && cuda::Device::open(0).is_ok_and(|device| device.capability == (9, 0))
 }
 
 /// The options that compile a plan's recipe again: it has the sizes and types as compiled; passes left out are not known.
@@ -206,6 +222,11 @@ impl Observer for Bar<'_> {
         self.0.set_length(total as u64);
         self.0.set_position(done as u64);
     }
+
+    fn kernels(&self, done: usize, total: usize) {
+        self.0.set_message("compiling kernels");
+        self.progress(done, total);
+    }
 }
 
 /// A plan from a plan file, or compiled on the spot from a recipe or a graph.
@@ -256,32 +277,63 @@ fn short(hash: &str) -> &str {
 }
 
 /// An executor with its weights loaded: from `model`, from the directory in the plan's recipe, or synthetic.
-pub fn executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
+pub fn executor(file: &PlanFile, model: Option<&Path>, device: Device, graphs: Graphs) -> Result<Box<dyn Executor>> {
+    if device.is_cuda(&file.manifest) {
+        return Ok(Box::new(cuda_executor(file, model, graphs)?));
+    }
+    if graphs == Graphs::Required {
+        bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
+    }
+    Ok(Box::new(cpu_executor(file, model)?))
+}
+
+/// The CPU executor with its weights loaded.
+pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
     let manifest = &file.manifest;
     let program = &manifest.ranks[0];
     let mut pool = HostPool::new(program)?;
     let bar = progress::bytes("loading weights", weights::total_bytes(program));
     let report = |done: u64| bar.set_position(done);
-    match (model, &manifest.model.weights) {
-        (None, &WeightSource::Synthetic(seed)) => {
-            weights::fill_synthetic(manifest, program, seed, pool.weights_mut(), &report)?;
+    with_origin(file, model, |origin| {
+        match origin {
+            Origin::Synthetic(seed) => {
+                weights::fill_synthetic(manifest, program, seed, pool.weights_mut(), &report)?;
+            }
+            Origin::Checkpoint(checkpoint) => {
+                weights::load(manifest, program, checkpoint, pool.weights_mut(), &report)?;
+            }
         }
-        (model, _) => {
-            let directory = match model {
-                Some(model) => model.to_owned(),
-                None => {
-                    // Not what the plan was given, so it may have changed since.
-                    let directory = recipe_directory(file)?;
-                    check_identity(manifest, &directory)?;
-                    directory
-                }
-            };
-            let checkpoint = Checkpoint::open(&directory)?;
-            weights::load(manifest, program, &checkpoint, pool.weights_mut(), &report)?;
-        }
-    }
+        Ok(())
+    })?;
     bar.finish_and_clear();
     CpuExecutor::new(Arc::new(manifest.clone()), 0, pool)
+}
+
+/// The CUDA executor on the first GPU, with its weights loaded.
+pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> Result<CudaExecutor> {
+    check_device(&file.manifest, None)?;
+    let device = cuda::Device::open(0)?;
+    let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
+    let bar = progress::bytes("loading weights", executor.program().pool.weights.bytes);
+    with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
+    bar.finish_and_clear();
+    Ok(executor)
+}
+
+/// Calls with where the weights come from.
+fn with_origin(file: &PlanFile, model: Option<&Path>, load: impl FnOnce(Origin) -> Result<()>) -> Result<()> {
+    let manifest = &file.manifest;
+    let directory = match (model, &manifest.model.weights) {
+        (None, &WeightSource::Synthetic(seed)) => return load(Origin::Synthetic(seed)),
+        (Some(model), _) => model.to_owned(),
+        (None, WeightSource::Checkpoint) => {
+            // Not what the plan was given, so it may have changed since.
+            let directory = recipe_directory(file)?;
+            check_identity(manifest, &directory)?;
+            directory
+        }
+    };
+    load(Origin::Checkpoint(&Checkpoint::open(&directory)?))
 }
 
 fn recipe_directory(file: &PlanFile) -> Result<PathBuf> {

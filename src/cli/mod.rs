@@ -1,11 +1,16 @@
 //! The command line: one file a command. Exit codes: 0 done, 1 the work failed or a verification did not hold, 2 wrong usage.
 
+mod bench;
+mod bench_fusion;
 mod compile;
+mod diff;
 mod dot;
 pub mod draw;
 mod inspect;
 mod load;
+mod measure;
 mod output;
+mod profile;
 mod progress;
 mod run;
 mod run_input;
@@ -36,6 +41,9 @@ enum Command {
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
+    Diff(diff::Arguments),
+    Bench(bench::Arguments),
+    Profile(profile::Arguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -57,6 +65,9 @@ pub fn main() -> ExitCode {
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),
+        Command::Diff(arguments) => diff::execute(&arguments),
+        Command::Bench(arguments) => bench::execute(&arguments),
+        Command::Profile(arguments) => profile::execute(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

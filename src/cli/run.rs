@@ -14,6 +14,7 @@ use crate::cli::run_input::{Prompt, prompts};
 use crate::cli::table::{regions, size};
 use crate::cli::usage;
 use crate::plan::PlanFile;
+use crate::runtime::cuda::Graphs;
 use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
 
 /// Run a plan, or compile a recipe in memory and run that.
@@ -97,10 +98,6 @@ struct Timing {
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
-    arguments.device.check()?;
-    if arguments.require_graphs {
-        bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
-    }
     check_options(arguments)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options())?;
@@ -108,7 +105,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     if arguments.prompt_logits.is_some() && prompts.len() != 1 {
         return usage(format!("--prompt-logits: expected a single prompt, found {}", prompts.len()));
     }
-    let mut executor = load::executor(&file, model)?;
+    let graphs = if arguments.require_graphs { Graphs::Required } else { Graphs::Lazy };
+    let mut executor = load::executor(&file, model, arguments.device, graphs)?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let options = Options {
         chunk: arguments.chunk,
@@ -116,7 +114,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         capture_prompt_logits: arguments.prompt_logits.is_some(),
     };
     let begun = Instant::now();
-    let mut generator = Generator::new(&mut executor, options)?;
+    let mut generator = Generator::new(&mut *executor, options)?;
     let requests = requests(arguments, &prompts, &file);
     let finished = generator.generate(requests, |_, _| ControlFlow::Continue(()))?;
     let timing = Timing {
@@ -135,7 +133,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         .collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
     print_results(arguments, &results, &timing)?;
-    summary(&file, &timing);
+    summary(&file, &timing, &*executor);
     let failed: Vec<&String> = results.iter().filter_map(|result| result.as_ref().err()).collect();
     match failed[..] {
         [] => Ok(()),
@@ -263,7 +261,8 @@ fn print_results(
 }
 
 /// What ran, on standard error.
-fn summary(file: &PlanFile, timing: &Timing) {
+fn summary(file: &PlanFile, timing: &Timing, executor: &dyn Executor) {
+    let device = executor.device();
     let program = &file.manifest.ranks[0];
     let statistics = &timing.statistics;
     let pool = &program.pool;
@@ -274,6 +273,9 @@ fn summary(file: &PlanFile, timing: &Timing) {
         size(pool.bytes()),
         regions(pool),
     ));
+    if let Some(measured) = executor.measured_pool_bytes() {
+        note(format_args!("  pool: {} bytes planned, {measured} measured on the device", pool.bytes()));
+    }
     for (bucket, counts) in program.buckets.iter().zip(&statistics.buckets) {
         if counts.steps > 0 {
             note(format_args!(
@@ -287,7 +289,7 @@ fn summary(file: &PlanFile, timing: &Timing) {
         }
     }
     note(format_args!(
-        "  prefill {:.0} tokens/s, decode {:.0} tokens/s, {} new tokens in {:.3} s on the CPU",
+        "  prefill {:.0} tokens/s, decode {:.0} tokens/s, {} new tokens in {:.3} s on {device}",
         statistics.prefill.rows_per_second(),
         statistics.decode.rows_per_second(),
         statistics.tokens,

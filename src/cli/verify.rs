@@ -12,8 +12,8 @@ use crate::cli::output::print;
 use crate::cli::table::table;
 use crate::cli::usage;
 use crate::plan::DType;
-use crate::runtime::cpu::CpuExecutor;
-use crate::runtime::{Generator, Options, Request, SamplingParams};
+use crate::runtime::cuda::Graphs;
+use crate::runtime::{Executor, Generator, Options, Request, SamplingParams};
 
 /// Run a plan on a golden file's prompts and compare logits and greedy tokens.
 ///
@@ -52,7 +52,6 @@ struct Golden {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
-    arguments.device.check()?;
     let file = load::plan(&arguments.plan, Some(&arguments.model), &Default::default())?;
     let mut goldens = read(&arguments.golden)?;
     let forced = file.manifest.model.forced_routing.is_some();
@@ -69,7 +68,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             golden.experts = None;
         }
     }
-    let mut executor = load::executor(&file, Some(&arguments.model))?;
+    let mut executor = load::executor(&file, Some(&arguments.model), arguments.device, Graphs::Lazy)?;
     if arguments.tolerance.is_some_and(|tolerance| tolerance.is_nan() || tolerance < 0.0) {
         return usage("--tolerance: expected a number of at least 0");
     }
@@ -81,7 +80,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let mut rows = vec![];
     let mut failures = 0;
     for (name, golden) in &goldens {
-        let compared = compare(&mut executor, golden, arguments.chunk).with_context(|| format!("prompt {name}"))?;
+        let compared = compare(&mut *executor, golden, arguments.chunk).with_context(|| format!("prompt {name}"))?;
         // NaN must fail.
         let holds = compared.error <= tolerance && compared.tokens_differ == 0;
         failures += usize::from(!holds);
@@ -113,7 +112,7 @@ struct Compared {
     tokens_differ: usize,
 }
 
-fn compare(executor: &mut CpuExecutor, golden: &Golden, chunk: Option<usize>) -> Result<Compared> {
+fn compare(executor: &mut dyn Executor, golden: &Golden, chunk: Option<usize>) -> Result<Compared> {
     if let Some(experts) = &golden.experts {
         // A single request takes the lowest slot.
         executor.force_experts(0, experts.clone());

@@ -5,8 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, anyhow, bail};
 use rayon::prelude::*;
 
+use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::lower::{self, Prepared};
-use crate::codegen::{Recipe, tensors, types};
+use crate::codegen::select::{Selector, Tactics};
+use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
@@ -56,6 +58,10 @@ pub struct CompileOptions {
     pub stop_after_patch: Option<usize>,
     /// Makes the choice of experts an input, to compare runs with the choices of a reference.
     pub forced_routing: bool,
+    /// Choices among kernels.
+    pub tactics: Tactics,
+    /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
+    pub without_cubins: bool,
 }
 
 impl Default for CompileOptions {
@@ -71,6 +77,8 @@ impl Default for CompileOptions {
             disabled: vec![],
             stop_after_patch: None,
             forced_routing: false,
+            tactics: Tactics::default(),
+            without_cubins: false,
         }
     }
 }
@@ -96,6 +104,8 @@ pub struct Compiled {
     pub buckets: Vec<BucketReport>,
     /// Steps of the graph as built, one an operator.
     pub unfused_steps: usize,
+    /// What compiling the kernels did.
+    pub kernels: Compilation,
 }
 
 /// What the passes did in one bucket.
@@ -117,6 +127,8 @@ pub trait Observer: Sync {
     fn pass(&self, _bucket: Option<&str>, _pass: &str, _graph: &Graph) {}
     /// `done` of `total` buckets are compiled.
     fn progress(&self, _done: usize, _total: usize) {}
+    /// `done` of `total` kernels are machine code.
+    fn kernels(&self, _done: usize, _total: usize) {}
 }
 
 /// Hears nothing.
@@ -147,13 +159,21 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let once = first.run_stage(Stage::Once, &mut graph, &any)?;
     let patches = first.patches();
     let done = std::sync::atomic::AtomicUsize::new(0);
+    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics));
     let compiled: Vec<(Graph, Vec<PassReport>)> = specs
         .par_iter()
         .map(|&spec| -> Result<_> {
             let context = PassContext { target: options.target, bucket: spec };
             let mut graph = graph.clone();
             let mut driver = driver(Some(spec.name())).map_err(|fault| anyhow!(fault))?.after(patches);
+            let phase = lower::plan_phase(spec.phase);
+            if let Some(selector) = &selector {
+                driver = driver.admitting(move |graph, op| selector.runs(graph, op, phase, &spec.extents));
+            }
             let reports = driver.run_stage(Stage::PerBucket, &mut graph, &context)?;
+            if let Some(selector) = &selector {
+                selector.dissolve(&mut graph, phase, &spec.extents).map_err(|fault| anyhow!(fault))?;
+            }
             observer.progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), specs.len());
             Ok((graph, reports))
         })
@@ -188,28 +208,40 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         })
         .collect::<Result<_, String>>()
         .map_err(|fault| anyhow!(fault))?;
-    let (mut tensors, program) = lower::lower(&prepared, &*checkpoint_dtype).map_err(|fault| anyhow!(fault))?;
+    let lowered = lower::lower(&prepared, &*checkpoint_dtype, selector.as_ref()).map_err(|fault| anyhow!(fault))?;
+    let lower::Lowered { mut tensors, program, kernels, mut sources } = lowered;
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
     }
-    let manifest = Manifest {
+    let mut manifest = Manifest {
         compiler: env!("CARGO_PKG_VERSION").to_owned(),
         model: unit.model,
         target: match options.target {
             Target::Cpu => plan::Target::Cpu,
             Target::Sm90a => plan::Target::Sm_90a,
         },
+        toolkit: None,
         dtype: types::plan_dtype(unit.dtype),
         limits: unit.limits,
         tensors,
-        kernels: vec![],
+        kernels,
         services: vec![],
         ranks: vec![program],
     };
-    let file = PlanFile { manifest, recipe: unit.recipe, texts };
+    let (mut cubins, mut compilation) = (vec![], Compilation::default());
+    if options.target != Target::Cpu {
+        services::add(&mut manifest, &mut sources);
+        if !options.without_cubins {
+            (cubins, compilation) =
+                cubins::build(manifest.target, &sources, &|done, total| observer.kernels(done, total))?;
+            manifest.toolkit = Some(compilation.toolkit);
+            manifest.kernels.iter_mut().zip(0..).for_each(|(kernel, i)| kernel.cubin = Some(i));
+        }
+    }
+    let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation })
 }
 
 /// What the driver needs of a source.

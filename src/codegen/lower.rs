@@ -3,6 +3,9 @@
 use std::collections::HashMap;
 
 use crate::codegen::cost::cost;
+use crate::codegen::cubins::Source;
+use crate::codegen::kernels::is_weight;
+use crate::codegen::select::Selector;
 use crate::codegen::types::tensor_type;
 use crate::codegen::{semantic, tensors};
 use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
@@ -25,17 +28,34 @@ pub struct Prepared {
     pub text: u32,
 }
 
-/// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name.
+/// What lowering makes.
+pub struct Lowered {
+    /// The tensors that weights are made of.
+    pub tensors: Vec<plan::Tensor>,
+    /// The rank's program.
+    pub program: Program,
+    /// The kernels that its steps launch, without machine code.
+    pub kernels: Vec<plan::Kernel>,
+    /// What each of them is compiled from.
+    pub sources: Vec<Source>,
+}
+
+/// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name; with a
+/// selector, steps get launches.
 ///
 /// # Errors
-/// Sizes beyond 64 bits.
+/// Sizes beyond 64 bits, or a step that no kernel can run.
 pub fn lower(
     buckets: &[Prepared],
     checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
-) -> Result<(Vec<plan::Tensor>, Program), String> {
-    let mut tables = Tables::default();
+    selector: Option<&Selector>,
+) -> Result<Lowered, String> {
+    let mut tables = Tables { selector, ..Tables::default() };
     let lowered =
         buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
+    if selector.is_some() {
+        tables.device_states();
+    }
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
     let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
     let last = |offset: u64, ty: &plan::TensorType| ty.bytes().map(|bytes| offset + bytes);
@@ -70,12 +90,16 @@ pub fn lower(
         semantics: tables.semantics,
         buckets: lowered,
     };
-    Ok((tables.tensors, program))
+    Ok(Lowered { tensors: tables.tensors, program, kernels: tables.kernels, sources: tables.sources })
 }
 
 /// The tables that buckets share, each entry made when it is first needed.
 #[derive(Default)]
-struct Tables {
+struct Tables<'a> {
+    selector: Option<&'a Selector<'a>>,
+    kernels: Vec<plan::Kernel>,
+    sources: Vec<Source>,
+    kernel_ids: HashMap<String, u32>,
     tensors: Vec<plan::Tensor>,
     weights: Vec<plan::Weight>,
     weight_ids: HashMap<String, u32>,
@@ -88,7 +112,7 @@ struct Tables {
     semantic_ids: HashMap<String, u32>,
 }
 
-impl Tables {
+impl Tables<'_> {
     fn bucket(
         &mut self,
         prepared: &Prepared,
@@ -126,6 +150,11 @@ impl Tables {
             if *uses > 1 {
                 name = format!("{name}.{uses}");
             }
+            let launch = self.launch(&lowered.semantic, plan_phase(spec.phase));
+            let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
+            if let Some(launch) = &mut launch {
+                launch.dependent &= weights_are_constant(&lowered.semantic, &reads);
+            }
             steps.push(Step {
                 name,
                 op: self.semantic(lowered.semantic),
@@ -134,7 +163,7 @@ impl Tables {
                 updates,
                 after: scheduled.after.iter().map(|&step| step as u32).collect(),
                 cost: cost(graph, op, extents),
-                launch: None,
+                launch,
             });
         }
         let mut outputs = vec![];
@@ -143,14 +172,9 @@ impl Tables {
                 outputs.push((graph.value(output).name.clone(), place(&places, graph, output)?));
             }
         }
-        let phase = match spec.phase {
-            Phase::Prefill => plan::Phase::Prefill,
-            Phase::Decode => plan::Phase::Decode,
-            Phase::Fixed => plan::Phase::Fixed,
-        };
         Ok(Bucket {
             name: spec.name(),
-            phase,
+            phase: plan_phase(spec.phase),
             tokens: extents.tokens,
             sequences: extents.sequences,
             rows: extents.rows,
@@ -166,6 +190,45 @@ impl Tables {
             outputs,
             text: *text,
         })
+    }
+
+    /// How a step runs on the device, if it is lowered for one.
+    fn launch(&mut self, semantic: &Semantic, phase: plan::Phase) -> Result<Option<plan::Launch>, String> {
+        let Some(selector) = self.selector else { return Ok(None) };
+        let candidate = selector.choose(semantic, phase).ok_or("no kernel can run it")?;
+        let source = Source { name: candidate.twin.name().to_owned(), text: candidate.text() };
+        let hash = source.hash(plan::Target::Sm_90a);
+        let next = self.kernels.len() as u32;
+        let id = *self.kernel_ids.entry(hash.clone()).or_insert(next);
+        if id == next {
+            self.kernels.push(plan::Kernel {
+                name: source.name.clone(),
+                config: candidate.specialised.config.clone(),
+                source: hash,
+                params: candidate.specialised.params.clone(),
+                cubin: None,
+            });
+            self.sources.push(source);
+        }
+        Ok(Some(candidate.launch(id)))
+    }
+
+    /// Adds the state of sequences that a device keeps by itself, if the graph is a language model's.
+    fn device_states(&mut self) {
+        let Some(slots) = self.states.iter().find(|state| state.role == StateRole::Sampling).map(|state| state.ty.1[0])
+        else {
+            return;
+        };
+        for (name, role, shape) in [
+            ("last", StateRole::LastToken, vec![slots]),
+            ("stops", StateRole::Stops, vec![slots, plan::STOP_COLUMNS]),
+            ("steps", StateRole::StepCounter, vec![2]),
+        ] {
+            let last = self.states.last();
+            let offset = last.and_then(|state| end(state.offset, &state.ty)).unwrap_or(0);
+            let ty = plan::TensorType(plan::DType::I32, shape);
+            self.states.push(State { name: name.into(), ty, offset, role });
+        }
     }
 
     /// Where each value that is no weight lies.
@@ -284,6 +347,22 @@ fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
         OpKind::Sample if is(op.operands.get(4)) => Some(StateRole::Sampling),
         _ => None,
     })
+}
+
+/// Whether everything that the step's kernel may load before it waits for the steps before is a weight. In a graph in text form
+/// it may be a value that one of them makes.
+fn weights_are_constant(semantic: &Semantic, reads: &[Ref]) -> bool {
+    let mut inputs = reads.iter().zip(0..);
+    inputs.all(|(place, i)| matches!(place, Ref::Weight(_)) || !is_weight(semantic, plan::Slot::In(i)))
+}
+
+/// The plan's word for a phase.
+pub fn plan_phase(phase: Phase) -> plan::Phase {
+    match phase {
+        Phase::Prefill => plan::Phase::Prefill,
+        Phase::Decode => plan::Phase::Decode,
+        Phase::Fixed => plan::Phase::Fixed,
+    }
 }
 
 fn place(places: &HashMap<ValueId, Ref>, graph: &Graph, value: ValueId) -> Result<Ref, String> {

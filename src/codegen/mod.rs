@@ -2,10 +2,13 @@
 
 pub mod compile;
 mod cost;
+pub mod cubins;
 pub mod kernels;
 mod lower;
 pub mod recipe;
+pub mod select;
 mod semantic;
+mod services;
 mod tensors;
 mod types;
 

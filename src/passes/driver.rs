@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use crate::ir::{Graph, verify};
-use crate::passes::{PIPELINE, Pass, PassContext, Stage, names};
+use crate::ir::{Graph, Op, verify};
+use crate::passes::{PIPELINE, Pass, PassContext, Patch, Stage, names};
 
 /// A pass that proposes more patches than this for each operator of the graph it began with is taken not to end.
 const PATCHES_PER_OP: usize = 100;
@@ -11,12 +11,16 @@ const PATCHES_PER_OP: usize = 100;
 /// Called with a pass's name and the graph it left.
 type OnPass<'a> = Box<dyn Fn(&str, &Graph) + 'a>;
 
+/// Says whether an operator that a pass would fuse can run.
+type Admits<'a> = Box<dyn Fn(&Graph, &Op) -> bool + 'a>;
+
 /// Runs the pipeline. Make one for [`Stage::Once`], then one for each bucket, told [`Driver::after`] how many patches came before:
 /// patches count as if that bucket were the only one.
 pub struct Driver<'a> {
     disabled: BTreeSet<String>,
     stop_after_patch: Option<usize>,
     on_pass: OnPass<'a>,
+    admits: Option<Admits<'a>>,
     verify: bool,
     patches: usize,
     last_patch: Option<String>,
@@ -93,12 +97,19 @@ impl<'a> Driver<'a> {
             verify: true,
             patches: 0,
             last_patch: None,
+            admits: None,
         })
     }
 
     /// Counts from `patches` on: those that another driver applied before.
     pub fn after(mut self, patches: usize) -> Self {
         self.patches = patches;
+        self
+    }
+
+    /// Applies only those fusions whose operator can run.
+    pub fn admitting(mut self, admits: impl Fn(&Graph, &Op) -> bool + 'a) -> Self {
+        self.admits = Some(Box::new(admits));
         self
     }
 
@@ -162,7 +173,12 @@ impl<'a> Driver<'a> {
                 if self.stop_after_patch.is_some_and(|stop| self.patches >= stop) {
                     return Ok(rewrites);
                 }
-                let Some(patch) = pass.rewrite.propose(graph, &users, at, context) else {
+                let proposed = pass.rewrite.propose(graph, &users, at, context);
+                let admitted = |patch: &Patch| match (&self.admits, patch.fused()) {
+                    (Some(admits), Some(op)) => admits(graph, op),
+                    _ => true,
+                };
+                let Some(patch) = proposed.filter(admitted) else {
                     at += 1;
                     continue;
                 };

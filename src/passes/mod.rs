@@ -91,3 +91,9 @@ pub const PLAN_MEMORY: &str = "plan-memory";
 pub fn names() -> Vec<&'static str> {
     PIPELINE.iter().map(|pass| pass.name).chain([SCHEDULE, PLAN_MEMORY]).collect()
 }
+
+/// The names of the passes that make fewer steps: without them, each operator of the graph as built is a step of its own.
+pub fn fusing() -> Vec<&'static str> {
+    const TIDYING: [&str; 4] = ["canonicalize", "cse", "dce", "sweep"];
+    PIPELINE.iter().map(|pass| pass.name).filter(|name| !TIDYING.contains(name)).collect()
+}

@@ -101,6 +101,14 @@ impl Patch {
         Some(patch)
     }
 
+    /// The operator that the patch makes of others, if it does nothing else.
+    pub fn fused(&self) -> Option<&Op> {
+        match &self.insert[..] {
+            [op] if !op.body.is_empty() && self.values.is_empty() && self.weights.is_empty() => Some(op),
+            _ => None,
+        }
+    }
+
     /// The first position that the patch touches, if it removes anything.
     pub fn first_removed(&self) -> Option<usize> {
         self.remove.first().copied()

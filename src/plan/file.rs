@@ -9,7 +9,8 @@
 //! sections         one after the other, without gaps, to the end of the file
 //! ```
 //!
-//! Numbers are little-endian. Sections in order: the manifest (RON), the recipe, then one graph text after the other.
+//! Numbers are little-endian. Sections in order: the manifest (RON), the recipe, then one graph text after the other, then the
+//! machine code of one kernel after the other.
 
 mod text;
 
@@ -39,6 +40,8 @@ pub struct PlanFile {
     pub recipe: String,
     /// The final graphs, in text form, each once; [`crate::plan::Bucket::text`] is a position here.
     pub texts: Vec<String>,
+    /// Machine code, each once; [`crate::plan::Kernel::cubin`] is a position here.
+    pub cubins: Vec<Vec<u8>>,
 }
 
 /// Why bytes are no plan to run.
@@ -147,8 +150,9 @@ impl PlanFile {
     /// The file's bytes: the same for the same plan.
     pub fn to_bytes(&self) -> Vec<u8> {
         let manifest = self.manifest_text();
-        let mut sections: Vec<&[u8]> = vec![manifest.as_bytes(), self.recipe.as_bytes()];
-        sections.extend(self.texts.iter().map(String::as_bytes));
+        let mut sections = vec![(Kind::Manifest, manifest.as_bytes()), (Kind::Recipe, self.recipe.as_bytes())];
+        sections.extend(self.texts.iter().map(|text| (Kind::Text, text.as_bytes())));
+        sections.extend(self.cubins.iter().map(|cubin| (Kind::Cubin, &cubin[..])));
         seal(&sections)
     }
 
@@ -158,11 +162,18 @@ impl PlanFile {
     /// Everything that is wrong with the bytes, down to the last rule of [`validate`]; never a panic.
     pub fn from_bytes(bytes: &[u8]) -> Result<PlanFile, PlanError> {
         let sections = sections(bytes)?;
-        let mut texts = sections.iter().enumerate().map(|(i, section)| text(section, i));
-        let manifest = PlanFile::parse_manifest(texts.next().transpose()?.unwrap_or_default())?;
-        let recipe = texts.next().transpose()?.unwrap_or_default().to_owned();
-        let texts = texts.map(|text| text.map(str::to_owned)).collect::<Result<_, _>>()?;
-        let file = PlanFile { manifest, recipe, texts };
+        let (mut texts, mut cubins) = (vec![], vec![]);
+        for (i, (kind, section)) in sections.into_iter().enumerate() {
+            match kind {
+                Kind::Cubin => cubins.push(section.to_vec()),
+                _ => texts.push(text(kind, section, i)?),
+            }
+        }
+        let mut texts = texts.into_iter();
+        let manifest = PlanFile::parse_manifest(texts.next().unwrap_or_default())?;
+        let recipe = texts.next().unwrap_or_default().to_owned();
+        let texts = texts.map(str::to_owned).collect();
+        let file = PlanFile { manifest, recipe, texts, cubins };
         file.validate()?;
         Ok(file)
     }
@@ -172,7 +183,7 @@ impl PlanFile {
     /// # Errors
     /// All that does not hold.
     pub fn validate(&self) -> Result<(), PlanError> {
-        validate(&self.manifest, self.texts.len()).map_err(PlanError::Invalid)
+        validate(&self.manifest, self.texts.len(), self.cubins.len()).map_err(PlanError::Invalid)
     }
 
     /// BLAKE3 of the file's bytes, in hexadecimal.
@@ -223,13 +234,13 @@ impl PlanFile {
 
 /// A file of these sections: header, hashes, bytes. For [`PlanFile::to_bytes`], and for tests that need false sections under
 /// true hashes.
-pub fn seal(sections: &[&[u8]]) -> Vec<u8> {
+pub fn seal(sections: &[(Kind, &[u8])]) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(FORMAT_VERSION.to_le_bytes());
     bytes.extend((sections.len() as u32).to_le_bytes());
     let mut offset = header_bytes(sections.len()) as u64;
-    for (i, section) in sections.iter().enumerate() {
-        bytes.extend(Kind::of(i).code().to_le_bytes());
+    for (kind, section) in sections {
+        bytes.extend(kind.code().to_le_bytes());
         bytes.extend(0u32.to_le_bytes());
         bytes.extend(offset.to_le_bytes());
         bytes.extend((section.len() as u64).to_le_bytes());
@@ -238,40 +249,36 @@ pub fn seal(sections: &[&[u8]]) -> Vec<u8> {
     }
     let header = blake3::hash(&bytes);
     bytes.extend(header.as_bytes());
-    bytes.extend(sections.concat());
+    sections.iter().for_each(|(_, section)| bytes.extend_from_slice(section));
     bytes
 }
 
-/// What a section holds, by its position.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
+/// What a section holds.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    /// The manifest, RON.
     Manifest,
+    /// The recipe, RON.
     Recipe,
-    Text(usize),
+    /// A bucket's final graph.
+    Text,
+    /// A kernel's machine code.
+    Cubin,
 }
 
 impl Kind {
-    fn of(position: usize) -> Kind {
-        match position {
-            0 => Kind::Manifest,
-            1 => Kind::Recipe,
-            _ => Kind::Text(position - 2),
-        }
-    }
+    const ALL: [Kind; 4] = [Kind::Manifest, Kind::Recipe, Kind::Text, Kind::Cubin];
 
     fn code(self) -> u32 {
-        match self {
-            Kind::Manifest => 1,
-            Kind::Recipe => 2,
-            Kind::Text(_) => 3,
-        }
+        self as u32 + 1
     }
 
-    fn name(self) -> String {
+    fn name(self, position: usize) -> String {
         match self {
             Kind::Manifest => "manifest".into(),
             Kind::Recipe => "recipe".into(),
-            Kind::Text(i) => format!("graph text {i}"),
+            Kind::Text => format!("graph text in section {position}"),
+            Kind::Cubin => format!("machine code in section {position}"),
         }
     }
 }
@@ -285,7 +292,7 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
 }
 
 /// The sections' bytes, once header and hashes hold.
-fn sections(bytes: &[u8]) -> Result<Vec<&[u8]>, PlanError> {
+fn sections(bytes: &[u8]) -> Result<Vec<(Kind, &[u8])>, PlanError> {
     let found = bytes.len() as u64;
     let magic = &bytes[..bytes.len().min(MAGIC.len())];
     if magic != &MAGIC[..magic.len()] || magic.is_empty() {
@@ -309,9 +316,20 @@ fn sections(bytes: &[u8]) -> Result<Vec<&[u8]>, PlanError> {
     check_hash("header", &bytes[..start - HASH_BYTES], &bytes[start - HASH_BYTES..start])?;
     let mut offset = start as u64;
     let mut ranges = vec![];
+    let mut last = Kind::Manifest;
     for i in 0..count {
         let at = PREFIX_BYTES + i * ENTRY_BYTES;
-        let kind = Kind::of(i);
+        // The first two are what they are; of the others, machine code comes last.
+        let kind = match i {
+            0 => Kind::Manifest,
+            1 => Kind::Recipe,
+            _ => {
+                let code = u32::from_le_bytes(number(bytes, at));
+                let found = Kind::ALL.into_iter().find(|kind| kind.code() == code && *kind >= Kind::Text.max(last));
+                found.unwrap_or(Kind::Cubin)
+            }
+        };
+        last = kind;
         let entry = (u32::from_le_bytes(number(bytes, at)), u32::from_le_bytes(number(bytes, at + 4)));
         let (from, size) = (u64::from_le_bytes(number(bytes, at + 8)), u64::from_le_bytes(number(bytes, at + 16)));
         let end = from.checked_add(size).filter(|&end| end <= MAX_FILE_BYTES);
@@ -319,7 +337,7 @@ fn sections(bytes: &[u8]) -> Result<Vec<&[u8]>, PlanError> {
             return Err(PlanError::Table(format!(
                 "section {i}: expected kind {} ({}) at byte {offset}, found kind {} at byte {from}, {size} bytes",
                 kind.code(),
-                kind.name(),
+                kind.name(i),
                 entry.0,
             )));
         };
@@ -333,10 +351,10 @@ fn sections(bytes: &[u8]) -> Result<Vec<&[u8]>, PlanError> {
         return Err(PlanError::Trailing { expected: offset, found });
     }
     let mut sections = vec![];
-    for (kind, from, end, hash) in ranges {
+    for (i, (kind, from, end, hash)) in ranges.into_iter().enumerate() {
         let section = &bytes[from as usize..end as usize];
-        check_hash(&kind.name(), section, hash)?;
-        sections.push(section);
+        check_hash(&kind.name(i), section, hash)?;
+        sections.push((kind, section));
     }
     Ok(sections)
 }
@@ -350,9 +368,9 @@ fn check_hash(section: &str, bytes: &[u8], expected: &[u8]) -> Result<(), PlanEr
     Err(PlanError::Damaged { section: section.to_owned(), expected, found: found.to_hex().to_string() })
 }
 
-fn text(section: &[u8], position: usize) -> Result<&str, PlanError> {
+fn text(kind: Kind, section: &[u8], position: usize) -> Result<&str, PlanError> {
     std::str::from_utf8(section)
-        .map_err(|fault| PlanError::NotText { section: Kind::of(position).name(), at: fault.valid_up_to() })
+        .map_err(|fault| PlanError::NotText { section: kind.name(position), at: fault.valid_up_to() })
 }
 
 #[cfg(test)]

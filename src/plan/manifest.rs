@@ -16,6 +16,9 @@ pub const ALIGNMENT: u64 = 256;
 /// Columns of the sampling parameter table; see [`StateRole::Sampling`].
 pub const SAMPLING_COLUMNS: u64 = 8;
 
+/// Columns of the table of stops; see [`StateRole::Stops`].
+pub const STOP_COLUMNS: u64 = 8;
+
 /// A whole plan, without its texts and machine code.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -26,6 +29,9 @@ pub struct Manifest {
     pub model: Model,
     /// What it runs on. The CPU executor runs every plan.
     pub target: Target,
+    /// Version of the CUDA toolkit that compiled its kernels, major and minor; none without machine code.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub toolkit: Option<(u32, u32)>,
     /// Element type of activations and caches.
     pub dtype: DType,
     /// What the plan holds room for.
@@ -154,18 +160,31 @@ impl ParamType {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Service(pub ServiceRole, pub u32);
 
-/// What the runtime needs kernels for.
+/// What the runtime needs kernels for, with the parameters that it passes, in order. Blocks have [`SERVICE_THREADS`] threads
+/// along x and no dynamic shared memory; but for [`ServiceRole::Advance`], any number of blocks does the work.
+///
+/// Element i of a synthetic tensor is the weight's element `i / part * whole + i % part / run * stride + offset + i % part % run`;
+/// `runtime::weights::places` gives the numbers for a layout. Eight elements move at a time where `first` and the five numbers
+/// are multiples of eight and the address of 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ServiceRole {
-    /// Makes elements of a synthetic tensor of the first type, stored as the second.
+    /// Makes elements `first..first + count` of a synthetic tensor of the first type, stored as the second: `to Out(second)`
+    /// (the weight), `first Long`, `count Long`, `key Long`, `center Float`, `scale Float`, `part Long`, `whole Long`,
+    /// `run Long`, `stride Long`, `offset Long`.
     Synthesize(DType, DType),
-    /// Converts elements of a checkpoint from the first type to the second, into the places of a layout.
-    Place(DType, DType),
-    /// Takes the tokens that a step chose and makes the next step's inputs of them.
+    /// Takes the tokens that a step chose, tells the host, and makes the next step's inputs of them; one block. `next In(I32)`,
+    /// `tokens Out(I32)`, `pos Out(I32)`, `slot Out(I32)`, `rows In(I32)`, `last Out(I32)` (a token for each slot), `stops
+    /// In(I32)` (`[slots, 8]`), `ring Long` (address of u64 `[depth, width]`, in memory that the host reads), `number Long`
+    /// (address of a u64, zero at first), `count Int` (rows of `next` and `rows`), `moves Int` (0: leaves the inputs as they are),
+    /// `depth Int`, `width Int`. What they mean is told in `kernels/advance.cu`.
     Advance,
-    /// Fills in the tokens that the host did not know when it started a step.
+    /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
+    /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
 }
+
+/// Threads of a block of a service.
+pub const SERVICE_THREADS: u32 = 256;
 
 /// How a step runs on the device.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -422,6 +441,12 @@ pub enum StateRole {
     /// Sampling parameters of each slot, i32 `[slots, 8]`: the bits of f32 temperature (0: greedy), top-k (0: off), bits of
     /// f32 top-p (1: off), bits of f32 min-p (0: off), the low and the high half of the seed, two unused.
     Sampling,
+    /// The token chosen last for each slot, i32 `[slots]`: what a device feeds a sequence's next step with.
+    LastToken,
+    /// What ends each slot's sequence, i32 `[slots, 8]`: up to seven tokens (-1: none), and the last position that runs.
+    Stops,
+    /// Number of steps that have published tokens, one 64-bit number as i32 `[2]`.
+    StepCounter,
 }
 
 /// A buffer exchanged with the host.

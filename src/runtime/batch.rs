@@ -3,7 +3,7 @@
 use anyhow::{Result, bail, ensure};
 
 use crate::plan::{Bucket, Manifest, Phase};
-use crate::runtime::Batch;
+use crate::runtime::{Batch, PENDING};
 
 /// Checks that a batch fits a bucket and the plan's limits, and is in order.
 ///
@@ -19,31 +19,37 @@ pub fn check(batch: &Batch, bucket: &Bucket, manifest: &Manifest) -> Result<()> 
     );
     ensure!(count as u64 <= bucket.tokens, "{count} rows, the bucket has {}", bucket.tokens);
     let inside = |value: i32, limit: u64| u64::try_from(value).is_ok_and(|value| value < limit);
-    let mut seen = vec![];
+    let (mut runs, mut apart) = (0u64, None);
     for t in 0..count {
         let (token, pos, slot) = (batch.tokens[t], batch.positions[t], batch.slots[t]);
         ensure!(
-            inside(token, manifest.model.vocab),
+            token == PENDING || inside(token, manifest.model.vocab),
             "row {t}: token {token} of a vocabulary of {}",
             manifest.model.vocab
         );
         ensure!(inside(pos, limits.max_context), "row {t}: position {pos}, a sequence has {}", limits.max_context);
         ensure!(inside(slot, limits.max_sequences), "row {t}: slot {slot} of {}", limits.max_sequences);
         if t == 0 || batch.slots[t - 1] != slot {
-            seen.push(slot);
+            runs += 1;
+            if batch.slots[..t].contains(&slot) {
+                apart = apart.or(Some(slot));
+            }
             continue;
         }
         if bucket.phase == Phase::Decode {
             bail!("rows {} and {t} are of slot {slot}: a decode bucket takes one row a sequence", t - 1);
         }
+        ensure!(
+            token != PENDING && batch.tokens[t - 1] != PENDING,
+            "rows {} and {t} are of slot {slot}: a pending token's row must be the only one of its sequence",
+            t - 1
+        );
         let before = batch.positions[t - 1];
         ensure!(before < pos, "rows {} and {t} of slot {slot}: position {pos} after {before} does not ascend", t - 1);
     }
-    let runs = seen.len();
-    ensure!(runs as u64 <= bucket.sequences, "{runs} sequences, the bucket has {}", bucket.sequences);
-    seen.sort_unstable();
-    if let Some(pair) = seen.windows(2).find(|pair| pair[0] == pair[1]) {
-        bail!("rows of slot {} are not adjacent", pair[0]);
+    ensure!(runs <= bucket.sequences, "{runs} sequences, the bucket has {}", bucket.sequences);
+    if let Some(slot) = apart {
+        bail!("rows of slot {slot} are not adjacent");
     }
     check_rows(&batch.rows, count, bucket)
 }

@@ -4,11 +4,16 @@ use anyhow::Result;
 
 use crate::plan::{Manifest, SAMPLING_COLUMNS};
 
+/// Stands in [`Batch::tokens`] for the token that was chosen last for the row's slot, by a step enqueued before, and that
+/// the host does not know yet; a device reads it from its own memory. Such a row is the only one of its sequence in the
+/// batch.
+pub const PENDING: i32 = -2;
+
 /// Rows of one step. All vectors of row data have the same length, at most the bucket's rows; the executor pads the rest
 /// with token -1, position 0 and slot -1. Rows of a sequence are adjacent and ascend by position.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Batch {
-    /// Token of each row.
+    /// Token of each row, or [`PENDING`].
     pub tokens: Vec<i32>,
     /// Position of each row in its sequence.
     pub positions: Vec<i32>,
@@ -67,9 +72,28 @@ impl SamplingParams {
 }
 
 /// Runs a plan's steps over a pool that holds its weights and state.
+///
+/// Steps and everything that `set_*` writes take effect in the order of the calls, as on a stream: what is set for a slot
+/// changes no step enqueued before. So a slot and its pages may go to another sequence while steps of the one before are
+/// in flight.
 pub trait Executor {
     /// The plan it runs.
     fn manifest(&self) -> &Manifest;
+
+    /// What it runs on, for a person to read.
+    fn device(&self) -> String;
+
+    /// Bytes that the pool takes on the device, as its driver reports them; none where nobody reports.
+    fn measured_pool_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>);
+
+    /// How many steps may be in flight, that is enqueued and not collected: at least 1, and always the same, because
+    /// which steps run depends on it.
+    fn lookahead(&self) -> usize;
 
     /// Writes a slot's row of the block table; entries past `pages` are left as they are.
     ///
@@ -83,27 +107,57 @@ pub trait Executor {
     /// The device failed.
     fn set_sampling(&mut self, slot: u32, params: SamplingParams) -> Result<()>;
 
-    /// Runs all steps of a bucket, by position in the program.
+    /// Says that a new sequence begins in a slot, which tokens end it, and the position of its last row. Once it has chosen
+    /// one of the tokens or run that row, a device may turn its further rows into padding, whose tokens are -1; an executor
+    /// may as well run them, because nobody looks at their results.
     ///
     /// # Errors
-    /// The batch does not fit the bucket, or the device failed.
-    fn run(&mut self, bucket: usize, batch: &Batch) -> Result<()>;
+    /// The device failed.
+    fn set_stops(&mut self, slot: u32, eos: &[u32], last_position: u32) -> Result<()>;
 
-    /// After [`Executor::run`] of the same bucket, runs its head again for other rows of the same batch.
+    /// Starts all steps of a bucket, by position in the program, and need not wait for them. The batch may change as soon
+    /// as this returns.
+    ///
+    /// # Errors
+    /// The batch does not fit the bucket, [`Executor::lookahead`] steps are in flight, or the device failed; the step is not
+    /// in flight then.
+    fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()>;
+
+    /// Waits for the oldest step in flight and appends the tokens it chose, one for each of its batch's rows with logits;
+    /// -1 for a row turned into padding, see [`Executor::set_stops`].
+    ///
+    /// # Errors
+    /// No step is in flight, or the device failed.
+    fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()>;
+
+    /// Waits for all steps in flight and forgets the tokens they chose. What they wrote to the state stays.
+    ///
+    /// # Errors
+    /// The device failed; nothing is in flight then either.
+    fn discard(&mut self) -> Result<()>;
+
+    /// Runs the head of the step enqueued last again, for other rows of its batch, for their logits alone: no token counts as
+    /// chosen, and no sequence ends. `bucket` is that step's, and no step is in flight.
     ///
     /// # Errors
     /// The rows do not fit the bucket, or the device failed.
     fn run_head(&mut self, bucket: usize, rows: &[i32]) -> Result<()>;
 
-    /// The tokens chosen by the last run, one for each of the batch's rows with logits.
+    /// Appends the logits of the step enqueued last, or of its head if that ran again, `[rows with logits, vocab]`. No
+    /// step is in flight.
     ///
     /// # Errors
     /// The device failed.
-    fn next_tokens(&mut self) -> Result<Vec<i32>>;
+    fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()>;
 
-    /// The logits of the last run, `[rows with logits, vocab]`.
+    /// Enqueues a step and collects its tokens, for tools that run single steps. No step is in flight.
     ///
     /// # Errors
-    /// The device failed.
-    fn logits(&mut self) -> Result<Vec<f32>>;
+    /// Those of [`Executor::enqueue`] and [`Executor::collect`].
+    fn run(&mut self, bucket: usize, batch: &Batch) -> Result<Vec<i32>> {
+        let mut tokens = Vec::with_capacity(batch.rows.len());
+        self.enqueue(bucket, batch)?;
+        self.collect(&mut tokens)?;
+        Ok(tokens)
+    }
 }

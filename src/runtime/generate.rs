@@ -23,7 +23,8 @@ pub struct Options {
     pub capture_prompt_logits: bool,
 }
 
-/// Runs requests to their ends.
+/// Runs requests to their ends, with as many steps in flight as the executor's lookahead; one if logits are kept, which are
+/// those of the last step alone.
 pub struct Generator<'e, E: ?Sized> {
     executor: &'e mut E,
     scheduler: Scheduler,
@@ -32,6 +33,10 @@ pub struct Generator<'e, E: ?Sized> {
     statistics: Statistics,
     /// By slot: what is kept of the sequence in it.
     captures: Vec<Capture>,
+    /// Tokens of the step collected last.
+    chosen: Vec<i32>,
+    /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
+    since: Instant,
 }
 
 #[derive(Clone, Default)]
@@ -44,13 +49,26 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     /// A generator over an executor whose slots it may all use.
     ///
     /// # Errors
-    /// The plan is not one of a language model, or the options are out of range.
+    /// The plan is not one of a language model, the options are out of range, or the executor failed.
     pub fn new(executor: &'e mut E, options: Options) -> Result<Self> {
+        // A generator that ended by a panic may have left steps.
+        executor.discard()?;
+        let one = options.capture_logits || options.capture_prompt_logits;
+        let lookahead = if one { 1 } else { executor.lookahead() };
         let manifest = executor.manifest();
-        let scheduler = Scheduler::new(manifest, options.chunk)?;
+        let scheduler = Scheduler::new(manifest, options.chunk, lookahead)?;
         let vocab = super::buckets::i32_size("vocabulary of the plan", manifest.model.vocab)?;
         let statistics = manifest.ranks.first().map(Statistics::new).unwrap_or_default();
-        Ok(Generator { executor, scheduler, options, vocab, statistics, captures: Vec::new() })
+        Ok(Generator {
+            executor,
+            scheduler,
+            options,
+            vocab,
+            statistics,
+            captures: Vec::new(),
+            chosen: Vec::new(),
+            since: Instant::now(),
+        })
     }
 
     /// What has run so far.
@@ -58,8 +76,9 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         &self.statistics
     }
 
-    /// Runs requests; the results are in their order. `on_token(id, token)` sees every new token when it is chosen, also
+    /// Runs requests; the results are in their order. `on_token(id, token)` sees every new token when it is known, also
     /// one that ends its sequence, and may stop the sequence: which it must decide by the tokens alone for runs to repeat.
+    /// A sequence's tokens come in order and do not depend on the lookahead; how those of several mix does.
     ///
     /// # Errors
     /// The executor failed. A request that the plan cannot serve is an error in its place, and the others run.
@@ -77,6 +96,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             if let Err(error) = outcome {
                 self.scheduler.clear();
                 self.captures.clear();
+                // The first failure says more than one of what was in flight besides.
+                let _ = self.executor.discard();
                 return Err(error);
             }
         }
@@ -99,34 +120,29 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         self.scheduler.submit(index, request).err().map(Err)
     }
 
-    /// Admits what fits and runs one step; `None` if nothing is left.
+    /// Enqueues steps until none more may be in flight, then takes the tokens of the oldest; `None` if nothing is left.
     fn advance(
         &mut self,
         on_token: &mut impl FnMut(u64, u32) -> ControlFlow<()>,
         results: &mut [Option<Result<Finished, RequestError>>],
     ) -> Result<Option<()>> {
-        while let Some(sequence) = self.scheduler.admit() {
-            self.executor.set_pages(sequence.slot, &sequence.pages)?;
-            self.executor.set_sampling(sequence.slot, sequence.sampling)?;
-            let slots = self.captures.len().max(sequence.slot as usize + 1);
-            self.captures.resize_with(slots, Capture::default);
-        }
-        let Some(step) = self.scheduler.next_step() else { return Ok(None) };
-        let capacity = bucket_size(self.executor, step.bucket, |bucket| bucket.tokens)?;
-        let start = Instant::now();
-        let (phase, bucket, rows) = (step.phase, step.bucket, step.batch.tokens.len() as u64);
-        self.executor.run(bucket, &step.batch)?;
-        let chosen = if step.batch.rows.is_empty() { Vec::new() } else { self.executor.next_tokens()? };
+        self.enqueue()?;
+        let Some(step) = self.scheduler.oldest() else { return Ok(None) };
+        self.chosen.clear();
+        self.executor.collect(&mut self.chosen)?;
         if self.options.capture_logits && !step.batch.rows.is_empty() {
             capture_logits(self.executor, step, self.vocab, &mut self.captures)?;
         }
-        if self.options.capture_prompt_logits && phase == Phase::Prefill {
+        if self.options.capture_prompt_logits && step.phase == Phase::Prefill {
             capture_prompt_logits(self.executor, step, self.vocab, &mut self.captures)?;
         }
-        self.statistics.count(phase, bucket, rows, capacity, start.elapsed());
-        self.statistics.tokens += chosen.len() as u64;
+        let now = Instant::now();
+        let capacity = bucket_size(self.executor, step.bucket, |bucket| bucket.tokens)?;
+        let elapsed = now.duration_since(mem::replace(&mut self.since, now));
+        self.statistics.count(step.phase, step.bucket, step.wanted_rows() as u64, capacity, elapsed);
+        self.statistics.tokens += step.choosing().filter(|share| !share.dropped).count() as u64;
         self.scheduler.complete(
-            &chosen,
+            &self.chosen,
             |sequence, token| on_token(sequence.id, token),
             |mut sequence, reason| {
                 let Capture { logits, prompt_logits } = mem::take(&mut self.captures[sequence.slot as usize]);
@@ -142,6 +158,26 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         )?;
         Ok(Some(()))
     }
+
+    /// Admits what fits and enqueues steps, as many as may be in flight.
+    fn enqueue(&mut self) -> Result<()> {
+        loop {
+            while let Some(sequence) = self.scheduler.admit() {
+                self.executor.set_pages(sequence.slot, &sequence.pages)?;
+                self.executor.set_sampling(sequence.slot, sequence.sampling)?;
+                let last_position = u32::try_from(sequence.last_position())?;
+                self.executor.set_stops(sequence.slot, &sequence.eos, last_position)?;
+                let slots = self.captures.len().max(sequence.slot as usize + 1);
+                self.captures.resize_with(slots, Capture::default);
+            }
+            let idle = self.scheduler.in_flight() == 0;
+            let Some(step) = self.scheduler.next_step() else { return Ok(()) };
+            if idle {
+                self.since = Instant::now();
+            }
+            self.executor.enqueue(step.bucket, &step.batch)?;
+        }
+    }
 }
 
 /// Keeps the rows that the step's tokens were chosen from.
@@ -152,8 +188,7 @@ fn capture_logits<E: Executor + ?Sized>(
     captures: &mut [Capture],
 ) -> Result<()> {
     let logits = read_logits(executor, step.batch.rows.len(), vocab)?;
-    let choosing = step.shares.iter().filter(|share| share.chooses);
-    for (share, row) in choosing.zip(logits.chunks_exact(vocab)) {
+    for (share, row) in step.choosing().zip(logits.chunks_exact(vocab)) {
         captures[share.slot as usize].logits.extend_from_slice(row);
     }
     Ok(())
@@ -180,7 +215,8 @@ fn capture_prompt_logits<E: Executor + ?Sized>(
 }
 
 fn read_logits<E: Executor + ?Sized>(executor: &mut E, rows: usize, vocab: usize) -> Result<Vec<f32>> {
-    let logits = executor.logits()?;
+    let mut logits = Vec::with_capacity(rows * vocab);
+    executor.logits(&mut logits)?;
     ensure!(
         logits.len() == rows * vocab,
         "executor: expected {rows} rows of {vocab} logits, found {} numbers; this is a bug",

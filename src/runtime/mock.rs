@@ -1,10 +1,13 @@
 //! An executor for tests: a model whose next token is a hash of all tokens of the sequence, read back from where the steps
 //! wrote them. A wrong slot, position, page or row, one run twice or left out, or state left by another sequence gives
-//! another hash or a panic.
+//! another hash or a panic. So does a pending token that the host knows or that nobody chose, a row of a sequence whose slot
+//! or pages have gone to another one, or more steps in flight than may be.
 
-use anyhow::{Result, bail};
+use std::collections::VecDeque;
 
-use super::{Batch, Executor, SamplingParams};
+use anyhow::{Context, Result, bail};
+
+use super::{Batch, Executor, PENDING, SamplingParams};
 use crate::plan::{Bucket, DType, Limits, Manifest, Model, Phase, Pool, Program, Region, Target, WeightSource};
 
 /// Vocabulary of the mock model.
@@ -37,6 +40,7 @@ pub fn manifest(
             forced_routing: None,
         },
         target: Target::Cpu,
+        toolkit: None,
         dtype: DType::F32,
         limits: Limits { max_sequences, max_context, kv_tokens, page_tokens, ring_columns: RING as u64 },
         tensors: vec![],
@@ -90,20 +94,44 @@ pub fn choose(logits: &[f32], params: SamplingParams, position: usize) -> u32 {
     }
 }
 
+/// What a slot has of its sequence.
+#[derive(Clone, Default)]
+struct Place {
+    table: Vec<u32>,
+    sampling: SamplingParams,
+    /// Position and token of each column of the ring.
+    ring: [(i32, i32); RING],
+    eos: Vec<u32>,
+    last_position: i32,
+    /// Position of the row that must come next.
+    next: i32,
+    /// The token chosen last.
+    last: Option<i32>,
+    /// Whether a token that ends the sequence was chosen.
+    ended: bool,
+}
+
 /// The executor.
 pub struct Mock {
     manifest: Manifest,
-    table: Vec<Vec<u32>>,
-    sampling: Vec<SamplingParams>,
+    places: Vec<Place>,
+    /// The slot that each page belongs to.
+    owners: Vec<usize>,
     /// Position and token of each place of each page.
     cells: Vec<(i32, i32)>,
-    /// Position and token of each column of each slot's ring.
-    rings: Vec<[(i32, i32); RING]>,
+    /// Tokens chosen by each step in flight, and for which slots.
+    flight: VecDeque<Vec<(usize, i32)>>,
     /// Logits of every row of the last run.
     logits: Vec<Vec<f32>>,
     head_rows: Vec<i32>,
     /// Every batch that has run.
     pub trace: Vec<(usize, Batch)>,
+    /// An `e` for each step enqueued, a `c` for each collected.
+    pub events: String,
+    /// Steps in flight at the most.
+    lookahead: usize,
+    /// Whether rows of sequences that a token has ended are turned into padding.
+    stops: bool,
     /// The run that fails, counted from 0.
     pub fails_at: Option<usize>,
     /// Added to each chosen token.
@@ -114,25 +142,95 @@ impl Mock {
     /// An executor with nothing in its state.
     pub fn new(manifest: Manifest) -> Self {
         let limits = &manifest.limits;
-        let slots = limits.max_sequences as usize;
+        let table = vec![u32::MAX; limits.pages_per_sequence() as usize];
+        let place = Place { table, ring: [EMPTY; RING], ..Place::default() };
         Mock {
-            table: vec![vec![u32::MAX; limits.pages_per_sequence() as usize]; slots],
-            sampling: vec![SamplingParams::default(); slots],
+            places: vec![place; limits.max_sequences as usize],
+            owners: vec![usize::MAX; limits.pages() as usize],
             cells: vec![EMPTY; (limits.pages() * limits.page_tokens) as usize],
-            rings: vec![[EMPTY; RING]; slots],
+            flight: VecDeque::new(),
             logits: vec![],
             head_rows: vec![],
             trace: vec![],
+            events: String::new(),
+            lookahead: 1,
+            stops: false,
             fails_at: None,
             token_offset: 0,
             manifest,
         }
     }
 
+    /// An executor that lets so many steps be in flight, and may turn rows of ended sequences into padding.
+    pub fn ahead(manifest: Manifest, lookahead: usize, stops: bool) -> Self {
+        Mock { lookahead, stops, ..Mock::new(manifest) }
+    }
+
     fn cell(&mut self, slot: usize, position: usize) -> &mut (i32, i32) {
         let page_tokens = self.manifest.limits.page_tokens as usize;
-        let page = self.table[slot][position / page_tokens] as usize;
+        let page = self.places[slot].table[position / page_tokens] as usize;
+        assert_eq!(self.owners[page], slot, "page {page} has gone to another slot");
         &mut self.cells[page * page_tokens + position % page_tokens]
+    }
+
+    /// The token of a row, which may be pending.
+    fn token(&self, token: i32, slot: usize) -> i32 {
+        if token != PENDING {
+            return token;
+        }
+        let unknown = self.flight.iter().flatten().any(|&(of, _)| of == slot);
+        assert!(unknown, "the host knows the token of slot {slot}");
+        self.places[slot].last.expect("its sequence has chosen a token")
+    }
+
+    /// Runs a sequence's rows; gives their logits.
+    fn run_share(&mut self, slot: usize, positions: &[i32], tokens: &[i32]) -> Vec<Vec<f32>> {
+        let (first, count) = (positions[0], positions.len() as i32);
+        let place = &mut self.places[slot];
+        assert_eq!(first, place.next, "slot {slot}: its next row");
+        place.next += count;
+        assert!(place.next <= place.last_position + 1, "slot {slot}: rows past {}", place.last_position);
+        assert!(count == 1 || !tokens.contains(&PENDING), "slot {slot}: a pending token among {count} rows");
+        if self.stops && place.ended {
+            return vec![vec![0.0; VOCAB as usize]; positions.len()];
+        }
+        let tokens: Vec<i32> = tokens.iter().map(|&token| self.token(token, slot)).collect();
+        for (&position, &token) in positions.iter().zip(&tokens) {
+            *self.cell(slot, position as usize) = (position, token);
+        }
+        let logits = positions.iter().map(|&position| {
+            let mut hash = 7;
+            for at in 0..=position {
+                let (found, token) = *self.cell(slot, at as usize);
+                assert_eq!(found, at, "slot {slot} at position {position}");
+                hash = mix(hash, token as u64);
+            }
+            for at in (0..=position).rev().take(3) {
+                let column = self.places[slot].ring[at as usize % RING];
+                let (found, token) = if at >= first { (at, tokens[(at - first) as usize]) } else { column };
+                assert_eq!(found, at, "ring of slot {slot} at position {position}");
+                hash = mix(hash, token as u64);
+            }
+            logits_of(hash)
+        });
+        let logits = logits.collect();
+        for (&position, &token) in positions.iter().zip(&tokens) {
+            self.places[slot].ring[position as usize % RING] = (position, token);
+        }
+        logits
+    }
+
+    /// Chooses the token of a row of the last run.
+    fn choose(&mut self, slot: usize, position: i32, row: usize) -> i32 {
+        let place = &mut self.places[slot];
+        if self.stops && place.ended {
+            return -1;
+        }
+        let token = choose(&self.logits[row], place.sampling, position as usize);
+        place.ended |= place.eos.contains(&token);
+        let token = token as i32 + self.token_offset;
+        place.last = Some(token);
+        token
     }
 
     /// The runs of adjacent rows of one slot, checked against the bucket and each other.
@@ -161,22 +259,41 @@ impl Mock {
 }
 
 impl Executor for Mock {
+    fn device(&self) -> String {
+        "a mock".into()
+    }
+
+    fn force_experts(&mut self, _slot: i32, _choices: Vec<i32>) {}
+
     fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
+    fn lookahead(&self) -> usize {
+        self.lookahead
+    }
+
     fn set_pages(&mut self, slot: u32, pages: &[u32]) -> Result<()> {
         assert!(pages.iter().all(|&page| u64::from(page) < self.manifest.limits.pages()), "{pages:?}");
-        self.table[slot as usize][..pages.len()].copy_from_slice(pages);
+        self.places[slot as usize].table[..pages.len()].copy_from_slice(pages);
+        pages.iter().for_each(|&page| self.owners[page as usize] = slot as usize);
         Ok(())
     }
 
     fn set_sampling(&mut self, slot: u32, params: SamplingParams) -> Result<()> {
-        self.sampling[slot as usize] = params;
+        self.places[slot as usize].sampling = params;
         Ok(())
     }
 
-    fn run(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+    fn set_stops(&mut self, slot: u32, eos: &[u32], last_position: u32) -> Result<()> {
+        let place = &mut self.places[slot as usize];
+        (place.eos, place.last_position) = (eos.to_vec(), last_position as i32);
+        (place.next, place.last, place.ended) = (0, None, false);
+        Ok(())
+    }
+
+    fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+        assert!(self.flight.len() < self.lookahead, "{} steps in flight", self.flight.len());
         if self.fails_at == Some(self.trace.len()) {
             self.fails_at = None;
             bail!("the device is gone");
@@ -184,57 +301,46 @@ impl Executor for Mock {
         let shares = self.shares(&self.manifest.ranks[0].buckets[bucket], batch);
         Self::check_rows(&self.manifest.ranks[0].buckets[bucket], batch.tokens.len(), &batch.rows);
         self.trace.push((bucket, batch.clone()));
+        self.events.push('e');
         self.logits.clear();
-        for i in 0..batch.tokens.len() {
-            *self.cell(batch.slots[i] as usize, batch.positions[i] as usize) = (batch.positions[i], batch.tokens[i]);
-        }
         for share in shares {
             let slot = batch.slots[share.start] as usize;
-            let first = batch.positions[share.start];
-            for i in share.clone() {
-                let position = batch.positions[i];
-                let mut hash = 7;
-                for at in 0..=position {
-                    let (found, token) = *self.cell(slot, at as usize);
-                    assert_eq!(found, at, "slot {slot} at position {position}");
-                    hash = mix(hash, token as u64);
-                }
-                for at in (0..=position).rev().take(3) {
-                    let column = self.rings[slot][at as usize % RING];
-                    let (found, token) =
-                        if at >= first { (at, batch.tokens[share.start + (at - first) as usize]) } else { column };
-                    assert_eq!(found, at, "ring of slot {slot} at position {position}");
-                    hash = mix(hash, token as u64);
-                }
-                self.logits.push(logits_of(hash));
-            }
-            for i in share {
-                let position = batch.positions[i];
-                self.rings[slot][position as usize % RING] = (position, batch.tokens[i]);
-            }
+            let logits = self.run_share(slot, &batch.positions[share.clone()], &batch.tokens[share]);
+            self.logits.extend(logits);
         }
         self.head_rows.clone_from(&batch.rows);
+        let chosen = batch.rows.iter().map(|&row| {
+            let slot = batch.slots[row as usize] as usize;
+            (slot, self.choose(slot, batch.positions[row as usize], row as usize))
+        });
+        let chosen = chosen.collect();
+        self.flight.push_back(chosen);
+        Ok(())
+    }
+
+    fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()> {
+        let chosen = self.flight.pop_front().context("nothing is in flight")?;
+        self.events.push('c');
+        tokens.extend(chosen.iter().map(|&(_, token)| token));
+        Ok(())
+    }
+
+    fn discard(&mut self) -> Result<()> {
+        self.flight.clear();
         Ok(())
     }
 
     fn run_head(&mut self, bucket: usize, rows: &[i32]) -> Result<()> {
+        assert!(self.flight.is_empty(), "steps are in flight");
         assert_eq!(self.trace.last().map(|run| run.0), Some(bucket));
         Self::check_rows(&self.manifest.ranks[0].buckets[bucket], self.logits.len(), rows);
         self.head_rows = rows.to_vec();
         Ok(())
     }
 
-    fn next_tokens(&mut self) -> Result<Vec<i32>> {
-        let (_, batch) = self.trace.last().unwrap();
-        let choose = |&row: &i32| {
-            let row = row as usize;
-            let params = self.sampling[batch.slots[row] as usize];
-            choose(&self.logits[row], params, batch.positions[row] as usize) as i32 + self.token_offset
-        };
-        Ok(self.head_rows.iter().map(choose).collect())
-    }
-
-    fn logits(&mut self) -> Result<Vec<f32>> {
-        Ok(self.head_rows.iter().flat_map(|&row| self.logits[row as usize].clone()).collect())
+    fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        assert!(self.flight.is_empty(), "steps are in flight");
+        logits.extend(self.head_rows.iter().flat_map(|&row| &self.logits[row as usize]));
+        Ok(())
     }
 }

@@ -2,8 +2,10 @@
 
 pub mod batch;
 pub mod buckets;
+pub mod compare;
 pub mod convert;
 pub mod cpu;
+pub mod cuda;
 pub mod executor;
 pub mod forced;
 pub mod generate;
@@ -16,9 +18,10 @@ pub mod sampling;
 pub mod scheduler;
 pub mod statistics;
 pub mod weights;
+pub mod workload;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
-pub use executor::{Batch, Executor, SamplingParams};
+pub use executor::{Batch, Executor, PENDING, SamplingParams};
 pub use generate::{Generator, Options, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError};
 pub use scheduler::Scheduler;

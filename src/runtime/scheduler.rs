@@ -1,13 +1,20 @@
 //! The queue, and the one rule by which steps follow each other. It knows no executor and no clock: the steps depend on the
 //! requests and on the tokens chosen, never on timing.
 //!
-//! Between two steps:
+//! Steps are planned ahead of their tokens: up to L of them, the lookahead, are *in flight*, which is planned and not
+//! completed. Completing a step says which tokens it chose. Steps are completed in the order in which they were planned.
 //!
-//! 1. Sequences that ended have left; their slots and pages are free.
+//! **When.** Steps are planned until L are in flight or nothing can be planned, because every row of every sequence in a slot
+//! has been; then the oldest is completed, and so on. So step n + L is planned when exactly the steps up to n are completed,
+//! unless rows ran out before. With L = 1 a step is planned when the one before is completed.
+//!
+//! **What.** Between two planned steps:
+//!
+//! 1. Sequences that ended, by the steps completed so far, have left; their slots and pages are free.
 //! 2. Requests are admitted in the order in which they came, each to the lowest free slot and the lowest free pages for all of
 //!    its prompt and new tokens. The first that finds too few waits, and all behind it: none overtakes.
-//! 3. A decode round that has begun goes on. Otherwise, if prompt rows are left, a prefill step runs, unless the last step
-//!    was one and a sequence is decoding. Otherwise a decode round begins. So a decoding sequence waits for at most one
+//! 3. A decode round that has begun goes on. Otherwise, if prompt rows are left, a prefill step is planned, unless the last
+//!    planned was one and a sequence is decoding. Otherwise a decode round begins. So a decoding sequence waits for at most one
 //!    prefill step a token, and a prompt for at most one decode round a chunk.
 //!
 //! A prefill step takes sequences in the order of admission, from each as many of its prompt rows as fit: the largest prefill
@@ -15,85 +22,31 @@
 //! bucket that holds what was packed. A prompt alone therefore runs in chunks of the largest bucket, then in the smallest that
 //! holds the rest. Only the last row of a prompt gets logits; they give the first new token.
 //!
-//! A decode round runs one row of every decoding sequence, in the order of slots: as many steps of the largest decode bucket as
-//! are filled, then one of the smallest that holds the rest.
+//! A decode round plans one row of every sequence whose prompt is planned and that has a row left, in the order of slots: as
+//! many steps of the largest decode bucket as are filled, then one of the smallest that holds the rest. A row whose token is
+//! chosen by a step in flight says [`PENDING`](super::PENDING).
+//!
+//! **Ends.** A sequence has `prompt + max_new_tokens - 1` rows, and none is planned beyond. That it ended before, by a token or
+//! by the caller, is known when the step n that chose its last token is completed; by then the steps n + 1 to n + L - 1 may
+//! hold rows of it. Those shares are marked as dropped, and nothing is made of their tokens. The slot and the pages are free
+//! at once, all the same: an executor does everything in the order of the calls ([`Executor`](super::Executor)), so the
+//! rows in flight run before anything of the next sequence there, which begins at position 0 and reads nothing that it
+//! has not written.
+
+mod sequence;
+mod step;
 
 use std::collections::VecDeque;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
 
+pub use self::sequence::Sequence;
+pub use self::step::{Share, Step};
 use super::buckets::{Buckets, i32_size};
 use super::pages::{FreeList, Pages};
 use super::request::{FinishReason, Request, RequestError};
-use super::{Batch, SamplingParams};
 use crate::plan::{Manifest, Phase};
-
-/// A sequence in a slot. Its tokens up to `position` are in the state of its slot and pages; those from there on are rows
-/// still to run.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Sequence {
-    /// The caller's number of the request, as given to [`Scheduler::submit`].
-    pub index: usize,
-    /// The request's id.
-    pub id: u64,
-    /// Slot.
-    pub slot: u32,
-    /// Pages, in the order of positions.
-    pub pages: Vec<u32>,
-    /// Prompt, then new tokens.
-    pub tokens: Vec<u32>,
-    /// Length of the prompt.
-    pub prompt_tokens: usize,
-    /// Rows that have run.
-    pub position: usize,
-    /// New tokens at the most.
-    pub max_new_tokens: usize,
-    /// Tokens that end it.
-    pub eos: Vec<u32>,
-    /// How its tokens are chosen.
-    pub sampling: SamplingParams,
-}
-
-impl Sequence {
-    /// Rows of the prompt that have not run.
-    pub fn prompt_rows_left(&self) -> usize {
-        self.prompt_tokens.saturating_sub(self.position)
-    }
-
-    /// Number of new tokens so far.
-    pub fn new_tokens(&self) -> usize {
-        self.tokens.len() - self.prompt_tokens
-    }
-
-    fn is_decoding(&self) -> bool {
-        self.prompt_rows_left() == 0
-    }
-}
-
-/// One sequence's rows of a step.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Share {
-    /// Slot of the sequence.
-    pub slot: u32,
-    /// Its rows of the batch.
-    pub rows: Range<usize>,
-    /// Whether its last row gets logits, which give a new token.
-    pub chooses: bool,
-}
-
-/// What the executor runs next.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Step {
-    /// Whether rows of prompts run, or one row of each decoding sequence.
-    pub phase: Phase,
-    /// Bucket, by position in the program.
-    pub bucket: usize,
-    /// Its rows, without padding.
-    pub batch: Batch,
-    /// Whose the rows are, in their order; those that choose are in the order of `batch.rows`.
-    pub shares: Vec<Share>,
-}
 
 /// Queue, slots and pages.
 #[derive(Clone, Debug)]
@@ -111,19 +64,25 @@ pub struct Scheduler {
     order: Vec<u32>,
     /// Slot from which the decode round goes on; `None` between rounds.
     round: Option<u32>,
-    step: Step,
+    /// Of the last planned step.
+    phase: Phase,
+    /// Steps in flight, the oldest first.
+    planned: VecDeque<Step>,
+    /// The records of the steps that may be in flight besides.
+    spare: Vec<Step>,
 }
 
 impl Scheduler {
-    /// An empty queue for a plan. `chunk` bounds the rows that one prompt runs in a step.
+    /// An empty queue for a plan. `chunk` bounds the rows that one prompt runs in a step, `lookahead` the steps in flight.
     ///
     /// # Errors
-    /// The plan has no bucket, slot or page for sequences, or `chunk` is 0.
-    pub fn new(manifest: &Manifest, chunk: Option<usize>) -> Result<Self> {
+    /// The plan has no bucket, slot or page for sequences, or `chunk` or `lookahead` is 0.
+    pub fn new(manifest: &Manifest, chunk: Option<usize>, lookahead: usize) -> Result<Self> {
         let limits = &manifest.limits;
         let program =
             manifest.ranks.first().context("plan: expected a program for rank 0, found no rank; compile again")?;
         ensure!(chunk != Some(0), "--chunk: expected at least 1 row, found 0; leave it out to run prompts whole");
+        ensure!(lookahead > 0, "executor: expected a lookahead of at least 1 step, found 0; this is a bug");
         ensure!(
             limits.max_sequences > 0 && limits.max_context > 0,
             "limits of the plan: expected room for at least one sequence, found max_sequences = {}, max_context = {}; \
@@ -132,11 +91,13 @@ impl Scheduler {
             limits.max_context
         );
         let slots = i32_size("limits of the plan: max_sequences", limits.max_sequences)?;
+        let buckets = Buckets::new(program)?;
+        let record = Step::with_room_for(buckets.largest_prefill(), buckets.largest_decode());
         Ok(Scheduler {
             vocab: i32_size("vocabulary of the plan", manifest.model.vocab)?,
             max_context: i32_size("limits of the plan: max_context", limits.max_context)?,
             chunk: chunk.unwrap_or(usize::MAX),
-            buckets: Buckets::new(program)?,
+            buckets,
             slots: FreeList::new(slots as u32),
             pages: Pages::new(limits)?,
             queue: VecDeque::new(),
@@ -144,7 +105,9 @@ impl Scheduler {
             order: Vec::new(),
             round: None,
             // Nothing decodes at first, so this only says that no prefill step came before.
-            step: Step { phase: Phase::Decode, bucket: 0, batch: Batch::default(), shares: Vec::new() },
+            phase: Phase::Decode,
+            planned: VecDeque::with_capacity(lookahead),
+            spare: (0..lookahead).map(|_| record.clone()).collect(),
         })
     }
 
@@ -183,8 +146,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Moves the queue's first request into a slot. The caller gives the slot's pages and sampling parameters to the
-    /// executor. `None` if the queue is empty or its first has to wait.
+    /// Moves the queue's first request into a slot. The caller gives the slot's pages, sampling parameters and stops to the
+    /// executor before the next step. `None` if the queue is empty or its first has to wait.
     pub fn admit(&mut self) -> Option<&Sequence> {
         let (_, request) = self.queue.front()?;
         let positions = request.prompt.len() + request.max_new_tokens;
@@ -216,33 +179,45 @@ impl Scheduler {
         self.order.iter().filter_map(|&slot| self.sequences[slot as usize].as_ref())
     }
 
-    /// Decides on the next step; `None` if no sequence is in a slot. Once the executor has run it, [`Scheduler::complete`]
-    /// must follow.
-    pub fn next_step(&mut self) -> Option<&Step> {
-        let decoding = self.sequences().any(Sequence::is_decoding);
-        let prefilling = self.sequences().any(|sequence| !sequence.is_decoding());
-        let turn = !decoding || self.step.phase != Phase::Prefill;
-        let Step { batch, shares, .. } = &mut self.step;
-        batch.tokens.clear();
-        batch.positions.clear();
-        batch.slots.clear();
-        batch.rows.clear();
-        shares.clear();
-        if self.round.is_none() && prefilling && turn {
-            self.pack_prefill();
-        } else if decoding {
-            self.pack_decode();
-        } else {
-            return None;
-        }
-        Some(&self.step)
+    /// Steps in flight.
+    pub fn in_flight(&self) -> usize {
+        self.planned.len()
     }
 
-    fn pack_prefill(&mut self) {
+    /// The oldest step in flight, which [`Scheduler::complete`] takes the tokens of.
+    pub fn oldest(&self) -> Option<&Step> {
+        self.planned.front()
+    }
+
+    /// Plans the next step, which is in flight from then on; `None` if as many as may be are, or no rows are left to plan.
+    /// To follow the rule above, call it until then, and then [`Scheduler::complete`] once.
+    pub fn next_step(&mut self) -> Option<&Step> {
+        let mut step = self.spare.pop()?;
+        step.clear();
+        let decoding = self.sequences().any(Sequence::is_decoding);
+        let prefilling = self.sequences().any(|sequence| sequence.prompt_rows_left() > 0);
+        if self.in_round().next().is_none() {
+            // Those that the round had left have ended.
+            self.round = None;
+        }
+        let turn = !decoding || self.phase != Phase::Prefill;
+        if self.round.is_none() && prefilling && turn {
+            self.pack_prefill(&mut step);
+        } else if decoding {
+            self.pack_decode(&mut step);
+        } else {
+            self.spare.push(step);
+            return None;
+        }
+        self.phase = step.phase;
+        self.planned.push_back(step);
+        self.planned.back()
+    }
+
+    fn pack_prefill(&mut self, step: &mut Step) {
         let largest = self.buckets.largest_prefill();
-        let step = &mut self.step;
         for &slot in &self.order {
-            let Some(sequence) = &self.sequences[slot as usize] else { continue };
+            let Some(sequence) = &mut self.sequences[slot as usize] else { continue };
             let left = sequence.prompt_rows_left();
             if left == 0 {
                 continue;
@@ -260,11 +235,10 @@ impl Scheduler {
         step.bucket = self.buckets.prefill(step.batch.tokens.len(), step.shares.len(), step.batch.rows.len()).bucket;
     }
 
-    fn pack_decode(&mut self) {
+    fn pack_decode(&mut self, step: &mut Step) {
         let largest = self.buckets.largest_decode().decodes();
-        let step = &mut self.step;
         let first = self.round.take().unwrap_or(0);
-        let from = self.sequences.iter().skip(first as usize).flatten();
+        let from = self.sequences.iter_mut().skip(first as usize).flatten();
         for sequence in from.filter(|sequence| sequence.is_decoding()) {
             if step.shares.len() == largest {
                 self.round = Some(sequence.slot);
@@ -276,40 +250,45 @@ impl Scheduler {
         step.bucket = self.buckets.decode(step.shares.len()).bucket;
     }
 
-    /// Takes the tokens chosen by the step that has run, one for each of its rows with logits. `on_token` sees each token
-    /// and may stop its sequence; `on_end` gets the sequences that have ended, whose slots and pages are free by then.
+    /// The sequences that the decode round has left, if one has begun.
+    fn in_round(&self) -> impl Iterator<Item = &Sequence> {
+        let first = self.round.map_or(usize::MAX, |slot| slot as usize);
+        self.sequences.iter().skip(first).flatten().filter(|sequence| sequence.is_decoding())
+    }
+
+    /// Takes the tokens chosen by the oldest step in flight, one for each of its rows with logits. `on_token` sees each
+    /// token of a sequence that has not ended, and may stop it; `on_end` gets the sequences that have ended, whose slots and
+    /// pages are free by then.
     ///
     /// # Errors
-    /// The tokens are not as many as the rows, or not of the vocabulary; nothing has changed then.
+    /// No step is in flight, or the tokens are not as many as the rows, or not of the vocabulary; nothing has changed then.
     pub fn complete(
         &mut self,
         chosen: &[i32],
         mut on_token: impl FnMut(&Sequence, u32) -> ControlFlow<()>,
         mut on_end: impl FnMut(Sequence, FinishReason),
     ) -> Result<()> {
-        let (expected, found) = (self.step.batch.rows.len(), chosen.len());
-        ensure!(expected == found, "executor: expected {expected} chosen tokens, found {found}; this is a bug");
-        if let Some(bad) = chosen.iter().find(|&&token| token < 0 || token as usize >= self.vocab) {
-            anyhow::bail!("executor: expected tokens below {}, found {bad}; the logits may be NaN", self.vocab);
-        }
-        let mut chosen = chosen.iter().map(|&token| token as u32);
-        let shares = std::mem::take(&mut self.step.shares);
-        for share in &shares {
+        self.check_chosen(chosen)?;
+        let Some(step) = self.planned.pop_front() else { return Ok(()) };
+        let mut chosen = chosen.iter();
+        for share in &step.shares {
+            let token = if share.chooses { chosen.next() } else { None };
+            if share.dropped {
+                continue;
+            }
             let Some(sequence) = &mut self.sequences[share.slot as usize] else { continue };
-            sequence.position += share.rows.len();
-            let mut reason = (sequence.is_decoding() && sequence.max_new_tokens == 0).then_some(FinishReason::Length);
-            if share.chooses
-                && let Some(token) = chosen.next()
-            {
+            let last_row = share.rows.end - 1;
+            let runs_out = step.batch.positions[last_row] as usize == sequence.last_position();
+            let mut reason = runs_out.then_some(FinishReason::Length);
+            if let Some(&token) = token {
+                let token = token as u32;
                 sequence.tokens.push(token);
                 let stopped = on_token(sequence, token).is_break();
-                reason = if sequence.eos.contains(&token) {
-                    Some(FinishReason::Eos)
+                if sequence.eos.contains(&token) {
+                    reason = Some(FinishReason::Eos);
                 } else if stopped {
-                    Some(FinishReason::Stop)
-                } else {
-                    (sequence.new_tokens() == sequence.max_new_tokens).then_some(FinishReason::Length)
-                };
+                    reason = Some(FinishReason::Stop);
+                }
             }
             if let Some(reason) = reason
                 && let Some(sequence) = self.release(share.slot)
@@ -317,15 +296,27 @@ impl Scheduler {
                 on_end(sequence, reason);
             }
         }
-        self.step.shares = shares;
+        self.spare.push(step);
         Ok(())
     }
 
-    /// Forgets all sequences and requests, as after an executor has failed.
+    fn check_chosen(&self, chosen: &[i32]) -> Result<()> {
+        let step = self.oldest().context("scheduler: expected a step in flight, found none; this is a bug")?;
+        let (expected, found) = (step.batch.rows.len(), chosen.len());
+        ensure!(expected == found, "executor: expected {expected} chosen tokens, found {found}; this is a bug");
+        let mut wanted = step.choosing().zip(chosen).filter(|(share, _)| !share.dropped);
+        if let Some((_, bad)) = wanted.find(|&(_, &token)| token < 0 || token as usize >= self.vocab) {
+            anyhow::bail!("executor: expected tokens below {}, found {bad}; the logits may be NaN", self.vocab);
+        }
+        Ok(())
+    }
+
+    /// Forgets all sequences, requests and steps, as after an executor has failed.
     pub fn clear(&mut self) {
         self.queue.clear();
         self.round = None;
-        self.step.phase = Phase::Decode;
+        self.phase = Phase::Decode;
+        self.spare.extend(self.planned.drain(..));
         for slot in std::mem::take(&mut self.order) {
             self.release(slot);
         }
@@ -336,22 +327,10 @@ impl Scheduler {
         self.order.retain(|&other| other != slot);
         self.slots.give_back(slot);
         self.pages.release(&sequence.pages);
-        Some(sequence)
-    }
-}
-
-impl Step {
-    /// Adds the next `count` rows of a sequence.
-    fn push(&mut self, sequence: &Sequence, count: usize, chooses: bool) {
-        let start = self.batch.tokens.len();
-        let positions = sequence.position..sequence.position + count;
-        self.batch.tokens.extend(sequence.tokens[positions.clone()].iter().map(|&token| token as i32));
-        self.batch.positions.extend(positions.map(|position| position as i32));
-        self.batch.slots.extend(std::iter::repeat_n(sequence.slot as i32, count));
-        if chooses {
-            self.batch.rows.push((start + count - 1) as i32);
+        for share in self.planned.iter_mut().flat_map(|step| &mut step.shares) {
+            share.dropped |= share.slot == slot;
         }
-        self.shares.push(Share { slot: sequence.slot, rows: start..start + count, chooses });
+        Some(sequence)
     }
 }
 

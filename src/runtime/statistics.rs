@@ -1,4 +1,6 @@
 //! What a generate loop has run.
+//!
+//! A row that was in flight when its sequence was found to have ended counts as padding: it gave nothing either.
 
 use std::time::Duration;
 
@@ -26,7 +28,9 @@ pub struct PhaseStatistics {
     pub rows: u64,
     /// Rows of padding.
     pub padding: u64,
-    /// Time in the executor.
+    /// Time of the steps. A step's time ends when its tokens are known, and begins when those of the step before were; if
+    /// none was in flight then, when it was enqueued. So times never overlap, and their sum is that in which any step was in
+    /// flight.
     pub elapsed: Duration,
 }
 

@@ -7,9 +7,13 @@ use std::sync::Arc;
 
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
+use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
+use lfm2c::passes::Target;
 use lfm2c::plan::{PlanFile, WeightSource};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
+use lfm2c::runtime::weights::Origin;
 use lfm2c::runtime::weights::{self, Checkpoint};
 use lfm2c::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams};
 use safetensors::SafeTensors;
@@ -60,9 +64,20 @@ pub fn goldens(directory: &Path) -> BTreeMap<usize, Golden> {
     numbers.into_iter().map(|n| (n, golden(n))).collect()
 }
 
+/// Whether models run on the GPU: `LFM2C_TEST_DEVICE=cuda`.
+pub fn on_gpu() -> bool {
+    match std::env::var("LFM2C_TEST_DEVICE") {
+        Ok(device) if device == "cuda" => true,
+        Ok(device) => panic!("LFM2C_TEST_DEVICE: expected `cuda` or nothing, found `{device}`"),
+        Err(_) => false,
+    }
+}
+
 /// Options with small buckets, so that tests pad, pack and chunk.
 pub fn options() -> CompileOptions {
     CompileOptions {
+        target: if on_gpu() { Target::Sm90a } else { Target::Cpu },
+        without_cubins: !on_gpu(),
         dtype: Some(DType::F32),
         prefill: Some(vec![16, 64, 256]),
         decode: Some(vec![1, 4, 8]),
@@ -86,22 +101,42 @@ pub fn demo_plan(options: &CompileOptions) -> PlanFile {
     compile(&Source::Recipe(Box::new(recipe), None), options, &Silent).expect("the demo compiles").file
 }
 
-/// An executor that poisons everything not live before each step.
-pub fn executor(file: &PlanFile, directory: Option<&Path>) -> CpuExecutor {
+/// An executor with everything not live poisoned: on the CPU before each step, on the GPU at the beginning.
+pub fn executor(file: &PlanFile, directory: Option<&Path>) -> Box<dyn Executor> {
+    if !on_gpu() {
+        return Box::new(cpu_executor(file, directory).with_poison(true));
+    }
+    let device = Device::open(0).expect("LFM2C_TEST_DEVICE=cuda needs a GPU");
+    let mut executor = CudaExecutor::new(file, 0, &device, Graphs::Required).expect("the plan runs on the GPU");
+    with_origin(file, directory, |origin| executor.load(origin, &|_| ()).expect("weights fit"));
+    executor.poison(0xff).expect("memory can be filled");
+    Box::new(executor)
+}
+
+/// The CPU executor, without poison.
+pub fn cpu_executor(file: &PlanFile, directory: Option<&Path>) -> CpuExecutor {
     let manifest = Arc::new(file.manifest.clone());
     let program = &manifest.ranks[0];
     let mut pool = HostPool::new(program).expect("the pool fits");
-    match (&manifest.model.weights, directory) {
-        (WeightSource::Synthetic(seed), _) => {
-            weights::fill_synthetic(&manifest, program, *seed, pool.weights_mut(), &|_| ()).expect("weights fit");
-        }
+    with_origin(file, directory, |origin| {
+        let region = pool.weights_mut();
+        let filled = match origin {
+            Origin::Synthetic(seed) => weights::fill_synthetic(&manifest, program, seed, region, &|_| ()),
+            Origin::Checkpoint(checkpoint) => weights::load(&manifest, program, checkpoint, region, &|_| ()),
+        };
+        filled.expect("weights fit");
+    });
+    CpuExecutor::new(manifest.clone(), 0, pool).expect("the plan runs on the CPU")
+}
+
+fn with_origin(file: &PlanFile, directory: Option<&Path>, load: impl FnOnce(Origin)) {
+    match (&file.manifest.model.weights, directory) {
+        (WeightSource::Synthetic(seed), _) => load(Origin::Synthetic(*seed)),
         (WeightSource::Checkpoint, directory) => {
             let directory = directory.expect("a checkpoint needs its directory");
-            let checkpoint = Checkpoint::open(directory).expect("the checkpoint is readable");
-            weights::load(&manifest, program, &checkpoint, pool.weights_mut(), &|_| ()).expect("weights fit");
+            load(Origin::Checkpoint(&Checkpoint::open(directory).expect("the checkpoint is readable")));
         }
     }
-    CpuExecutor::new(manifest.clone(), 0, pool).expect("the plan runs on the CPU").with_poison(true)
 }
 
 /// A greedy request that ignores the end of the sequence.
@@ -110,7 +145,7 @@ pub fn request(prompt: &[u32], max_new_tokens: usize) -> Request {
 }
 
 /// Runs requests together; each must succeed.
-pub fn run(executor: &mut CpuExecutor, requests: Vec<Request>, options: Options) -> Vec<Finished> {
+pub fn run(executor: &mut dyn Executor, requests: Vec<Request>, options: Options) -> Vec<Finished> {
     let mut generator = Generator::new(executor, options).expect("the plan is of a language model");
     let results = generator.generate(requests, |_, _| ControlFlow::Continue(())).expect("the run ends");
     results.into_iter().map(|result| result.expect("the request fits")).collect()
@@ -129,16 +164,25 @@ pub fn relative_l2(found: &[f32], expected: &[f32]) -> f64 {
     (distance / pairs().map(|(_, b)| b * b).sum::<f64>()).sqrt()
 }
 
-/// Asserts that two rows of numbers are the same bits.
+/// Largest relative L2 distance of two runs on the GPU in f32, whose kernels may differ from bucket to bucket.
+const BUCKETS_APART: f64 = 5e-6;
+
+/// Asserts that two rows of numbers are the same bits; on the GPU, where other buckets have other kernels, nearly.
+/// `tests/gpu` looks at bits within a bucket.
 pub fn assert_same_bits(found: &[f32], expected: &[f32], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}: length");
+    if on_gpu() && !found.is_empty() {
+        let error = relative_l2(found, expected);
+        assert!(error <= BUCKETS_APART, "{what}: relative L2 distance {error:e}");
+        return;
+    }
     if let Some(at) = found.iter().zip(expected).position(|(a, b)| a.to_bits() != b.to_bits()) {
         panic!("{what}: number {at}: expected {:e}, found {:e}", expected[at], found[at]);
     }
 }
 
 /// The vocabulary size of a plan.
-pub fn vocab(executor: &CpuExecutor) -> u64 {
+pub fn vocab(executor: &dyn Executor) -> u64 {
     executor.manifest().model.vocab
 }
 

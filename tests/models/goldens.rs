@@ -32,9 +32,9 @@ fn check_compiled(
     assert!(goldens.iter().any(|golden| golden.ids.len() == 1), "a prompt of one token is among them");
     let requests = goldens.iter().map(|golden| request(&golden.ids, golden.greedy.len()));
     let finished = if together {
-        run(&mut executor, requests.collect(), all_logits(chunk))
+        run(&mut *executor, requests.collect(), all_logits(chunk))
     } else {
-        requests.flat_map(|request| run(&mut executor, vec![request], all_logits(chunk))).collect()
+        requests.flat_map(|request| run(&mut *executor, vec![request], all_logits(chunk))).collect()
     };
     for (golden, finished) in goldens.iter().zip(finished) {
         let what = format!(
@@ -114,7 +114,7 @@ fn narrow_types_with_forced_routing() {
             let mut executor = executor(&file, Some(&case));
             for golden in goldens(&case).into_values() {
                 executor.force_experts(0, golden.experts);
-                let finished = run(&mut executor, vec![request(&golden.ids, 0)], all_logits(Some(50)));
+                let finished = run(&mut *executor, vec![request(&golden.ids, 0)], all_logits(Some(50)));
                 let error = relative_l2(&finished[0].prompt_logits, &golden.logits);
                 let length = golden.ids.len();
                 assert!(error <= bound, "{} in {dtype}, {length} tokens: error {error:e}", case.display());

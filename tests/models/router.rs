@@ -27,7 +27,7 @@ fn longest_error(file: &lfm2c::plan::PlanFile, directory: &Path) -> f64 {
     let mut executor = executor(file, Some(directory));
     let golden = goldens(directory).into_values().filter(|golden| golden.ids.len() <= 40).max_by_key(|g| g.ids.len());
     let golden = golden.expect("there is a short prompt");
-    let finished = run(&mut executor, vec![request(&golden.ids, 1)], all_logits(None));
+    let finished = run(&mut *executor, vec![request(&golden.ids, 1)], all_logits(None));
     relative_l2(&finished[0].prompt_logits, &golden.logits)
 }
 

@@ -32,6 +32,7 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
             forced_routing: None,
         },
         target: Target::Cpu,
+        toolkit: None,
         dtype: DType::F32,
         limits: Limits { max_sequences: 1, max_context: 1, kv_tokens: 1, page_tokens: 1, ring_columns: 1 },
         tensors,

@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write};
 
-use crate::plan::{Arg, DType, Launch, Param, ParamType, Slot, TensorType};
+use crate::plan::{Arg, DType, Launch, Param, ParamType, Semantic, Slot, TensorType};
 
 use super::Problem;
 
@@ -15,6 +15,8 @@ pub struct Specialised {
     pub params: Vec<Param>,
     /// Shape and arguments; the kernel's position is filled in later.
     pub launch: Launch,
+    /// For each parameter, whether nothing writes what it points to while a plan runs.
+    constant: Vec<bool>,
     text: String,
 }
 
@@ -22,7 +24,9 @@ impl Specialised {
     /// The generated text that stands before the source: includes, constants, types, functions, and `PARAMS`, the list of
     /// parameters as the kernel's signature takes it.
     pub fn prelude(&self) -> String {
-        let params: Vec<String> = self.params.iter().map(|Param(name, ty)| format!("{}{name}", c_param(*ty))).collect();
+        let params = self.params.iter().zip(&self.constant);
+        let params: Vec<String> =
+            params.map(|(Param(name, ty), constant)| format!("{}{name}", c_param(*ty, *constant))).collect();
         let threads = self.launch.block;
         format!(
             "// Generated.\n#include \"types.cuh\"\n#include \"block.cuh\"\nconstexpr int THREADS = {threads};\n{}#define PARAMS {}\n",
@@ -34,16 +38,23 @@ impl Specialised {
 
 /// Collects what a [`Specialised`] needs.
 pub struct Builder<'a> {
-    problem: &'a Problem<'a>,
+    semantic: Option<&'a Semantic>,
     text: String,
     params: Vec<Param>,
+    constant: Vec<bool>,
     args: Vec<Arg>,
+    cluster: u32,
 }
 
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { problem, text: String::new(), params: vec![], args: vec![] }
+        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
+    }
+
+    /// Nothing yet, for a kernel that no step launches.
+    pub fn service() -> Self {
+        Builder { semantic: None, text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
     }
 
     /// `constexpr int NAME = value;`
@@ -71,7 +82,14 @@ impl<'a> Builder<'a> {
     pub fn pointer(&mut self, name: &str, slot: Slot) -> &mut Self {
         let dtype = self.ty(slot).0;
         match slot {
-            Slot::In(i) => self.param(name, ParamType::In(dtype), Arg::Read(i)),
+            Slot::In(i) => {
+                self.param(name, ParamType::In(dtype), Arg::Read(i));
+                let constant = self.semantic.is_some_and(|semantic| super::pattern::is_weight(semantic, slot));
+                if let Some(last) = self.constant.last_mut() {
+                    *last = constant;
+                }
+                self
+            }
             Slot::Out(i) => self.param(name, ParamType::Out(dtype), Arg::Write(i)),
             Slot::Temp(_) => unreachable!("a temporary has no address"),
         }
@@ -89,23 +107,37 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
     }
 
+    /// A parameter whose argument the runtime knows.
+    pub fn parameter(&mut self, name: &str, ty: ParamType) -> &mut Self {
+        self.params.push(Param(name.to_owned(), ty));
+        self.constant.push(false);
+        self
+    }
+
+    /// So many blocks along x form a cluster; they divide the grid.
+    pub fn cluster(&mut self, blocks: u32) -> &mut Self {
+        self.cluster = blocks;
+        self
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
+        self.constant.push(false);
         self.args.push(arg);
         self
     }
 
     /// The type of a value of the step.
     pub fn ty(&self, slot: Slot) -> &'a TensorType {
-        super::pattern::ty(self.problem.semantic, slot)
+        super::pattern::ty(self.semantic.expect("a service has no operands"), slot)
     }
 
     /// The specialised kernel: blocks along x, y and z, threads of a block, dynamic shared memory in bytes.
     pub fn finish(self, config: impl Into<String>, grid: [u64; 3], block: u32, shared: u64) -> Specialised {
         let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
         let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
-        let launch = Launch { kernel: 0, grid, block, cluster: 1, shared, dependent: true, args: self.args };
-        Specialised { config: config.into(), params: self.params, launch, text: self.text }
+        let launch = Launch { kernel: 0, grid, block, cluster: self.cluster, shared, dependent: true, args: self.args };
+        Specialised { config: config.into(), params: self.params, launch, constant: self.constant, text: self.text }
     }
 }
 
@@ -127,9 +159,12 @@ pub fn c_number(value: f32) -> String {
     }
 }
 
-fn c_param(ty: ParamType) -> String {
+/// Only constants are `__restrict__`: the compiler may read such memory early and past coherent caches, which is wrong for what
+/// a kernel writes that may still run when this one starts.
+fn c_param(ty: ParamType, constant: bool) -> String {
     match ty {
-        ParamType::In(dtype) => format!("const {}* __restrict__ ", c_type(dtype)),
+        ParamType::In(dtype) if constant => format!("const {}* __restrict__ ", c_type(dtype)),
+        ParamType::In(dtype) => format!("const {}* ", c_type(dtype)),
         ParamType::Out(dtype) => format!("{}* ", c_type(dtype)),
         ParamType::Int => "int ".into(),
         ParamType::Long => "long long ".into(),

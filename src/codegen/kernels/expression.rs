@@ -108,14 +108,15 @@ impl Epilogue {
             _ => registers.set(&format!("rounded<{}>({value})", c_type(ty(semantic, slot).0))),
         };
         let v0 = stored(&mut registers, "v0", product);
-        if let Some((Instr(Op::Split { block: Some(size) }, arguments, parts), after)) = rest.split_first()
+        if let Some((Instr(Op::Split { block: size }, arguments, parts), after)) = rest.split_first()
             && arguments[..] == [product]
         {
             let [first, second] = parts[..] else { return None };
             if ty(semantic, first) != ty(semantic, second) {
                 return None;
             }
-            block = Some(*size);
+            // Halves one after the other are blocks too, of their whole size.
+            block = Some(size.unwrap_or(rows_and_last(semantic, first).1));
             known.push((first, v0));
             known.push((second, stored(&mut registers, "v1", product)));
             rest = after;
@@ -160,7 +161,7 @@ impl Epilogue {
         for (i, &slot) in self.operands.iter().enumerate() {
             let name = format!("e{i}");
             builder.pointer(&name, slot);
-            write!(formal, ", const {}* __restrict__ {name}", c_type(builder.ty(slot).0)).expect("writing to a String");
+            write!(formal, ", const {}* {name}", c_type(builder.ty(slot).0)).expect("writing to a String");
             write!(actual, ", {name}").expect("writing to a String");
         }
         builder.line(format_args!(
@@ -179,7 +180,10 @@ fn operand_index(semantic: &Semantic, slot: Slot, result: Slot, columns: u64) ->
         Some(format!("row * {columns} + column"))
     } else if elements == columns && shape.last() == Some(&columns) {
         Some("column".into())
-    } else if shape.len() == whole.len() && shape.last() == Some(&1) && shape[..shape.len() - 1] == whole[..whole.len() - 1] {
+    } else if shape.len() == whole.len()
+        && shape.last() == Some(&1)
+        && shape[..shape.len() - 1] == whole[..whole.len() - 1]
+    {
         Some("row".into())
     } else if elements == 1 {
         Some("0".into())

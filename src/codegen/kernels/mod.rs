@@ -5,16 +5,44 @@
 //! all compute the step, best guess first. The twins stand in one table, the more special before the more general; the first
 //! candidate of the first twin that has one is the default, and tactics may name another.
 
+mod attention;
+mod attention_decode;
+mod attention_prefill;
 mod builder;
 mod expression;
 mod frame;
+mod gather_rows;
+mod group_rows;
+mod head_rope;
+mod heads;
+mod kv_write;
 mod pattern;
 mod pointwise;
 mod product;
+mod rms_norm;
+mod rope;
+mod router;
+mod routing;
+mod row_sum;
+mod sample;
+mod select;
+mod services;
+mod short_conv;
+mod split;
 mod stream;
 mod stream_fma;
+mod tile;
+mod tile_fma;
+mod tiles;
+mod weighted_sum;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod trial;
 
 pub use self::builder::{Builder, Specialised};
+pub use self::pattern::is_weight;
+pub use self::services::{ServiceKernel, services};
 use crate::plan::{Launch, Phase, Semantic};
 
 /// A step, as a twin sees it.
@@ -43,15 +71,41 @@ pub trait Twin: Sync {
 pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
+    &tile::Tile,
+    &tile_fma::TileFma,
+    &router::Router,
+    &group_rows::GroupRows,
+    &weighted_sum::WeightedSum,
+    &select::TopK,
+    &select::GatherColumns,
+    &row_sum::RowSum,
+    &sample::Sample,
+    &short_conv::ShortConv,
+    &rms_norm::RmsNorm,
+    &gather_rows::GatherRows,
+    &split::Split,
     &pointwise::Pointwise,
+    &head_rope::HeadRope,
+    &rope::Rope,
+    &kv_write::KvWrite,
+    &attention_prefill::AttentionPrefill,
+    &attention_decode::AttentionDecode,
+    &attention::Attention,
 ];
 
 /// The files that sources include, by name.
 pub static HEADERS: &[(&str, &str)] = &[
+    ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
+    ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
+    ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
+    ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
+    ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
 ];
 
@@ -70,6 +124,11 @@ pub fn candidates(problem: &Problem) -> Vec<Candidate> {
         list.map(move |specialised| Candidate { twin, specialised })
     };
     TWINS.iter().flat_map(|twin| of_twin(*twin)).collect()
+}
+
+/// Blocks for work whose kernel lets a block do several parts: as many as the device has room for, or nearly.
+fn blocks(threads_of_work: u64, threads: u32) -> u64 {
+    threads_of_work.div_ceil(u64::from(threads)).min(132 * 16)
 }
 
 impl Candidate {

@@ -30,6 +30,24 @@ pub fn rows_and_last(semantic: &Semantic, slot: Slot) -> (u64, u64) {
     }
 }
 
+/// True if an input is used as a weight: as the second argument of an operator that takes one there. Kernels may load weights
+/// before the steps before are done; where a graph puts a value in such a place, its step is launched after them.
+pub fn is_weight(semantic: &Semantic, slot: Slot) -> bool {
+    let takes_weight = |op: &Op| {
+        matches!(
+            op,
+            Op::Embed
+                | Op::RmsNorm { .. }
+                | Op::Matmul
+                | Op::Conv1dCausal
+                | Op::ExpertMatmul
+                | Op::GroupedMatmul
+                | Op::GroupedMatmulGather { .. }
+        )
+    };
+    semantic.body.iter().any(|Instr(op, arguments, _)| takes_weight(op) && arguments.get(1) == Some(&slot))
+}
+
 /// The only instruction of a body.
 pub fn only(semantic: &Semantic) -> Option<&Instr> {
     match &semantic.body[..] {
@@ -51,6 +69,11 @@ pub fn results<const N: usize>(instr: &Instr) -> Option<[Slot; N]> {
 /// True for the 16-bit types that tensor cores multiply.
 pub fn is_half(dtype: DType) -> bool {
     matches!(dtype, DType::F16 | DType::BF16)
+}
+
+/// True for the types of numbers that are no integers.
+pub fn is_float(semantic: &Semantic, slot: Slot) -> bool {
+    dtype(semantic, slot) != DType::I32
 }
 
 /// A body from the front: each step takes the next instruction if it is what is asked for.

@@ -47,7 +47,7 @@ fn specialise(problem: &Problem, vector: u64) -> Option<Specialised> {
     for (i, (&slot, operand)) in arguments.iter().zip(&operands).enumerate() {
         builder.pointer(&format!("x{i}"), slot);
         let c = c_type(operand.0);
-        write!(formal, ", const {c}* __restrict__ x{i}").expect("writing to a String");
+        write!(formal, ", const {c}* x{i}").expect("writing to a String");
         write!(actual, ", x{i}").expect("writing to a String");
         let index = grid.index(i);
         if grid.advances(i) {

@@ -4,7 +4,12 @@ const SMALL: &str = include_str!("../../../tests/data/small_manifest.ron");
 
 fn small() -> PlanFile {
     let manifest = PlanFile::parse_manifest(SMALL).expect("the fixture is a manifest");
-    PlanFile { manifest, recipe: "(name: \"small\")".into(), texts: vec!["graph @small () {\n  return\n}\n".into()] }
+    PlanFile {
+        manifest,
+        recipe: "(name: \"small\")".into(),
+        texts: vec!["graph @small () {\n  return\n}\n".into()],
+        cubins: vec![],
+    }
 }
 
 #[test]
@@ -110,7 +115,7 @@ fn a_sealed_but_false_table_is_refused() {
 #[test]
 fn errors_say_where_and_what() {
     let with_manifest = |text: &str| {
-        let bytes = seal(&[text.as_bytes(), b"", b"graph"]);
+        let bytes = seal(&[(Kind::Manifest, text.as_bytes()), (Kind::Recipe, b""), (Kind::Text, b"graph")]);
         PlanFile::from_bytes(&bytes).expect_err("a broken manifest").to_string()
     };
     let shown = with_manifest(&SMALL.replacen("kv_tokens: 16", "kv_tokens: many", 1));
@@ -121,7 +126,7 @@ fn errors_say_where_and_what() {
     assert!(shown.contains("manifest, line 1"), "{shown}");
     let shown = with_manifest(&SMALL.replacen("kv_tokens: 16", "kv_tokens: 15", 1));
     assert!(shown.contains("limits: `kv_tokens`: expected whole pages of 4, found 15"), "{shown}");
-    let bytes = seal(&[SMALL.as_bytes(), b"\xff", b"graph"]);
+    let bytes = seal(&[(Kind::Manifest, SMALL.as_bytes()), (Kind::Recipe, b"\xff"), (Kind::Text, b"graph")]);
     let shown = PlanFile::from_bytes(&bytes).expect_err("no UTF-8").to_string();
     assert!(shown.contains("recipe is no UTF-8 at byte 0"), "{shown}");
     let shown = PlanFile::from_bytes(b"PK\x03\x04 something else").expect_err("a zip file").to_string();

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::launch;
 use super::order::{self, Accesses};
 use super::pool::place;
 use super::semantic::Signature;
@@ -30,6 +31,7 @@ pub(super) fn check_all(context: &Context, at: &str, faults: &mut Faults) {
         faults.add(at, format!("expected 1 to {MAX_BUCKETS} buckets, found {}", buckets.len()));
         return;
     }
+    launch::check_steps(context, at, faults);
     faults.unique(format_args!("{at}, buckets"), buckets.iter().map(|bucket| bucket.name.as_str()));
     let rank = |bucket: &Bucket| (bucket.phase == Phase::Decode, bucket.tokens);
     for pair in buckets.windows(2) {

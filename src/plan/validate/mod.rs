@@ -10,9 +10,12 @@
 //!   that; two buffers share bytes only if all accesses to one happen before the other is written (`order`).
 //! - The head can run again: it updates no state, and what it reads of earlier steps, like what the graph returns, lives to
 //!   the end.
+//! - On a device every step has a launch, of a kernel of the plan, within the device's limits, whose arguments are of its
+//!   parameters' types and of the step's operands; a plan for the CPU has neither.
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
 
 mod bucket;
+mod launch;
 mod meaning;
 mod model;
 mod ops;
@@ -93,13 +96,15 @@ impl Faults {
     }
 }
 
-/// Checks a manifest against every rule; `texts` is the number of graph texts in its file.
+/// Checks a manifest against every rule; `texts` and `cubins` are the numbers of graph texts and of kernels' machine code in its
+/// file.
 ///
 /// # Errors
 /// What does not hold, up to a number of faults at which nobody reads on.
-pub fn validate(manifest: &Manifest, texts: usize) -> Result<(), Vec<Fault>> {
+pub fn validate(manifest: &Manifest, texts: usize, cubins: usize) -> Result<(), Vec<Fault>> {
     let mut faults = Faults::default();
     model::check(manifest, &mut faults);
+    launch::check_kernels(manifest, cubins, &mut faults);
     // Each stage trusts the one before it, and faults in later ones would mostly be echoes.
     if faults.count() > 0 {
         return Err(faults.0);

@@ -2,8 +2,8 @@
 
 use super::{Faults, MAX_BYTES, Show, type_bytes};
 use crate::plan::{
-    ALIGNMENT, DType, Io, Layout, Limits, Manifest, Program, Region, SAMPLING_COLUMNS, State, StateRole, TensorType,
-    Weight,
+    ALIGNMENT, DType, Io, Layout, Limits, Manifest, Program, Region, SAMPLING_COLUMNS, STOP_COLUMNS, State, StateRole,
+    TensorType, Weight,
 };
 
 /// Inputs of a language model, each with one element a row.
@@ -44,7 +44,9 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         faults.note(at, check_state(state, language.then_some(&manifest.limits)));
     }
     inside("state", pool.state, places, at, faults);
-    for role in [StateRole::BlockTable, StateRole::Sampling] {
+    let single =
+        [StateRole::BlockTable, StateRole::Sampling, StateRole::LastToken, StateRole::Stops, StateRole::StepCounter];
+    for role in single {
         let count = program.states.iter().filter(|state| state.role == role).count();
         if language && count > 1 {
             faults.add(format_args!("{at}, states"), format!("expected at most one {role:?}, found {count}"));
@@ -161,6 +163,9 @@ fn check_state(state: &State, limits: Option<&Limits>) -> Result<(), String> {
             (vec![limits.map(|limits| limits.max_sequences), limits.map(Limits::pages_per_sequence)], true)
         }
         StateRole::Sampling => (vec![limits.map(|limits| limits.max_sequences), Some(SAMPLING_COLUMNS)], true),
+        StateRole::LastToken => (vec![limits.map(|limits| limits.max_sequences)], true),
+        StateRole::Stops => (vec![limits.map(|limits| limits.max_sequences), Some(STOP_COLUMNS)], true),
+        StateRole::StepCounter => (vec![Some(2)], true),
     };
     let fits = shape.len() == expected.len()
         && shape.iter().zip(&expected).all(|(found, expected)| expected.is_none_or(|expected| expected == *found));

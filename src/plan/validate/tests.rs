@@ -27,7 +27,7 @@ fn check(changes: &[(&str, Change)]) {
     for (expected, change) in changes {
         let mut manifest = small();
         change(&mut manifest);
-        let faults = validate(&manifest, 1).expect_err(expected);
+        let faults = validate(&manifest, 1, 0).expect_err(expected);
         let text: Vec<String> = faults.iter().map(ToString::to_string).collect();
         assert!(text.iter().any(|fault| fault.contains(expected)), "expected `{expected}`, found {text:#?}");
     }
@@ -35,7 +35,7 @@ fn check(changes: &[(&str, Change)]) {
 
 #[test]
 fn the_fixture_holds() {
-    assert_eq!(validate(&small(), 1), Ok(()));
+    assert_eq!(validate(&small(), 1, 0), Ok(()));
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn what_the_head_reads_is_not_overwritten_by_it() {
     let (z, logits) = (position("z"), position("logits"));
     bucket.buffers[logits].1 = bucket.buffers[z].1;
     // `z` is dead by the time the logits are written, but a second run of the head reads it again.
-    let faults = validate(&manifest, 1).expect_err("z feeds the head");
+    let faults = validate(&manifest, 1, 0).expect_err("z feeds the head");
     assert!(faults[0].message.contains("`z`") && faults[0].message.contains("`logits`"), "{faults:?}");
 }
 
@@ -255,5 +255,5 @@ fn the_number_of_faults_is_bounded() {
     let mut manifest = small();
     let first = manifest.tensors[0].clone();
     manifest.tensors = vec![first; 10_000];
-    assert_eq!(validate(&manifest, 1).expect_err("one name ten thousand times").len(), MAX_FAULTS);
+    assert_eq!(validate(&manifest, 1, 0).expect_err("one name ten thousand times").len(), MAX_FAULTS);
 }

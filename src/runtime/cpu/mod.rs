@@ -7,6 +7,7 @@
 mod attention;
 mod conv;
 mod experts;
+mod flight;
 mod interpret;
 mod matmul;
 mod norm;
@@ -27,6 +28,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use self::pool::{HostPool, Regions};
 
+use self::flight::Flight;
 use self::interpret::{Input, interpret};
 use self::poison::{Liveness, POISON};
 use self::tensor::{View, byte_len};
@@ -44,6 +46,7 @@ pub struct CpuExecutor {
     /// For each bucket, if everything not live is poisoned before each step.
     poison: Option<Vec<Liveness>>,
     last: Option<LastRun>,
+    flight: Flight,
     forced: ForcedExperts,
 }
 
@@ -67,7 +70,16 @@ impl CpuExecutor {
         let program = manifest.ranks.get(rank).with_context(|| format!("no rank {rank} in a plan of {ranks}"))?;
         let (found, expected) = (pool.bytes().len() as u64, program.pool.bytes().max(1));
         ensure!(found == expected, "a pool of {found} bytes for a program that needs {expected}");
-        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, forced: ForcedExperts::default() })
+        let (flight, forced) = (Flight::new(1), ForcedExperts::default());
+        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced })
+    }
+
+    /// Lets so many steps be in flight, at least 1, so that the same steps run as on a device of that lookahead. The CPU gains
+    /// nothing: each step runs as it is enqueued.
+    #[must_use]
+    pub fn with_lookahead(mut self, lookahead: usize) -> Self {
+        self.flight = Flight::new(lookahead);
+        self
     }
 
     /// With `true`, fills everything not live with NaN: caches, rings and io now, and the arena before each step.
@@ -87,11 +99,6 @@ impl CpuExecutor {
             }
         }
         self
-    }
-
-    /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
-    pub fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
-        self.forced.set(slot, choices);
     }
 
     /// The rank's program.
@@ -232,6 +239,12 @@ impl CpuExecutor {
         Ok(())
     }
 
+    /// The tokens that a bucket's last run chose for its first rows of logits.
+    fn next_tokens(&self, bucket: usize, rows: usize) -> Result<Vec<i32>> {
+        let (bytes, ty) = self.output_bytes(bucket, "next")?;
+        Ok(View::new(bytes, ty.0)?.part(0, rows)?.i32()?.to_vec())
+    }
+
     fn last(&self) -> Result<LastRun> {
         self.last.context("nothing has run yet")
     }
@@ -240,6 +253,14 @@ impl CpuExecutor {
 impl Executor for CpuExecutor {
     fn manifest(&self) -> &Manifest {
         &self.manifest
+    }
+
+    fn device(&self) -> String {
+        "the CPU".into()
+    }
+
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
+        self.forced.set(slot, choices);
     }
 
     fn set_pages(&mut self, slot: u32, pages: &[u32]) -> Result<()> {
@@ -255,12 +276,24 @@ impl Executor for CpuExecutor {
         self.write_row(StateRole::Sampling, slot, &params.to_row())
     }
 
-    fn run(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+    fn set_stops(&mut self, slot: u32, _eos: &[u32], _last_position: u32) -> Result<()> {
+        let limit = self.manifest.limits.max_sequences;
+        ensure!(u64::from(slot) < limit, "slot {slot} of {limit}");
+        self.flight.begin(slot);
+        Ok(())
+    }
+
+    fn lookahead(&self) -> usize {
+        self.flight.lookahead()
+    }
+
+    fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
         let manifest = Arc::clone(&self.manifest);
         let at = bucket_of(&manifest.ranks[self.rank], bucket)?;
         batch::check(batch, at, &manifest).with_context(|| format!("batch for bucket {}", at.name))?;
+        let tokens = self.flight.tokens(batch)?;
         self.last = None;
-        self.write_input("tokens", &batch.tokens, at.tokens, -1)?;
+        self.write_input("tokens", &tokens, at.tokens, -1)?;
         self.write_input("pos", &batch.positions, at.tokens, 0)?;
         self.write_input("slot", &batch.slots, at.tokens, -1)?;
         self.write_input("rows", &batch.rows, at.rows, -1)?;
@@ -271,7 +304,19 @@ impl Executor for CpuExecutor {
             }
         }
         self.run_steps(bucket)?;
-        self.last = Some(LastRun { bucket, tokens: batch.tokens.len(), rows: batch.rows.len() });
+        let rows = batch.rows.len();
+        let chosen = if rows > 0 { self.next_tokens(bucket, rows)? } else { vec![] };
+        self.flight.push(batch, chosen);
+        self.last = Some(LastRun { bucket, tokens: batch.tokens.len(), rows });
+        Ok(())
+    }
+
+    fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()> {
+        self.flight.pop(tokens)
+    }
+
+    fn discard(&mut self) -> Result<()> {
+        self.flight.discard();
         Ok(())
     }
 
@@ -288,17 +333,12 @@ impl Executor for CpuExecutor {
         Ok(())
     }
 
-    fn next_tokens(&mut self) -> Result<Vec<i32>> {
-        let last = self.last()?;
-        let (bytes, ty) = self.output_bytes(last.bucket, "next")?;
-        Ok(View::new(bytes, ty.0)?.part(0, last.rows)?.i32()?.to_vec())
-    }
-
-    fn logits(&mut self) -> Result<Vec<f32>> {
+    fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
         let last = self.last()?;
         let (bytes, ty) = self.output_bytes(last.bucket, "logits")?;
         let (_, vocab) = tensor::rows_and_last(ty)?;
-        Ok(View::new(bytes, ty.0)?.part(0, last.rows * vocab)?.to_f32()?.into_owned())
+        logits.extend_from_slice(&View::new(bytes, ty.0)?.part(0, last.rows * vocab)?.to_f32()?);
+        Ok(())
     }
 }
 

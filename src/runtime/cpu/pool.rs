@@ -84,6 +84,11 @@ impl HostPool {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
+
+    /// The whole pool, for a tool that replaces its contents.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes
+    }
 }
 
 fn bounds(region: Region) -> Option<(usize, usize)> {

@@ -23,6 +23,15 @@ fn go_on(_: u64, _: u32) -> ControlFlow<()> {
 
 /// What a request gives with no scheduler at all.
 fn reference(request: &Request, options: Options) -> Finished {
+    reference_until(request, options, None)
+}
+
+/// Whether the caller stops a sequence after a token.
+fn stops(stop: Option<u64>, id: u64, token: u32) -> bool {
+    stop.is_some_and(|stop| (id * 5 + u64::from(token)) % VOCAB == stop)
+}
+
+fn reference_until(request: &Request, options: Options, stop: Option<u64>) -> Finished {
     let (mut all, mut logits) = (request.prompt.clone(), vec![]);
     let mut reason = FinishReason::Length;
     for _ in 0..request.max_new_tokens {
@@ -32,6 +41,10 @@ fn reference(request: &Request, options: Options) -> Finished {
         all.push(token);
         if request.eos.contains(&token) {
             reason = FinishReason::Eos;
+            break;
+        }
+        if stops(stop, request.id, token) {
+            reason = FinishReason::Stop;
             break;
         }
     }
@@ -93,11 +106,15 @@ fn fits(manifest: &Manifest, request: &Request) -> bool {
 type Results = Vec<Result<Finished, RequestError>>;
 
 fn run(case: &Case, executor: &mut Mock) -> (Results, BTreeMap<u64, Vec<u32>>, Statistics) {
+    run_until(case, executor, None)
+}
+
+fn run_until(case: &Case, executor: &mut Mock, stop: Option<u64>) -> (Results, BTreeMap<u64, Vec<u32>>, Statistics) {
     let mut streamed: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
     let mut generator = Generator::new(executor, case.options).unwrap();
     let results = generator.generate(case.requests.clone(), |id, token| {
         streamed.entry(id).or_default().push(token);
-        ControlFlow::Continue(())
+        if stops(stop, id, token) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     (results.unwrap(), streamed, generator.statistics().clone())
 }
@@ -152,6 +169,55 @@ proptest! {
             prop_assert_eq!(&run(&alone, &mut again).0, &[result]);
         }
     }
+
+    /// Neither how many steps are in flight nor whether the device stops sequences itself changes a result.
+    #[test]
+    fn steps_in_flight_change_nothing(case in cases(), stop in prop::option::of(0..VOCAB)) {
+        let case = Case { options: Options { chunk: case.options.chunk, ..Options::default() }, ..case };
+        let finished: Vec<Finished> = case
+            .requests
+            .iter()
+            .filter(|request| fits(&case.manifest, request))
+            .map(|request| reference_until(request, case.options, stop))
+            .collect();
+        for (lookahead, on_device) in (1..=5).flat_map(|lookahead| [(lookahead, false), (lookahead, true)]) {
+            let mut executor = Mock::ahead(case.manifest.clone(), lookahead, on_device);
+            let (results, streamed, statistics) = run_until(&case, &mut executor, stop);
+            prop_assert_eq!(results.iter().flatten().collect::<Vec<_>>(), finished.iter().collect::<Vec<_>>());
+            for finished in &finished {
+                prop_assert_eq!(streamed.get(&finished.id).map_or(&[][..], |tokens| tokens), &finished.tokens);
+            }
+            let ran = finished.iter().filter(|finished| !finished.tokens.is_empty());
+            let prompt_rows: u64 = ran.clone().map(|finished| finished.prompt_tokens as u64).sum();
+            let tokens: u64 = ran.clone().map(|finished| finished.tokens.len() as u64).sum();
+            let (prefill, decode) = (&statistics.prefill, &statistics.decode);
+            prop_assert_eq!(prefill.rows, prompt_rows, "each prompt row runs once");
+            prop_assert_eq!(decode.rows, tokens - ran.count() as u64, "rows that were dropped count as padding");
+            prop_assert_eq!(statistics.tokens, tokens);
+            prop_assert_eq!(prefill.steps + decode.steps, executor.trace.len() as u64, "every step is collected");
+            let capacity: u64 =
+                executor.trace.iter().map(|(bucket, _)| case.manifest.ranks[0].buckets[*bucket].tokens).sum();
+            prop_assert_eq!(prefill.rows + prefill.padding + decode.rows + decode.padding, capacity);
+            let mut again = Mock::ahead(case.manifest.clone(), lookahead, on_device);
+            run_until(&case, &mut again, stop);
+            prop_assert_eq!((&again.trace, &again.events), (&executor.trace, &executor.events), "the same steps");
+        }
+    }
+}
+
+#[test]
+fn the_executor_is_kept_busy() {
+    let events = |lookahead, options| {
+        let mut executor = Mock::ahead(small(), lookahead, false);
+        let mut generator = Generator::new(&mut executor, options).unwrap();
+        generator.generate(vec![request(0, &[3, 1], 6)], go_on).unwrap().remove(0).unwrap();
+        executor.events
+    };
+    assert_eq!(events(1, Options::default()), "ecececececec");
+    assert_eq!(events(3, Options::default()), "eeececececcc");
+    assert_eq!(events(9, Options::default()), "eeeeeecccccc");
+    let kept = Options { capture_logits: true, ..Options::default() };
+    assert_eq!(events(3, kept), events(1, kept), "logits are those of the last step alone");
 }
 
 #[test]
@@ -200,7 +266,12 @@ fn prompt_logits_without_new_tokens() {
 
 #[test]
 fn a_failed_executor_ends_the_run_and_frees_everything() {
-    let mut executor = Mock::new(small());
+    for lookahead in [1, 3] {
+        fail(Mock::ahead(small(), lookahead, false));
+    }
+}
+
+fn fail(mut executor: Mock) {
     executor.fails_at = Some(2);
     let mut generator = Generator::new(&mut executor, Options::default()).unwrap();
     let requests: Vec<Request> = (0..5).map(|id| request(id, &[id as u32, 1], 4)).collect();

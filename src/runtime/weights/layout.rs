@@ -40,6 +40,40 @@ pub(super) fn fill(
     Ok(())
 }
 
+/// The weights of a region by ascending offset, for writing any range of it.
+pub(super) struct Region {
+    weights: Vec<(u64, u64, DType, Gather)>,
+}
+
+impl Region {
+    /// Of weights that do not overlap.
+    pub(super) fn new(tensors: &[Tensor], weights: &[Weight]) -> Result<Region, WeightError> {
+        let mut list = Vec::with_capacity(weights.len());
+        for weight in weights {
+            let bytes = weight.ty.bytes().ok_or_else(|| fault(weight, format!("size of {:?} overflows", weight.ty)))?;
+            let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
+            list.push((weight.offset, bytes, weight.ty.0, gather));
+        }
+        list.sort_by_key(|&(offset, bytes, ..)| (offset, bytes));
+        Ok(Region { weights: list })
+    }
+
+    /// Writes the region's bytes from `start` on, a multiple of every element's size, in parallel. Bytes between weights stay as
+    /// they are.
+    pub(super) fn write(&self, elements: &impl Elements, start: u64, bytes: &mut [u8]) {
+        bytes.par_chunks_mut(TASK_BYTES).enumerate().for_each(|(i, bytes)| {
+            let start = start + (i * TASK_BYTES) as u64;
+            let end = start + bytes.len() as u64;
+            let first = self.weights.partition_point(|&(offset, size, ..)| offset + size <= start);
+            for (offset, size, dtype, gather) in self.weights[first..].iter().take_while(|(offset, ..)| *offset < end) {
+                let (from, to) = (start.max(*offset), end.min(offset + size));
+                let piece = &mut bytes[(from - start) as usize..(to - start) as usize];
+                gather.write(elements, (from - offset) / dtype.bytes(), *dtype, piece);
+            }
+        });
+    }
+}
+
 /// The bytes of each weight, by ascending offset.
 fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w Weight, &'r mut [u8])>, WeightError> {
     let length = region.len();
@@ -64,6 +98,47 @@ fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w
         at = offset + bytes;
     }
     Ok(slices)
+}
+
+/// Where the elements of a tensor lie in a weight: element i is the weight's element
+///
+/// ```text
+/// i / part * whole + i % part / run * stride + offset + i % part % run
+/// ```
+///
+/// Devices write weights by this, tensor by tensor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Places {
+    /// Position of the tensor in the manifest.
+    pub tensor: u32,
+    /// Elements of the tensor in a period of the weight.
+    pub part: u64,
+    /// Elements of a period.
+    pub whole: u64,
+    /// Elements that are adjacent in both.
+    pub run: u64,
+    /// From one run to the next, in the weight.
+    pub stride: u64,
+    /// The first run's place in a period.
+    pub offset: u64,
+}
+
+/// The places of all tensors of a weight, those without elements left out.
+///
+/// # Errors
+/// The plan is inconsistent.
+pub fn places(weight: &Weight, tensors: &[Tensor]) -> Result<Vec<Places>, WeightError> {
+    let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
+    let count = gather.parts.len() as u64;
+    let places =
+        gather.parts.iter().zip(0..).filter(|(part, _)| part.elements > 0).map(|(part, index): (&Part, u64)| {
+            let (run, stride, offset) = match gather.block {
+                None => (part.elements, part.elements, part.start),
+                Some(block) => (block, block * count, index * block),
+            };
+            Places { tensor: part.tensor, part: part.elements, whole: gather.period, run, stride, offset }
+        });
+    Ok(places.collect())
 }
 
 fn fault(weight: &Weight, what: String) -> WeightError {
@@ -193,6 +268,58 @@ impl Gather {
             elements.read(run.tensor, run.first, dtype, now);
             position += size / dtype.bytes();
             bytes = later;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::plan::Synthetic;
+
+    fn place(at: &Places, i: u64) -> u64 {
+        let rest = i % at.part;
+        i / at.part * at.whole + rest / at.run * at.stride + at.offset + rest % at.run
+    }
+
+    proptest! {
+        #[test]
+        fn places_say_what_runs_say(
+            outer in 1u64..4,
+            inner in 1u64..4,
+            sizes in prop::collection::vec(0u64..4, 1..4),
+            block in prop::option::of(1u64..4),
+        ) {
+            // In blocks, parts are of one size.
+            let sizes: Vec<u64> = match block {
+                Some(block) => sizes.iter().map(|_| (sizes[0] + 1) * block).collect(),
+                None => sizes,
+            };
+            let tensor = |size: u64| Tensor {
+                name: String::new(),
+                dtype: DType::F32,
+                index_dtypes: vec![],
+                shape: vec![outer, size, inner],
+                sources: vec![],
+                synthetic: Synthetic { salt: 0, center: 0.0, scale: 0.0 },
+            };
+            let tensors: Vec<Tensor> = sizes.iter().map(|&size| tensor(size)).collect();
+            let ty = TensorType(DType::F32, vec![outer, sizes.iter().sum(), inner]);
+            let elements = ty.elements().expect("few");
+            let layout = Layout::Concat { axis: 1, block, tensors: (0..sizes.len() as u32).collect() };
+            let weight = Weight { name: String::new(), ty, offset: 0, layout };
+            let gather = Gather::new(&weight, &tensors).expect("they fit");
+            let mut seen = 0;
+            for at in places(&weight, &tensors).expect("they fit") {
+                for i in 0..sizes[at.tensor as usize] * outer * inner {
+                    let run = gather.run(place(&at, i));
+                    prop_assert_eq!((run.tensor, run.first), (at.tensor, i));
+                    seen += 1;
+                }
+            }
+            prop_assert_eq!(seen, elements);
         }
     }
 }

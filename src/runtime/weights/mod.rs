@@ -8,6 +8,7 @@ pub mod synthetic;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
 pub use header::{HeaderEntry, HeaderError, parse_header};
+pub use layout::{Places, places};
 pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
 
 use crate::plan::{Manifest, Program};
@@ -60,6 +61,50 @@ pub fn fill_synthetic(
 ) -> Result<(), WeightError> {
     let numbers = synthetic::Numbers::new(&manifest.tensors, seed);
     layout::fill(&manifest.tensors, &program.weights, &numbers, region, progress)
+}
+
+/// Where weights come from.
+#[derive(Clone, Copy)]
+pub enum Origin<'a> {
+    /// A checkpoint.
+    Checkpoint(&'a Checkpoint),
+    /// A counter, with this seed; see [`synthetic`].
+    Synthetic(u64),
+}
+
+/// The weights region as it will be, any range of which can be written: for loading it through a window.
+pub struct Window<'a> {
+    region: layout::Region,
+    elements: Stored<'a>,
+}
+
+enum Stored<'a> {
+    Checkpoint(resolve::Stored<'a>),
+    Synthetic(synthetic::Numbers<'a>),
+}
+
+impl<'a> Window<'a> {
+    /// Of a program's weights.
+    ///
+    /// # Errors
+    /// As [`load`].
+    pub fn new(manifest: &'a Manifest, program: &Program, origin: Origin<'a>) -> Result<Self, WeightError> {
+        let region = layout::Region::new(&manifest.tensors, &program.weights)?;
+        let elements = match origin {
+            Origin::Checkpoint(checkpoint) => Stored::Checkpoint(resolve::resolve(manifest, checkpoint)?),
+            Origin::Synthetic(seed) => Stored::Synthetic(synthetic::Numbers::new(&manifest.tensors, seed)),
+        };
+        Ok(Window { region, elements })
+    }
+
+    /// Writes the region's bytes from `start` on, a multiple of every element's size, in parallel. Bytes between weights stay
+    /// as they are.
+    pub fn write(&self, start: u64, bytes: &mut [u8]) {
+        match &self.elements {
+            Stored::Checkpoint(stored) => self.region.write(stored, start, bytes),
+            Stored::Synthetic(numbers) => self.region.write(numbers, start, bytes),
+        }
+    }
 }
 
 /// Compares a checkpoint with what the plan needs, without reading its numbers.

@@ -6,7 +6,7 @@ use super::{bits, noise, ty};
 use crate::plan::*;
 use crate::runtime::cpu::{CpuExecutor, HostPool};
 use crate::runtime::sampling::argmax;
-use crate::runtime::{Batch, Executor, SamplingParams};
+use crate::runtime::{Batch, Executor, PENDING, SamplingParams};
 
 const VOCAB: usize = 11;
 const WIDTH: usize = 8;
@@ -137,6 +137,7 @@ fn manifest() -> Manifest {
             forced_routing: None,
         },
         target: Target::Cpu,
+        toolkit: None,
         dtype: DType::F32,
         limits: Limits {
             max_sequences: SLOTS as u64,
@@ -173,6 +174,12 @@ fn batch(sequences: &[(i32, i32, &[i32])], rows: &[i32]) -> Batch {
     batch
 }
 
+fn last_logits(executor: &mut CpuExecutor) -> Vec<f32> {
+    let mut logits = vec![];
+    executor.logits(&mut logits).unwrap();
+    logits
+}
+
 const PROMPT: [i32; 6] = [3, 1, 4, 1, 5, 9];
 
 /// Logits of each position of the prompt in a slot, fed by chunks, with a neighbour in the same batches.
@@ -187,8 +194,8 @@ fn logits(executor: &mut CpuExecutor, slot: i32, chunk: usize, neighbour: bool) 
         executor.run(0, &batch(&sequences, &[first as i32])).unwrap();
         for row in first..first + tokens.len() {
             executor.run_head(0, &[row as i32]).unwrap();
-            let logits = executor.logits().unwrap();
-            assert_eq!(executor.next_tokens().unwrap(), [argmax(&logits) as i32]);
+            let logits = last_logits(executor);
+            assert_eq!(executor.next_tokens(0, 1).unwrap(), [argmax(&logits) as i32]);
             assert!(logits.iter().all(|x| x.is_finite()));
             all.extend(bits(&logits));
         }
@@ -216,7 +223,7 @@ fn neither_poison_nor_chunks_nor_neighbours_change_a_bit() {
         decode.run(0, &batch(&[(0, 0, &PROMPT[..5])], &[4])).unwrap();
         let both = [(0, 5, &PROMPT[5..]), (2, 0, &PROMPT[..1])];
         decode.run(1, &batch(&both[..1 + usize::from(neighbour)], &[0])).unwrap();
-        assert_eq!(bits(&decode.logits().unwrap()), expected[5 * VOCAB..]);
+        assert_eq!(bits(&last_logits(&mut decode)), expected[5 * VOCAB..]);
     }
 }
 
@@ -228,7 +235,7 @@ fn poison_shows_a_read_of_what_nobody_wrote() {
         [false, true].map(|poison| {
             let mut executor = executor(manifest.clone(), poison);
             executor.run(0, &batch(&[(0, 0, &PROMPT)], &[5])).unwrap();
-            executor.logits().unwrap().iter().all(|x| x.is_finite())
+            last_logits(&mut executor).iter().all(|x| x.is_finite())
         })
     };
     assert_eq!(broken(|_| ()), [true, true]);
@@ -263,22 +270,62 @@ fn samples_by_slot_and_position() {
     let params = SamplingParams { temperature: 1.5, seed: 5 << 33 | 7, top_k: 6, top_p: 0.95, min_p: 0.01 };
     executor.set_sampling(1, params).unwrap();
     executor.set_sampling(0, SamplingParams::default()).unwrap();
-    executor.run(0, &batch(&[(1, 0, &PROMPT[..3]), (0, 0, &PROMPT[..2])], &[2, 4])).unwrap();
-    let (logits, next) = (executor.logits().unwrap(), executor.next_tokens().unwrap());
+    let next = executor.run(0, &batch(&[(1, 0, &PROMPT[..3]), (0, 0, &PROMPT[..2])], &[2, 4])).unwrap();
+    let logits = last_logits(&mut executor);
     let drawn = crate::runtime::sampling::choose(&logits[..VOCAB], &params, 2);
     assert_eq!(next, [drawn as i32, argmax(&logits[VOCAB..]) as i32]);
     assert!(executor.set_sampling(3, params).is_err());
 }
 
+/// Rows of pending tokens are those of the same tokens known, also where a step without them came between.
+#[test]
+fn a_pending_token_is_the_one_chosen_last() {
+    let steps = |executor: &mut CpuExecutor, known: Option<&[i32]>| {
+        let mut tokens = vec![];
+        let pending = |i: usize| known.map_or(PENDING, |known| known[i]);
+        for slot in [0, 2] {
+            executor.set_stops(slot, &[], 15).unwrap();
+        }
+        executor.enqueue(0, &batch(&[(0, 0, &PROMPT), (2, 0, &[2])], &[5, 6])).unwrap();
+        executor.enqueue(1, &batch(&[(2, 1, &[pending(1)])], &[0])).unwrap();
+        executor.enqueue(0, &batch(&[(0, 6, &[pending(0)]), (2, 2, &[pending(2)])], &[0, 1])).unwrap();
+        let logits = last_logits(executor);
+        assert!(executor.enqueue(0, &batch(&[(0, 7, &[1])], &[0])).unwrap_err().to_string().contains("in flight"));
+        for count in [2, 3, 5] {
+            executor.collect(&mut tokens).unwrap();
+            assert_eq!(tokens.len(), count);
+        }
+        assert!(executor.collect(&mut tokens).is_err(), "nothing is in flight");
+        (tokens, bits(&logits))
+    };
+    let mut executor = executor(manifest(), true).with_lookahead(3);
+    assert_eq!(executor.lookahead(), 3);
+    let expected = steps(&mut executor, None);
+    assert_eq!(steps(&mut executor, Some(&expected.0)), expected);
+
+    let pending = |slot| batch(&[(slot, 7, &[PENDING])], &[0]);
+    executor.enqueue(0, &pending(0)).unwrap();
+    executor.discard().unwrap();
+    assert!(executor.collect(&mut vec![]).is_err(), "it was discarded");
+    executor.set_stops(0, &[], 15).unwrap();
+    for slot in [0, 1] {
+        let fault = executor.enqueue(0, &pending(slot)).unwrap_err().to_string();
+        assert!(fault.contains("has chosen none"), "{fault}");
+    }
+    assert!(executor.set_stops(3, &[], 15).is_err());
+}
+
 #[test]
 fn refuses_what_does_not_fit() {
-    let cases: [(usize, Batch, &str); 10] = [
+    let cases: [(usize, Batch, &str); 12] = [
         (0, batch(&[(0, 0, &[1; 9])], &[0]), "9 rows, the bucket has 8"),
         (0, batch(&[(0, 0, &[11])], &[0]), "token 11 of a vocabulary of 11"),
         (0, batch(&[(0, 0, &[-1])], &[0]), "token -1"),
         (0, batch(&[(0, 15, &[1, 2])], &[0]), "position 16, a sequence has 16"),
         (0, batch(&[(3, 0, &[1])], &[0]), "slot 3 of 3"),
         (0, batch(&[(0, 0, &[1]), (1, 0, &[1]), (0, 1, &[1])], &[0]), "3 sequences, the bucket has 2"),
+        (0, batch(&[(0, 0, &[1]), (0, 1, &[PENDING])], &[0]), "must be the only one of its sequence"),
+        (0, batch(&[(0, 0, &[PENDING, 1])], &[0]), "must be the only one of its sequence"),
         (0, batch(&[(0, 1, &[1]), (0, 0, &[1])], &[0]), "position 0 after 1 does not ascend"),
         (0, batch(&[(0, 0, &[1])], &[1]), "logits of row 1, the batch has 1"),
         (1, batch(&[(0, 0, &[1, 2])], &[0]), "a decode bucket takes one row a sequence"),
@@ -289,7 +336,7 @@ fn refuses_what_does_not_fit() {
         let fault = format!("{:#}", executor.run(bucket, &batch).unwrap_err());
         assert!(fault.contains(expected), "expected {expected}, found {fault}");
     }
-    assert!(executor.logits().is_err() && executor.run_head(0, &[0]).is_err());
+    assert!(executor.logits(&mut vec![]).is_err() && executor.run_head(0, &[0]).is_err());
     let mut apart = batch(&[(0, 0, &[1, 2])], &[0]);
     apart.positions.pop();
     assert!(executor.run(0, &apart).is_err());
@@ -315,7 +362,7 @@ fn inputs_and_results_by_name() {
     executor.run_steps(1).unwrap();
     let by_name = executor.output(1, "logits").unwrap();
     executor.run(0, &batch(&[(2, 0, &PROMPT[..2])], &[1])).unwrap();
-    let expected = executor.logits().unwrap();
+    let expected = last_logits(&mut executor);
     assert_eq!(by_name[..VOCAB * 4], *bytemuck::cast_slice::<f32, u8>(&expected));
     assert!(by_name[VOCAB * 4..].iter().all(|byte| *byte == 0), "a padding row of logits");
     let fault = executor.set_input("token", &[0]).unwrap_err().to_string();

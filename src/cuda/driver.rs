@@ -1,0 +1,453 @@
+//! Devices, streams, events, modules and launches.
+//!
+//! What a kernel does with its arguments no wrapper can check: a plan contains machine code and is trusted like a program.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_void};
+use std::sync::Arc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+use thiserror::Error;
+
+/// What the driver refused, and while doing what.
+#[derive(Clone, Debug, Error)]
+pub enum DeviceError {
+    /// No driver.
+    #[error(
+        "the NVIDIA driver: expected libcuda.so.1 in the loader's path, found none; run on a machine with an NVIDIA GPU and its \
+         driver, or use `--device cpu`"
+    )]
+    NoDriver,
+    /// A driver without a device.
+    #[error("a GPU: expected device {ordinal}, found {found} devices; set CUDA_VISIBLE_DEVICES, or use `--device cpu`")]
+    NoDevice {
+        /// Number of the device.
+        ordinal: usize,
+        /// Devices there are.
+        found: usize,
+    },
+    /// A call failed.
+    #[error("{what}: the CUDA driver reports {error}")]
+    Call {
+        /// What was being done.
+        what: String,
+        /// The driver's words.
+        error: String,
+    },
+}
+
+/// Adds to a driver's error what was being done.
+pub(super) fn during<T>(what: &str, result: Result<T, DriverError>) -> Result<T, DeviceError> {
+    result.map_err(|error| DeviceError::Call { what: what.to_owned(), error: format!("{error:?}") })
+}
+
+/// A GPU with its primary context.
+#[derive(Debug)]
+pub struct Device {
+    handle: sys::CUdevice,
+    context: sys::CUcontext,
+    /// Number by which it was opened.
+    pub ordinal: usize,
+    /// Its name: `NVIDIA H200`.
+    pub name: String,
+    /// Compute capability: (9, 0).
+    pub capability: (u32, u32),
+    /// Multiprocessors.
+    pub multiprocessors: u32,
+    /// The newest CUDA version that its driver supports.
+    pub driver: (u32, u32),
+}
+
+// SAFETY: the driver's handles may be used by any thread, which makes the context current first.
+unsafe impl Send for Device {}
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// How many devices there are; 0 without a driver.
+    pub fn count() -> usize {
+        // SAFETY: opens a library.
+        if !unsafe { sys::is_culib_present() } || result::init().is_err() {
+            return 0;
+        }
+        result::device::get_count().map_or(0, |count| count.max(0) as usize)
+    }
+
+    /// Opens a device and makes its context current in this thread.
+    ///
+    /// # Errors
+    /// No driver, no such device, or the driver failed.
+    pub fn open(ordinal: usize) -> Result<Arc<Device>, DeviceError> {
+        // SAFETY: opens a library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(DeviceError::NoDriver);
+        }
+        if let Err(error) = result::init() {
+            return match error.0 {
+                sys::CUresult::CUDA_ERROR_NO_DEVICE => Err(DeviceError::NoDevice { ordinal, found: 0 }),
+                _ => during("initialising", Err(error)),
+            };
+        }
+        let found = during("counting devices", result::device::get_count())?.max(0) as usize;
+        if ordinal >= found {
+            return Err(DeviceError::NoDevice { ordinal, found });
+        }
+        let handle = during("opening the device", result::device::get(ordinal as i32))?;
+        let name = during("reading the device's name", result::device::get_name(handle))?;
+        use sys::CUdevice_attribute as A;
+        // SAFETY: the handle is a device's; the context is released once, when the device is dropped.
+        unsafe {
+            let attribute = |which: A| {
+                during("reading the device's attributes", result::device::get_attribute(handle, which))
+                    .map(|value| value as u32)
+            };
+            let capability = (
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            );
+            let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            let mut version = 0;
+            during("reading the driver's version", sys::cuDriverGetVersion(&mut version).result())?;
+            let driver = ((version / 1000) as u32, (version % 1000 / 10) as u32);
+            let context = during("making a context", result::primary_ctx::retain(handle))?;
+            let device = Device { handle, context, ordinal, name, capability, multiprocessors, driver };
+            device.bind()?;
+            Ok(Arc::new(device))
+        }
+    }
+
+    /// Makes the context current in this thread: needed in every thread that uses the device.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn bind(&self) -> Result<(), DeviceError> {
+        // SAFETY: the context lives as long as the device.
+        during("making the context current", unsafe { result::ctx::set_current(self.context) })
+    }
+
+    /// Free and total memory, in bytes.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn memory(&self) -> Result<(u64, u64), DeviceError> {
+        let (free, total) = during("asking for free memory", result::mem_get_info())?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// The highest clocks of the multiprocessors and of the memory, in kHz; 0 where the driver does not say.
+    pub fn clocks(&self) -> (u32, u32) {
+        use sys::CUdevice_attribute as A;
+        // SAFETY: the handle is a device's.
+        let clock = |which| unsafe { result::device::get_attribute(self.handle, which) }.map_or(0, |khz| khz as u32);
+        (clock(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE), clock(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE))
+    }
+
+    /// Waits until everything is done.
+    ///
+    /// # Errors
+    /// Something that ran has failed.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        during("waiting for the device", result::ctx::synchronize())
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained once. A failure at the end leaves nothing to do.
+        let _ = unsafe { result::primary_ctx::release(self.handle) };
+    }
+}
+
+/// A queue of work.
+#[derive(Debug)]
+pub struct Stream {
+    pub(super) handle: sys::CUstream,
+    pub(super) device: Arc<Device>,
+}
+
+// SAFETY: as of the device.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A stream that no other waits for.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn new(device: &Arc<Device>) -> Result<Stream, DeviceError> {
+        let handle = during("making a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        Ok(Stream { handle, device: Arc::clone(device) })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Waits until all its work is done.
+    ///
+    /// # Errors
+    /// Something that ran has failed.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        // SAFETY: the stream is alive.
+        during("waiting for a stream", unsafe { result::stream::synchronize(self.handle) })
+    }
+
+    /// Whether all its work is done.
+    ///
+    /// # Errors
+    /// Something that ran has failed.
+    pub fn is_done(&self) -> Result<bool, DeviceError> {
+        // SAFETY: the stream is alive.
+        match unsafe { sys::cuStreamQuery(self.handle) } {
+            sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            other => during("asking a stream", other.result()).map(|()| true),
+        }
+    }
+
+    /// Lets later work of this stream wait for the event.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: both are alive; the driver keeps what it needs of the event.
+        during("waiting for an event", unsafe { result::stream::wait_event(self.handle, event.handle, flags) })
+    }
+
+    /// Launches a kernel; `args` holds each argument's bits.
+    ///
+    /// # Errors
+    /// The driver refused the launch.
+    pub fn launch(&self, function: &Function, shape: &LaunchShape, args: &[u64]) -> Result<(), DeviceError> {
+        let mut attributes = [const { std::mem::MaybeUninit::<sys::CUlaunchAttribute>::zeroed() }; 2];
+        let mut count = 0;
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
+        if args.len() > MAX_ARGS {
+            let error = format!("{} arguments, at most {MAX_ARGS} are possible", args.len());
+            return Err(DeviceError::Call { what: format!("launching {}", function.name), error });
+        }
+        for (pointer, arg) in pointers.iter_mut().zip(args) {
+            *pointer = std::ptr::from_ref(arg).cast_mut().cast();
+        }
+        // SAFETY: zeroed attributes are valid; the pointers are to as many arguments as the module's parameters, which
+        // `Module::function` has checked, each of at most 8 bytes; the driver copies all of it before it returns.
+        unsafe {
+            if shape.cluster > 1 {
+                let attribute = attributes[count].assume_init_mut();
+                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+                attribute.value.clusterDim =
+                    sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: shape.cluster, y: 1, z: 1 };
+                count += 1;
+            }
+            if shape.dependent {
+                let attribute = attributes[count].assume_init_mut();
+                attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                attribute.value.programmaticStreamSerializationAllowed = 1;
+                count += 1;
+            }
+            let config = sys::CUlaunchConfig {
+                gridDimX: shape.grid[0],
+                gridDimY: shape.grid[1],
+                gridDimZ: shape.grid[2],
+                blockDimX: shape.block,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shape.shared,
+                hStream: self.handle,
+                attrs: attributes.as_mut_ptr().cast(),
+                numAttrs: count as u32,
+            };
+            let launched =
+                sys::cuLaunchKernelEx(&config, function.handle, pointers.as_mut_ptr(), std::ptr::null_mut()).result();
+            launched.map_err(|error| DeviceError::Call {
+                what: format!("launching {} with {shape:?}", function.name),
+                error: format!("{error:?}"),
+            })
+        }
+    }
+}
+
+/// Arguments of any kernel.
+const MAX_ARGS: usize = 32;
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once; work that is queued still runs.
+        let _ = unsafe { result::stream::destroy(self.handle) };
+    }
+}
+
+/// A point in a stream.
+#[derive(Debug)]
+pub struct Event {
+    handle: sys::CUevent,
+    _device: Arc<Device>,
+}
+
+// SAFETY: as of the device.
+unsafe impl Send for Event {}
+
+impl Event {
+    /// An event; `timed` if [`Event::milliseconds_since`] will be asked.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn new(device: &Arc<Device>, timed: bool) -> Result<Event, DeviceError> {
+        let flags = match timed {
+            true => sys::CUevent_flags::CU_EVENT_DEFAULT,
+            false => sys::CUevent_flags::CU_EVENT_DISABLE_TIMING,
+        };
+        let handle = during("making an event", result::event::create(flags))?;
+        Ok(Event { handle, _device: Arc::clone(device) })
+    }
+
+    /// Moves it to the end of the stream's work.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn record(&self, stream: &Stream) -> Result<(), DeviceError> {
+        // SAFETY: both are alive.
+        during("recording an event", unsafe { result::event::record(self.handle, stream.handle) })
+    }
+
+    /// Waits until the stream has reached it.
+    ///
+    /// # Errors
+    /// Something that ran before it has failed.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        // SAFETY: it is alive.
+        during("waiting for an event", unsafe { result::event::synchronize(self.handle) })
+    }
+
+    /// Time since an earlier event; both have been reached.
+    ///
+    /// # Errors
+    /// One has not been reached, or is not timed.
+    pub fn milliseconds_since(&self, earlier: &Event) -> Result<f32, DeviceError> {
+        // SAFETY: both are alive.
+        during("reading a time", unsafe { result::event::elapsed(earlier.handle, self.handle) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once.
+        let _ = unsafe { result::event::destroy(self.handle) };
+    }
+}
+
+/// Loaded machine code.
+#[derive(Debug)]
+pub struct Module {
+    handle: sys::CUmodule,
+    device: Arc<Device>,
+}
+
+// SAFETY: as of the device.
+unsafe impl Send for Module {}
+unsafe impl Sync for Module {}
+
+impl Module {
+    /// Loads machine code.
+    ///
+    /// # Errors
+    /// It is none for this device.
+    pub fn load(device: &Arc<Device>, cubin: &[u8]) -> Result<Arc<Module>, DeviceError> {
+        // SAFETY: the driver reads the image by its own headers, as a program loader does.
+        let handle = during("loading machine code", unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;
+        Ok(Arc::new(Module { handle, device: Arc::clone(device) }))
+    }
+
+    /// A kernel, whose parameters must have these sizes, allowed `shared` bytes of dynamic shared memory.
+    ///
+    /// # Errors
+    /// No such kernel, other parameters, or too much shared memory.
+    pub fn function(self: &Arc<Self>, name: &str, params: &[usize], shared: u32) -> Result<Function, DeviceError> {
+        let what = format!("looking for kernel {name}");
+        let symbol = CString::new(name)
+            .map_err(|_| DeviceError::Call { what: what.clone(), error: "a zero byte in the name".into() })?;
+        // SAFETY: the module is alive, and lives as long as the function; places are for what the driver writes.
+        unsafe {
+            let handle = during(&what, result::module::get_function(self.handle, symbol))?;
+            let mut found = vec![];
+            loop {
+                let (mut offset, mut size) = (0, 0);
+                match sys::cuFuncGetParamInfo(handle, found.len(), &mut offset, &mut size) {
+                    sys::CUresult::CUDA_SUCCESS => found.push(size),
+                    _ => break,
+                }
+            }
+            if found != params {
+                let error = format!("parameters of {params:?} bytes were expected, its have {found:?}");
+                return Err(DeviceError::Call { what, error });
+            }
+            if shared > 48 << 10 {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                let allowed = result::function::set_function_attribute(handle, attribute, shared as i32);
+                during(&format!("allowing {shared} bytes of shared memory to {name}"), allowed)?;
+            }
+            Ok(Function { handle, name: name.to_owned(), _module: Arc::clone(self) })
+        }
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        // SAFETY: unloaded once; its functions keep it alive until then.
+        let _ = self.device.bind();
+        let _ = unsafe { result::module::unload(self.handle) };
+    }
+}
+
+/// A kernel.
+#[derive(Clone, Debug)]
+pub struct Function {
+    handle: sys::CUfunction,
+    name: String,
+    _module: Arc<Module>,
+}
+
+// SAFETY: as of the device.
+unsafe impl Send for Function {}
+unsafe impl Sync for Function {}
+
+impl Function {
+    /// Registers of a thread, bytes of static shared memory and of local memory.
+    pub fn resources(&self) -> (u32, u32, u32) {
+        use sys::CUfunction_attribute as A;
+        let attribute = |which| {
+            // SAFETY: the function is alive.
+            unsafe { result::function::get_function_attribute(self.handle, which) }.map_or(0, |value| value as u32)
+        };
+        (
+            attribute(A::CU_FUNC_ATTRIBUTE_NUM_REGS),
+            attribute(A::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
+            attribute(A::CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
+        )
+    }
+
+    /// Blocks of this shape that a multiprocessor holds at once.
+    pub fn blocks_per_multiprocessor(&self, block: u32, shared: u32) -> u32 {
+        let mut blocks = 0;
+        // SAFETY: the function is alive; the place is for what the driver writes.
+        let found = unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, self.handle, block as i32, shared as usize)
+        };
+        if found == sys::CUresult::CUDA_SUCCESS { blocks as u32 } else { 0 }
+    }
+}
+
+/// Shape and attributes of a launch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LaunchShape {
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// Blocks of a cluster, along x.
+    pub cluster: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+    /// Whether it may start before the work before it is done.
+    pub dependent: bool,
+}

@@ -1,0 +1,121 @@
+//! Kernels, and the launches of steps.
+
+use super::Faults;
+use super::bucket::Context;
+use crate::plan::{Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target};
+
+const MAX_KERNELS: usize = 1 << 12;
+const MAX_PARAMS: usize = 32;
+/// Threads of a block, blocks of a portable cluster, and dynamic shared memory of a block.
+const MAX_BLOCK: u32 = 1024;
+const MAX_CLUSTER: u32 = 8;
+const MAX_SHARED: u32 = 227 << 10;
+/// Blocks along y and z.
+const MAX_GRID_YZ: u32 = 65535;
+
+/// Checks the tables of kernels and services.
+pub(super) fn check_kernels(manifest: &Manifest, cubins: usize, faults: &mut Faults) {
+    let kernels = &manifest.kernels;
+    if kernels.len() > MAX_KERNELS || (manifest.target == Target::Cpu && !kernels.is_empty()) {
+        faults.add("kernels", format!("expected at most {MAX_KERNELS}, none for the CPU, found {}", kernels.len()));
+        return;
+    }
+    for (i, kernel) in kernels.iter().enumerate() {
+        faults.note(format_args!("kernel {i}"), check_kernel(kernel, cubins));
+    }
+    let compiled = kernels.iter().filter(|kernel| kernel.cubin.is_some()).count();
+    if compiled != 0 && compiled != kernels.len() {
+        faults.add("kernels", format!("expected machine code of all {} or of none, found {compiled}", kernels.len()));
+    }
+    for (i, service) in manifest.services.iter().enumerate() {
+        if service.1 as usize >= kernels.len() {
+            faults.add("services", format!("{service:?}: expected one of {} kernels", kernels.len()));
+        }
+        if manifest.services[..i].iter().any(|other| other.0 == service.0) {
+            faults.add("services", format!("{:?} is there more than once", service.0));
+        }
+    }
+}
+
+fn check_kernel(kernel: &Kernel, cubins: usize) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    if kernel.name.is_empty() || !kernel.name.chars().all(plain) {
+        return Err(format!("expected a C identifier as its name, found `{}`", kernel.name.escape_default()));
+    }
+    if kernel.params.len() > MAX_PARAMS {
+        return Err(format!("expected at most {MAX_PARAMS} parameters, found {}", kernel.params.len()));
+    }
+    match kernel.cubin {
+        Some(cubin) if cubin as usize >= cubins => {
+            Err(format!("`cubin`: expected one of {cubins} sections with machine code, found {cubin}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Checks the launches of a program's steps.
+pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
+    for bucket in &context.program.buckets {
+        for step in &bucket.steps {
+            if faults.full() {
+                return;
+            }
+            let at = format_args!("{at}, bucket {}, step {}", bucket.name, step.name);
+            faults.note(at, check_step(context, step));
+        }
+    }
+}
+
+fn check_step(context: &Context, step: &Step) -> Result<(), String> {
+    let device = context.manifest.target != Target::Cpu;
+    let launch = match &step.launch {
+        None if device => return Err("expected a launch, found none".into()),
+        None => return Ok(()),
+        Some(_) if !device => return Err("expected no launch in a plan for the CPU".into()),
+        Some(launch) => launch,
+    };
+    let kernels = &context.manifest.kernels;
+    let kernel = kernels
+        .get(launch.kernel as usize)
+        .ok_or_else(|| format!("`kernel`: expected one of {}, found {}", kernels.len(), launch.kernel))?;
+    check_shape(launch)?;
+    if launch.args.len() != kernel.params.len() {
+        let (expected, found) = (kernel.params.len(), launch.args.len());
+        return Err(format!("expected {expected} arguments for kernel {}, found {found}", kernel.name));
+    }
+    let semantics = &context.program.semantics;
+    let semantic = semantics.get(step.op as usize).ok_or_else(|| format!("no semantic {}", step.op))?;
+    for (&arg, Param(name, ty)) in launch.args.iter().zip(&kernel.params) {
+        check_arg(arg, *ty, semantic).map_err(|fault| format!("argument `{name}` of {}: {fault}", kernel.name))?;
+    }
+    Ok(())
+}
+
+fn check_shape(launch: &Launch) -> Result<(), String> {
+    let [x, y, z] = launch.grid;
+    let shape = x >= 1
+        && x <= i32::MAX as u32
+        && (1..=MAX_GRID_YZ).contains(&y)
+        && (1..=MAX_GRID_YZ).contains(&z)
+        && (1..=MAX_BLOCK).contains(&launch.block)
+        && (1..=MAX_CLUSTER).contains(&launch.cluster)
+        && x % launch.cluster == 0
+        && launch.shared <= MAX_SHARED;
+    let Launch { grid, block, cluster, shared, .. } = launch;
+    let found = format!("grid {grid:?}, block {block}, cluster {cluster}, {shared} bytes of shared memory");
+    if shape { Ok(()) } else { Err(format!("a launch beyond the device's limits: {found}")) }
+}
+
+fn check_arg(arg: Arg, ty: ParamType, semantic: &Semantic) -> Result<(), String> {
+    let place = |list: &[crate::plan::TensorType], i: u32| -> Result<DType, String> {
+        let found = list.get(i as usize).map(|ty| ty.0);
+        found.ok_or_else(|| format!("{arg:?}: the step has {} of them", list.len()))
+    };
+    let fits = match (arg, ty) {
+        (Arg::Read(i), ParamType::In(dtype) | ParamType::Out(dtype)) => place(&semantic.inputs, i)? == dtype,
+        (Arg::Write(i), ParamType::Out(dtype)) => place(&semantic.outputs, i)? == dtype,
+        (Arg::Int(_), ParamType::Int) | (Arg::Long(_), ParamType::Long) | (Arg::Float(_), ParamType::Float) => true,
+        _ => false,
+    };
+    if fits { Ok(()) } else { Err(format!("expected {ty:?}, found {arg:?}")) }
+}

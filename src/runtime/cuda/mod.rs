@@ -1,0 +1,303 @@
+//! The CUDA executor: the plan's pool as one allocation on a device, its steps as one captured graph a bucket, replayed.
+//!
+//! Tokens stay on the device. At the end of each step the `advance` kernel makes the next step's inputs of the tokens chosen
+//! and publishes these in a ring of host memory that the device writes by itself; the host reads them there without waiting for
+//! anything else. While the rows of a batch stay the same, nothing is copied to the device.
+
+mod capture;
+mod load;
+pub mod measure;
+mod program;
+mod run;
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use self::capture::Captured;
+use self::capture::{Lanes, Streams};
+use self::program::{Kernels, Ready};
+pub use self::program::{check_device, kernel_name, offset};
+use self::run::Flight;
+use crate::cuda::{Device, DeviceMemory, Stream};
+use crate::plan::{Manifest, PlanFile, Program, Ref, TensorType};
+use crate::runtime::forced::ForcedExperts;
+use crate::runtime::io;
+
+/// Whether buckets run as captured graphs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Graphs {
+    /// Captured when a bucket is first needed; one that cannot be is run step by step, and that is told.
+    #[default]
+    Lazy,
+    /// Captured, or an error.
+    Required,
+    /// Step by step.
+    Off,
+}
+
+/// Runs one rank's program on a device.
+pub struct CudaExecutor {
+    // Fields are dropped in order: what uses memory before the memory.
+    captured: Vec<Option<Captured>>,
+    flight: Option<Flight>,
+    streams: Streams,
+    kernels: Kernels,
+    ready: Vec<Vec<Ready>>,
+    lanes: Vec<Lanes>,
+    pool: DeviceMemory,
+    device: Arc<Device>,
+    manifest: Arc<Manifest>,
+    rank: usize,
+    graphs: Graphs,
+    forced: ForcedExperts,
+    /// Device memory that allocating the pool took, as the driver reports it: its granularity rounds up.
+    measured: u64,
+}
+
+impl CudaExecutor {
+    /// An executor of a rank's program. Its pool is allocated and cleared; weights come next.
+    ///
+    /// # Errors
+    /// A device that cannot run the plan, or too little memory.
+    pub fn new(file: &PlanFile, rank: usize, device: &Arc<Device>, graphs: Graphs) -> Result<CudaExecutor> {
+        let manifest = Arc::new(file.manifest.clone());
+        check_device(&manifest, Some(device))?;
+        let ranks = manifest.ranks.len();
+        let program = manifest.ranks.get(rank).with_context(|| format!("no rank {rank} in a plan of {ranks}"))?;
+        let planned = program.pool.bytes();
+        let (free, total) = device.memory()?;
+        ensure!(
+            planned <= free,
+            "device memory: the plan's pool needs {planned} bytes, found {free} free of {total} on {}; compile with smaller \
+             --kv-tokens, --max-sequences or buckets, or free the device",
+            device.name
+        );
+        let kernels = Kernels::load(file, program, device)?;
+        let (before, _) = device.memory()?;
+        let pool = DeviceMemory::new(device, usize::try_from(planned)?)?;
+        let (after, _) = device.memory()?;
+        let streams = Streams::new(device)?;
+        for region in [program.pool.state, program.pool.arena, program.pool.io] {
+            pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, 0, streams.main())?;
+        }
+        streams.main().synchronize()?;
+        let (mut ready, mut lanes) = (vec![], vec![]);
+        for (i, bucket) in program.buckets.iter().enumerate() {
+            let steps = bucket.steps.iter().map(|step| kernels.ready(program, i, step, pool.address()));
+            ready.push(steps.collect::<Result<Vec<_>>>().with_context(|| format!("bucket {}", bucket.name))?);
+            lanes.push(Lanes::of(&bucket.steps));
+        }
+        let captured = program.buckets.iter().map(|_| None).collect();
+        let flight = Flight::new(program, &kernels, &pool, device)?;
+        let measured = before.saturating_sub(after);
+        Ok(CudaExecutor {
+            captured,
+            flight,
+            streams,
+            kernels,
+            ready,
+            lanes,
+            pool,
+            device: Arc::clone(device),
+            manifest,
+            rank,
+            graphs,
+            forced: ForcedExperts::default(),
+            measured,
+        })
+    }
+
+    /// The rank's program.
+    pub fn program(&self) -> &Program {
+        &self.manifest.ranks[self.rank]
+    }
+
+    /// The GPU.
+    pub fn gpu(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// The pool.
+    pub fn pool(&self) -> &DeviceMemory {
+        &self.pool
+    }
+
+    /// Kernels loaded.
+    pub fn kernels(&self) -> usize {
+        self.kernels.len()
+    }
+
+    /// The stream that steps run on.
+    pub fn stream(&self) -> &Stream {
+        self.streams.main()
+    }
+
+    /// Fills the arena, caches, rings and io with a byte: what is not live must not matter.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn poison(&mut self, byte: u8) -> Result<()> {
+        let program = &self.manifest.ranks[self.rank];
+        let stream = self.streams.main();
+        for region in [program.pool.arena, program.pool.io] {
+            self.pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, byte, stream)?;
+        }
+        use crate::plan::StateRole::{ConvRing, KvPages};
+        for state in program.states.iter().filter(|state| matches!(state.role, KvPages | ConvRing)) {
+            let start = (program.pool.state.offset + state.offset) as usize;
+            self.pool.fill(start..start + state.ty.bytes().unwrap_or(0) as usize, byte, stream)?;
+        }
+        Ok(stream.synchronize()?)
+    }
+
+    /// Fills the arena with a byte.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn poison_arena(&mut self, byte: u8) -> Result<()> {
+        let region = self.program().pool.arena;
+        let stream = self.streams.main();
+        self.pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, byte, stream)?;
+        Ok(stream.synchronize()?)
+    }
+
+    /// Writes an input of the graph by name.
+    ///
+    /// # Errors
+    /// No such input, or more bytes than it has.
+    pub fn set_input(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let program = &self.manifest.ranks[self.rank];
+        let range = io::input(program, name)?;
+        ensure!(bytes.len() <= range.len(), "input `{name}`: {} bytes for a buffer of {}", bytes.len(), range.len());
+        Ok(self.pool.write(program.pool.io.offset as usize + range.start, bytes, self.streams.main())?)
+    }
+
+    /// The bytes of a result of a bucket's last run, by its name in the graph.
+    ///
+    /// # Errors
+    /// No such bucket or result, or the device failed.
+    pub fn output(&self, bucket: usize, name: &str) -> Result<Vec<u8>> {
+        let (offset, ty) = self.output_place(bucket, name)?;
+        let mut bytes = vec![0; usize::try_from(ty.bytes().context("a result that overflows")?)?];
+        self.pool.read(usize::try_from(offset)?, &mut bytes, self.streams.main())?;
+        Ok(bytes)
+    }
+
+    /// Where a result lies in the pool, and its type.
+    fn output_place(&self, bucket: usize, name: &str) -> Result<(u64, &TensorType)> {
+        let program = &self.manifest.ranks[self.rank];
+        let at = program.buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        let place = at.outputs.iter().find(|(found, _)| found == name).map(|(_, place)| *place);
+        let place = place.with_context(|| format!("bucket {} returns no `{name}`", at.name))?;
+        let written = at.steps.iter().rev().find_map(|step| {
+            let i = step.writes.iter().position(|found| *found == place)?;
+            program.semantics.get(step.op as usize)?.outputs.get(i)
+        });
+        let ty = written.with_context(|| format!("no step of bucket {} writes `{name}`", at.name))?;
+        Ok((offset(program, bucket, place)?, ty))
+    }
+
+    /// Reads a place of a bucket.
+    ///
+    /// # Errors
+    /// No such place, or the device failed.
+    pub fn read(&self, bucket: usize, place: Ref, bytes: &mut [u8]) -> Result<()> {
+        let at = offset(self.program(), bucket, place)?;
+        Ok(self.pool.read(usize::try_from(at)?, bytes, self.streams.main())?)
+    }
+
+    /// Queues one step of a bucket, after everything before.
+    ///
+    /// # Errors
+    /// No such step, or the device failed.
+    pub fn launch_step(&self, bucket: usize, step: usize) -> Result<()> {
+        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        let ready = steps.get(step).with_context(|| format!("no step {step} of {}", steps.len()))?;
+        ready.launch_after_all(self.streams.main())
+    }
+
+    /// Queues all steps of a bucket one by one, without a graph.
+    ///
+    /// # Errors
+    /// No such bucket, or the device failed.
+    pub fn launch_steps(&self, bucket: usize) -> Result<()> {
+        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        self.streams.queue(steps, &self.lanes[bucket])
+    }
+
+    /// Queues a bucket: its graph, captured if it is not yet, or its steps if graphs are off.
+    ///
+    /// # Errors
+    /// No such bucket, the device failed, or with [`Graphs::Required`] the capture failed.
+    pub fn launch(&mut self, bucket: usize) -> Result<()> {
+        if self.graphs != Graphs::Off && self.captured.get(bucket).is_some_and(Option::is_none) {
+            match self.capture(bucket).map(drop) {
+                Ok(()) => {}
+                Err(error) if self.graphs == Graphs::Required => return Err(error),
+                Err(error) => {
+                    let name = &self.program().buckets[bucket].name;
+                    eprintln!("bucket {name} runs without a graph, step by step: {error:#}");
+                    self.graphs = Graphs::Off;
+                }
+            }
+        }
+        match self.captured.get(bucket) {
+            Some(Some(captured)) => Ok(captured.graph.launch(self.streams.main())?),
+            Some(None) => self.launch_singly(bucket),
+            None => bail!("no bucket {bucket}"),
+        }
+    }
+
+    /// Queues a bucket's steps one by one, and what follows the last.
+    fn launch_singly(&self, bucket: usize) -> Result<()> {
+        self.launch_steps(bucket)?;
+        match &self.flight {
+            Some(flight) => flight.advance(bucket)?.launch_after_all(self.streams.main()),
+            None => Ok(()),
+        }
+    }
+
+    /// Captures a bucket, if it is not yet.
+    ///
+    /// # Errors
+    /// No such bucket, or the driver refused.
+    pub fn capture(&mut self, bucket: usize) -> Result<&Captured> {
+        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        if self.captured[bucket].is_none() {
+            let name = &self.program().buckets[bucket].name;
+            let captured = self.streams.capture(|| {
+                self.streams.queue(steps, &self.lanes[bucket])?;
+                match &self.flight {
+                    Some(flight) => flight.advance(bucket)?.launch(self.streams.main()),
+                    None => Ok(()),
+                }
+            });
+            self.captured[bucket] = Some(captured.with_context(|| format!("capturing bucket {name}"))?);
+        }
+        self.captured[bucket].as_ref().context("captured just now")
+    }
+
+    /// Captures all buckets, the largest first.
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::capture`].
+    pub fn capture_all(&mut self) -> Result<()> {
+        let mut order: Vec<usize> = (0..self.captured.len()).collect();
+        order.sort_by_key(|&bucket| std::cmp::Reverse(self.program().buckets[bucket].tokens));
+        order.into_iter().try_for_each(|bucket| self.capture(bucket).map(drop))
+    }
+
+    /// What capturing a bucket took, if it is captured.
+    pub fn captured(&self, bucket: usize) -> Option<&Captured> {
+        self.captured.get(bucket)?.as_ref()
+    }
+
+    /// Registers of a thread, static shared memory, local memory, and blocks a multiprocessor holds, of a step's kernel.
+    pub fn occupancy(&self, bucket: usize, step: usize) -> Option<(u32, u32, u32, u32)> {
+        let ready = self.ready.get(bucket)?.get(step)?;
+        let (registers, shared, local) = ready.function.resources();
+        let blocks = ready.function.blocks_per_multiprocessor(ready.shape.block, ready.shape.shared);
+        Some((registers, shared, local, blocks))
+    }
+}

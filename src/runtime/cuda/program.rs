@@ -1,0 +1,183 @@
+//! A plan's machine code on a device: kernels loaded, and for each bucket the launches of its steps with all addresses.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::cuda::{Device, Function, LaunchShape, Module, Stream};
+use crate::plan::{Arg, Kernel, Manifest, Param, PlanFile, Program, Ref, ServiceRole, Step, Target};
+
+/// A step, ready to be launched.
+#[derive(Clone, Debug)]
+pub(super) struct Ready {
+    pub(super) function: Function,
+    pub(super) shape: LaunchShape,
+    pub(super) args: Vec<u64>,
+}
+
+impl Ready {
+    pub(super) fn launch(&self, stream: &Stream) -> Result<()> {
+        Ok(stream.launch(&self.function, &self.shape, &self.args)?)
+    }
+
+    /// The launch after work that it may not overlap with.
+    pub(super) fn launch_after_all(&self, stream: &Stream) -> Result<()> {
+        let shape = LaunchShape { dependent: false, ..self.shape };
+        Ok(stream.launch(&self.function, &shape, &self.args)?)
+    }
+}
+
+/// Checks that a device can run a plan; without one, that any could.
+///
+/// # Errors
+/// What was expected and what was found.
+pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> {
+    let found = device.map(|device| (device.name.as_str(), device.capability, device.driver));
+    check_found(manifest, found)
+}
+
+/// The same for a device's name, compute capability and the newest CUDA version of its driver.
+fn check_found(manifest: &Manifest, device: Option<(&str, (u32, u32), (u32, u32))>) -> Result<()> {
+    let expected = match manifest.target {
+        Target::Cpu => bail!(
+            "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
+             --device cpu"
+        ),
+        Target::Sm_90a => (9, 0),
+    };
+    let Some((major, minor)) = manifest.toolkit else {
+        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
+    };
+    let Some((name, capability, driver)) = device else { return Ok(()) };
+    ensure!(
+        capability == expected,
+        "the plan is for compute capability {}.{}: found {name} with {}.{}; run it on such a GPU, or with --device cpu",
+        expected.0,
+        expected.1,
+        capability.0,
+        capability.1
+    );
+    ensure!(
+        driver.0 >= major,
+        "the plan's kernels were compiled by CUDA {major}.{minor}: expected a driver for CUDA {major} or later, found one for \
+         {}.{}; install a newer driver",
+        driver.0,
+        driver.1
+    );
+    Ok(())
+}
+
+/// The kernels of a plan on a device.
+pub(super) struct Kernels {
+    modules: Vec<Arc<Module>>,
+    /// By kernel and shared memory.
+    functions: HashMap<u32, Function>,
+    services: HashMap<ServiceRole, u32>,
+}
+
+impl Kernels {
+    /// Loads all machine code, and looks up each kernel with the most shared memory that a launch gives it.
+    pub(super) fn load(file: &PlanFile, program: &Program, device: &Arc<Device>) -> Result<Kernels> {
+        let kernels = &file.manifest.kernels;
+        let mut shared = vec![0; kernels.len()];
+        for launch in program.buckets.iter().flat_map(|bucket| &bucket.steps).filter_map(|step| step.launch.as_ref()) {
+            let most = shared.get_mut(launch.kernel as usize).context("a launch of no kernel")?;
+            *most = launch.shared.max(*most);
+        }
+        let (mut modules, mut functions) = (vec![], HashMap::new());
+        for ((i, kernel), &shared) in (0..).zip(kernels).zip(&shared) {
+            let what = || format!("kernel {} ({})", kernel.name, kernel.config);
+            let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
+            let module = Module::load(device, cubin).with_context(what)?;
+            let sizes: Vec<usize> = kernel.params.iter().map(|Param(_, ty)| ty.bytes()).collect();
+            functions.insert(i, module.function(&kernel.name, &sizes, shared).with_context(what)?);
+            modules.push(module);
+        }
+        let services = file.manifest.services.iter().map(|service| (service.0, service.1)).collect();
+        Ok(Kernels { modules, functions, services })
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.modules.len()
+    }
+
+    /// A service's kernel.
+    pub(super) fn service(&self, role: ServiceRole) -> Result<&Function> {
+        let found = self.services.get(&role).and_then(|kernel| self.functions.get(kernel));
+        found.with_context(|| format!("the plan has no kernel for {role:?}; compile it again with this lfm2c"))
+    }
+
+    /// A kernel by its position.
+    pub(super) fn function(&self, kernel: u32) -> Result<&Function> {
+        self.functions.get(&kernel).with_context(|| format!("no kernel {kernel}"))
+    }
+
+    /// A step's launch, over a pool at this address.
+    pub(super) fn ready(&self, program: &Program, bucket: usize, step: &Step, pool: u64) -> Result<Ready> {
+        let launch = step.launch.as_ref().with_context(|| format!("step {} has no launch", step.name))?;
+        let address = |list: &[Ref], i: u32| -> Result<u64> {
+            let place = list.get(i as usize).with_context(|| format!("step {} has no operand {i}", step.name))?;
+            Ok(pool + offset(program, bucket, *place)?)
+        };
+        let args = launch.args.iter().map(|arg| match *arg {
+            Arg::Read(i) => address(&step.reads, i),
+            Arg::Write(i) => address(&step.writes, i),
+            Arg::Int(value) => Ok(u64::from(value as u32)),
+            Arg::Long(value) => Ok(value as u64),
+            Arg::Float(value) => Ok(u64::from(value.to_bits())),
+        });
+        let shape = LaunchShape {
+            grid: launch.grid,
+            block: launch.block,
+            cluster: launch.cluster,
+            shared: launch.shared,
+            dependent: launch.dependent,
+        };
+        Ok(Ready { function: self.function(launch.kernel)?.clone(), shape, args: args.collect::<Result<_>>()? })
+    }
+}
+
+/// Where a place lies in the pool.
+pub fn offset(program: &Program, bucket: usize, place: Ref) -> Result<u64> {
+    let missing = || format!("{place:?} is not there");
+    let pool = &program.pool;
+    let found = match place {
+        Ref::Arena(i) => {
+            let bucket = program.buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+            pool.arena.offset + bucket.buffers.get(i as usize).with_context(missing)?.1
+        }
+        Ref::Weight(i) => pool.weights.offset + program.weights.get(i as usize).with_context(missing)?.offset,
+        Ref::State(i) => pool.state.offset + program.states.get(i as usize).with_context(missing)?.offset,
+        Ref::Io(i) => pool.io.offset + program.io.get(i as usize).with_context(missing)?.offset,
+    };
+    Ok(found)
+}
+
+/// What a kernel of a plan is called in tables: `stream rows=16 warps=8`.
+pub fn kernel_name(kernel: &Kernel) -> String {
+    format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::mock;
+
+    #[test]
+    fn a_device_that_cannot_run_a_plan_is_told_why() {
+        let mut manifest = mock::manifest(1, 1, 1, 1, vec![]);
+        let hopper = |driver| Some(("NVIDIA H200", (9, 0), driver));
+        let told = |manifest: &Manifest, device| check_found(manifest, device).expect_err("it cannot").to_string();
+        assert!(told(&manifest, hopper((13, 0))).contains("the plan is for the CPU"));
+        manifest.target = Target::Sm_90a;
+        assert!(told(&manifest, None).contains("no machine code"));
+        manifest.toolkit = Some((13, 0));
+        assert!(check_found(&manifest, None).is_ok() && check_found(&manifest, hopper((13, 1))).is_ok());
+        let other = told(&manifest, Some(("NVIDIA A100", (8, 0), (13, 0))));
+        assert!(other.contains("9.0: found NVIDIA A100 with 8.0"), "{other}");
+        let old = told(&manifest, hopper((12, 8)));
+        assert!(old.contains("a driver for CUDA 13 or later, found one for 12.8"), "{old}");
+    }
+}

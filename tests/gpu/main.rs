@@ -1,0 +1,31 @@
+//! Plans on a GPU against the CPU executor, step by step, and against themselves.
+//!
+//! `cargo test --test gpu` says that it skipped everything where no GPU is present, and succeeds; with `LFM2C_REQUIRE_GPU=1` that
+//! is a failure. The tests of `tests/models` run on the GPU with `LFM2C_TEST_DEVICE=cuda`.
+
+mod bits;
+mod models;
+mod steps;
+
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let devices = lfm2c::cuda::Device::count();
+    if devices == 0 {
+        if std::env::var_os("LFM2C_REQUIRE_GPU").is_some() {
+            eprintln!("no GPU: LFM2C_REQUIRE_GPU is set, expected one");
+            return ExitCode::FAILURE;
+        }
+        println!("skipped: no GPU, none of the tests of tests/gpu ran");
+        return ExitCode::SUCCESS;
+    }
+    // One device: tests take turns, and each compiles its kernels on all cores.
+    let arguments = Arguments { test_threads: Some(1), ..arguments };
+    let mut trials: Vec<Trial> = vec![];
+    trials.extend(steps::trials());
+    trials.extend(bits::trials());
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,105 @@
+//! Every step of every bucket from the GPU's inputs on the CPU: integers equal, numbers within the type's bound. Over shapes,
+//! types, passes left out, and every candidate of every kernel.
+
+use std::collections::BTreeSet;
+
+use lfm2c::codegen::CompileOptions;
+use lfm2c::codegen::select::Tactics;
+use lfm2c::ir::DType;
+use lfm2c::passes;
+use lfm2c::runtime::compare::{bound, compare_step};
+use lfm2c::runtime::cuda::{Graphs, kernel_name};
+use lfm2c::runtime::workload::random_batch;
+use libtest_mimic::{Failed, Trial};
+
+use crate::models::{SHAPES, Shape, cpu, gpu, plan};
+
+/// A problem that has more candidates than this has some of them untested.
+const MOST_CANDIDATES: usize = 16;
+
+fn options(dtype: DType) -> CompileOptions {
+    CompileOptions {
+        dtype: Some(dtype),
+        prefill: Some(vec![5, 80, 300]),
+        decode: Some(vec![1, 3, 8, 33, 100]),
+        max_sequences: Some(100),
+        max_context: Some(320),
+        kv_tokens: Some(6400),
+        ..CompileOptions::default()
+    }
+}
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![];
+    for shape in SHAPES {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            trials.push(Trial::test(format!("steps {} {dtype}", shape.name), move || {
+                check(shape, &options(dtype)).map(drop)
+            }));
+            trials.push(Trial::test(format!("unfused steps {} {dtype}", shape.name), move || {
+                let disabled = passes::names().into_iter().map(str::to_owned).collect();
+                check(shape, &CompileOptions { disabled, ..options(dtype) }).map(drop)
+            }));
+            trials.push(Trial::test(format!("candidates {} {dtype}", shape.name), move || candidates(shape, dtype)));
+        }
+        for left_out in passes::names().into_iter().filter(|name| name.starts_with("fuse") || name.starts_with("group"))
+        {
+            trials.push(Trial::test(format!("steps {} without {left_out}", shape.name), move || {
+                check(shape, &CompileOptions { disabled: vec![left_out.into()], ..options(DType::BF16) }).map(drop)
+            }));
+        }
+    }
+    trials
+}
+
+/// Compares every step; gives the names of the kernels that ran.
+fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Failed> {
+    let file = plan(shape, options);
+    let (mut gpu, mut cpu) = (gpu(&file, Graphs::Off), cpu(&file));
+    let bound = bound(file.manifest.dtype);
+    let mut kernels = BTreeSet::new();
+    let mut faults = vec![];
+    let program = gpu.program().clone();
+    for (i, bucket) in program.buckets.iter().enumerate() {
+        gpu.poison(0xff).map_err(fail)?;
+        let batch = random_batch(&mut gpu, i, 40, 11 + i as u64).map_err(fail)?;
+        gpu.poison_arena(0xff).map_err(fail)?;
+        gpu.upload(i, &batch).map_err(fail)?;
+        for (at, step) in bucket.steps.iter().enumerate() {
+            let launch = step.launch.as_ref().expect("a plan for the GPU has launches");
+            let kernel = kernel_name(&file.manifest.kernels[launch.kernel as usize]);
+            let written = compare_step(&mut cpu, &gpu, i, at).map_err(fail)?;
+            for written in written.iter().filter(|written| !written.holds(bound)) {
+                faults.push(format!(
+                    "{} {} ({kernel}), %{}: {:e}, {:?}",
+                    bucket.name, step.name, written.name, written.error, written.first
+                ));
+            }
+            kernels.insert(kernel);
+        }
+        if faults.len() > 12 {
+            break;
+        }
+    }
+    if faults.is_empty() { Ok(kernels) } else { Err(faults.join("\n").into()) }
+}
+
+/// Runs every candidate of every problem at least once.
+fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
+    let mut seen = BTreeSet::new();
+    for nth in 1..MOST_CANDIDATES {
+        let tactics = Tactics { nth: Some(nth), ..Tactics::default() };
+        let options = CompileOptions { tactics, prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
+        let before = seen.len();
+        seen.extend(check(shape, &options)?);
+        if seen.len() == before {
+            break;
+        }
+    }
+    println!("{} {dtype}: {} kernels in all their candidates", shape.name, seen.len());
+    Ok(())
+}
+
+fn fail(error: anyhow::Error) -> Failed {
+    format!("{error:#}").into()
+}
