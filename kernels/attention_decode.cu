@@ -124,6 +124,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
     };
     constexpr i64 AFTER = values_after_keys<KV_HEADS, PAGE, D>();
 
+#ifdef FUSED
+    int own_page = live && rank == 0 ? pages[position / PAGE] : 0;
+#endif
     int start = rank * CHUNK;
     Words<KV, VEC> keys[STEP][SPANS], values[STEP][SPANS];
     look_up(start);
@@ -159,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
         }
         raw[turn].store(shared + (head == SHARE ? OWN_KEY : OWN_VALUE), lane_id());
         if (live && unit % SHARES == 0) {
-            i64 to = keys_of<KV_HEADS, PAGE, D>(pages[position / PAGE], kv_head) + (i64)(position % PAGE) * D;
+            i64 to = keys_of<KV_HEADS, PAGE, D>(own_page, kv_head) + (i64)(position % PAGE) * D;
             raw[turn].store(kv + to + (head == SHARE ? 0 : AFTER), lane_id());
         }
     }

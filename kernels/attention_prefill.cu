@@ -70,15 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_prefill(
     u32 value_at = base + ((KEYS + lane % 16) * PITCH + lane / 16 * 8) * 2;
     u32 query_at = base + QUERIES + ((warp * TILES * 16 + lane % 16) * PITCH + lane / 16 * 8) * 2;
     u32 query[TILES][KEEP ? STEPS : 1][4];
-    copies_wait<0>();
     __syncthreads();
-    if constexpr (KEEP) {
-#pragma unroll
-        for (int m = 0; m < TILES; m++) {
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) load_matrices(query[m][k], query_at + (m * 16 * PITCH + k * 16) * 2);
-        }
-    }
 
     for (int run = 0, run_end; run < ROWS; run = run_end) {
         int sequence = tile_slot[run], last = -1;
@@ -137,6 +129,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_prefill(
             __syncthreads();
             if (start + KEYS <= last) copy(start + KEYS, half ^ 1);
             if (start > highest) continue;
+            if (KEEP && start == 0) {
+#pragma unroll
+                for (int m = 0; m < TILES; m++) {
+#pragma unroll
+                    for (int k = 0; k < (KEEP ? STEPS : 1); k++) {
+                        load_matrices(query[m][k], query_at + (m * 16 * PITCH + k * 16) * 2);
+                    }
+                }
+            }
 
             float score[TILES][KEYS / 8][4] = {};
 #pragma unroll
@@ -231,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_prefill(
             }
         }
     }
+    copies_wait<0>();
 
 #pragma unroll
     for (int m = 0; m < TILES; m++) {

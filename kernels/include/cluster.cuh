@@ -52,10 +52,13 @@ __device__ __forceinline__ void store_remote(u64* own, u32 rank, u64 x) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote_address(own, rank)), "l"(x) : "memory");
 }
 
-// A barrier of all threads of the cluster. What was written to shared memory before it is visible after it. The last thing
-// that a block does with a cluster is a barrier, so that no block ends while another reads its shared memory.
+// A barrier of all threads of the cluster. What they wrote to shared memory before it is visible after it; it orders nothing
+// else, and so does not wait for global memory. The last thing that a block does with a cluster is a barrier, so that no block
+// ends while another reads its shared memory.
 __device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n\t"
+                 "barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait.acquire;" ::
+                     : "memory");
 }
 
 // Reads what the block of this rank in the cluster has at the place of `local` in its own shared memory.

@@ -149,7 +149,7 @@ stage_norm(S* to, const X* x, int first, int count, int k0, Row row, const Weigh
 // of RING_COLUMNS by position, TAPS - 1 of them, so each sequence may have but one row. With `writes`, b * x goes into the
 // ring, to a column that is none of those read. U, V, B and M are the types that b * x, the convolution, that with its bias,
 // and the result are rounded to.
-template <class Layout, class M, class U, class V, class B, class Weight, class Ring, class Bias>
+template <class Layout, class M, class U, class V, class B, int TAPS, int RING_COLUMNS, class Weight, class Ring, class Bias>
 __device__ __forceinline__ void stage_short_conv(
     S* to, const X* x, int first, int count, int k0, const Weight* __restrict__ weight, Ring* ring, const int* pos,
     const int* slot, const Bias* __restrict__ bias, bool writes

@@ -67,6 +67,19 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     if !options.tactics.chosen.is_empty() {
         print(lock::report(&lock::beside(named), &compiled) + "\n")?;
     }
+    let kernels = &compiled.kernels;
+    if kernels.compiled + kernels.cached > 0 {
+        print(format_args!(
+            "{} kernels, {} of machine code: {} compiled by CUDA {}.{} in {:.2} s, {} from the cache\n",
+            kernels.compiled + kernels.cached,
+            size(kernels.bytes as u64),
+            kernels.compiled,
+            kernels.toolkit.0,
+            kernels.toolkit.1,
+            kernels.elapsed.as_secs_f64(),
+            kernels.cached,
+        ))?;
+    }
     let bytes = std::fs::metadata(&arguments.output)?.len();
     print(format_args!(
         "{}: {} in {:.2} s, plan {}\n",

@@ -10,6 +10,7 @@ use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
 use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
+use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 
 /// Show what is in a plan: model, pool, buckets, steps.
@@ -182,7 +183,8 @@ fn on_device(file: &PlanFile) -> Result<()> {
         ]);
     }
     let (major, minor) = device.driver;
-    let (planned, measured) = (executor.program().pool.bytes(), executor.measured_pool_bytes());
+    let planned = executor.program().pool.bytes();
+    let measured = executor.measured_pool_bytes().unwrap_or(0);
     print(table(&["bucket", "steps", "graph nodes", "capture, ms", "memory"], &rows))?;
     print(format_args!(
         "{}, driver for CUDA {major}.{minor}: {} kernels loaded and {} allocated in {:.3} s, {} graphs captured in {:.3} s\n\

@@ -15,7 +15,7 @@ use crate::cli::table::{regions, size};
 use crate::cli::usage;
 use crate::plan::PlanFile;
 use crate::runtime::cuda::Graphs;
-use crate::runtime::{Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
+use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
 
 /// Run a plan, or compile a recipe in memory and run that.
 ///
@@ -133,7 +133,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         .collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
     print_results(arguments, &results, &timing)?;
-    summary(&file, &timing, &executor.device());
+    summary(&file, &timing, &*executor);
     let failed: Vec<&String> = results.iter().filter_map(|result| result.as_ref().err()).collect();
     match failed[..] {
         [] => Ok(()),
@@ -261,7 +261,8 @@ fn print_results(
 }
 
 /// What ran, on standard error.
-fn summary(file: &PlanFile, timing: &Timing, device: &str) {
+fn summary(file: &PlanFile, timing: &Timing, executor: &dyn Executor) {
+    let device = executor.device();
     let program = &file.manifest.ranks[0];
     let statistics = &timing.statistics;
     let pool = &program.pool;
@@ -272,6 +273,9 @@ fn summary(file: &PlanFile, timing: &Timing, device: &str) {
         size(pool.bytes()),
         regions(pool),
     ));
+    if let Some(measured) = executor.measured_pool_bytes() {
+        note(format_args!("  pool: {} bytes planned, {measured} measured on the device", pool.bytes()));
+    }
     for (bucket, counts) in program.buckets.iter().zip(&statistics.buckets) {
         if counts.steps > 0 {
             note(format_args!(

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
@@ -50,6 +51,8 @@ pub struct Compilation {
     pub bytes: usize,
     /// The compiler's version.
     pub toolkit: (u32, u32),
+    /// Time it took.
+    pub elapsed: Duration,
 }
 
 fn options(target: Target) -> Vec<String> {
@@ -69,6 +72,7 @@ pub fn build(
     sources: &[Source],
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<(Vec<Vec<u8>>, Compilation)> {
+    let started = Instant::now();
     let nvrtc = Nvrtc::load()?;
     let (major, minor) = nvrtc.version();
     if major < 13 {
@@ -103,7 +107,7 @@ pub fn build(
         .collect::<Result<_, NvrtcError>>()?;
     let cached = cached.into_inner();
     let bytes = cubins.iter().map(Vec::len).sum();
-    Ok((cubins, Compilation { compiled: sources.len() - cached, cached, bytes, toolkit: (major, minor) }))
+    Ok((cubins, Compilation { compiled: sources.len() - cached, cached, bytes, toolkit: (major, minor), elapsed: started.elapsed() }))
 }
 
 fn is_elf(bytes: &[u8]) -> bool {

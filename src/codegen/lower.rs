@@ -150,8 +150,11 @@ impl Tables<'_> {
             if *uses > 1 {
                 name = format!("{name}.{uses}");
             }
-            let launch =
-                self.launch(&lowered.semantic, plan_phase(spec.phase)).map_err(|fault| format!("{name}: {fault}"))?;
+            let launch = self.launch(&lowered.semantic, plan_phase(spec.phase));
+            let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
+            if let Some(launch) = &mut launch {
+                launch.dependent &= weights_are_constant(&lowered.semantic, &reads);
+            }
             steps.push(Step {
                 name,
                 op: self.semantic(lowered.semantic),

@@ -83,6 +83,11 @@ pub trait Executor {
     /// What it runs on, for a person to read.
     fn device(&self) -> String;
 
+    /// Bytes that the pool takes on the device, as its driver reports them; none where nobody reports.
+    fn measured_pool_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// Sets the experts that a plan with forced routing chooses for a slot's sequence: `[layers, positions, experts a token]`.
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>);
 

@@ -55,6 +55,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_accelerate_available
 
 TRANSFORMERS = "5.17.0"
 NEW_TOKENS = 16
@@ -403,22 +404,25 @@ def write_checkpoint(case, directory):
 # ------------------------------------------------------------------------------------------------------------ the oracle
 
 
-def load(directory, attention="eager", experts="eager", dtype=torch.float32):
+def load(directory, attention="eager", experts="eager", dtype=torch.float32, device="cpu"):
+    # Straight onto a GPU where accelerate is installed, else through the host's memory.
+    straight = {"device_map": device} if device != "cpu" and is_accelerate_available() else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
         attn_implementation=attention,
         experts_implementation=experts,
         output_loading_info=True,
+        **straight,
     )
     wrong = {k: v for k, v in info.items() if v}
     assert not wrong, f"{directory}: transformers did not load this as written: {wrong}"
-    return model.eval()
+    return model.eval() if straight else model.eval().to(device)
 
 
 @torch.no_grad()
 def logits_of(model, ids):
-    return model(torch.tensor([ids]), use_cache=False).logits[0]
+    return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
 
 
 @contextlib.contextmanager

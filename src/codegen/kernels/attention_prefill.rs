@@ -64,7 +64,11 @@ fn specialise(problem: &Problem, (tiles, warps, keys): Shape) -> Option<Speciali
         (2, 4) => 3,
         _ => 1,
     };
-    builder.constant("KEYS", keys).constant("BLOCKS", resident).constant("TILES", tiles).number("SCALE", attend.scale * std::f32::consts::LOG2_E);
+    builder
+        .constant("KEYS", keys)
+        .constant("BLOCKS", resident)
+        .constant("TILES", tiles)
+        .number("SCALE", attend.scale * std::f32::consts::LOG2_E);
     builder.line(format_args!("typedef {half} T;")).pointer("q", attend.q);
     attend.cache.parameters(&mut builder, false);
     builder.pointer("y", attend.y).int("rows", attend.rows);

@@ -2,12 +2,14 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::{Prepared, halves};
-use super::pattern::dtype;
 use super::{Problem, Twin};
 use crate::plan::Slot;
 
 /// The twin.
 pub struct HeadRope;
+
+/// Elements of a half that a lane holds.
+const MOST_NUMBERS: u64 = 8;
 
 impl Twin for HeadRope {
     fn name(&self) -> &'static str {
@@ -31,7 +33,8 @@ fn specialise(problem: &Problem, threads: u32, widest: u64) -> Option<Specialise
     let prepared = Prepared::of(semantic, Slot::Out(0), 0)?;
     // A lane holds its part of the weights and angles in registers.
     let (vector, lanes) = halves(prepared.half(), widest);
-    if prepared.half() > 8 * lanes || (vector < widest && widest < 4) {
+    let other = widest == 4 || vector < halves(prepared.half(), 4).0;
+    if prepared.half() > MOST_NUMBERS * lanes || !other {
         return None;
     }
     let mut builder = Builder::new(problem);
@@ -40,7 +43,6 @@ fn specialise(problem: &Problem, threads: u32, widest: u64) -> Option<Specialise
     prepared.declare(&mut builder);
     prepared.cache.parameters(&mut builder, true);
     builder.pointer("y", Slot::Out(0));
-    debug_assert_eq!(dtype(semantic, Slot::Out(0)), output.0);
     Some(builder.finish(format!("threads={threads} vector={vector}"), [prepared.rows, 1, 1], threads, 0))
 }
 

@@ -120,6 +120,7 @@ impl Attend {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Raw {
     slot: Slot,
+    /// Elements of a row of the input, and before the part.
     stride: u64,
     at: u64,
     dtype: DType,
@@ -163,10 +164,8 @@ impl Prepared {
         let (v, split) = body.raw(value)?;
         // With a split all come from the one; without, there is none.
         let splits = semantic.body.iter().filter(|Instr(op, ..)| matches!(op, Op::Split { .. })).count();
-        let from_split = |slot: &Slot| !is_input(slot);
         let known = 5 + usize::from(split) + others;
-        let sources = [q.1, k.1, value];
-        let together = sources.iter().all(|slot| from_split(slot) == split) && splits == usize::from(split);
+        let together = [q.1, k.1, value].iter().all(|slot| is_input(slot) != split) && splits == usize::from(split);
         let (rows, width) = (rows_and_last(semantic, q.1).0, cache.kv_heads * cache.head);
         let (q, k) = (q.0, k.0);
         let fits = k.raw.width == width && v.width == width && q.raw.width.is_multiple_of(cache.head);
@@ -242,7 +241,7 @@ impl Body<'_> {
     }
 }
 
-/// Vectors in which a group of lanes holds one half of a head: elements of a vector, lanes. Both divide as kernels need it.
+/// How a group of lanes holds one half of a head: elements of a vector, at most `widest`, and lanes.
 pub fn halves(half: u64, widest: u64) -> (u64, u64) {
     let vector = [4, 2, 1].into_iter().find(|&v| v <= widest && half.is_multiple_of(v)).unwrap_or(1);
     (vector, (half / vector).next_power_of_two().min(32))

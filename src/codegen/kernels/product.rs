@@ -235,7 +235,6 @@ impl Prologue {
                 ("prefetch(norm, K)".into(), stage)
             }
             Prologue::ShortConv(conv) => {
-                builder.constant("TAPS", conv.taps).constant("RING_COLUMNS", conv.columns);
                 builder.pointer("conv", conv.weight).state("ring", conv.ring);
                 builder.pointer("pos", conv.pos).pointer("slot", conv.slot);
                 let bias = match conv.bias {
@@ -245,11 +244,12 @@ impl Prologue {
                     }
                     None => "(const float*)nullptr",
                 };
-                let types = conv.types.map(c_type).join(", ");
+                let (types, taps, columns) = (conv.types.map(c_type).join(", "), conv.taps, conv.columns);
                 let stage = format!(
-                    "stage_short_conv<Multiply, M, {types}>(to, x, first, count, k0, conv, ring, pos, slot, {bias}, writes)"
+                    "stage_short_conv<Multiply, M, {types}, {taps}, {columns}>(to, x, first, count, k0, conv, ring, pos, \
+                     slot, {bias}, writes)"
                 );
-                ("prefetch(conv, K * TAPS)".into(), stage)
+                (format!("prefetch(conv, K * {taps})"), stage)
             }
         };
         builder.line(format_args!("#define CONSTANTS {constants}"));

@@ -47,13 +47,14 @@ fn shapes(product: &Product) -> Vec<Shape> {
         // Bytes of x that blocks load from the L2 cache, beside those of weights from memory.
         let read = if matches!(product.prologue, Prologue::ShortConv(_)) { 5 } else { 1 };
         let beside = (rows * read * stripes.min(SMS)) as f64 / product.n as f64;
-        let split = [1, 2].into_iter().find(|&split| beside / split as f64 <= 0.35).unwrap_or(4);
+        let split = [1u64, 2].into_iter().find(|&split| beside / split as f64 <= 0.35).unwrap_or(4);
         let of = |split| Shape { row_groups: split, k_groups: 8 / split, split, ..whole };
         let twice = |shape| Shape { per_sm: 2, ..shape };
         // So few stripes that two blocks an SM have one each.
         let few = (SMS + 1..=2 * SMS).contains(&(stripes / split * split));
         let first = if few { [twice(of(split)), of(split)] } else { [of(split), twice(of(split))] };
-        let others = [1, 2, 4].into_iter().map(of);
+        // The last where rows are so long that no fewer blocks hold them.
+        let others = [1, 2, 4, 8].into_iter().map(of);
         let shallow = Shape { depth: 4, ..twice(of(split)) };
         return first.into_iter().chain([shallow]).chain(others).collect();
     }

@@ -2,7 +2,7 @@
 
 use super::frame::{self, Engine, Shape};
 use super::pattern::dtype;
-use super::product::{Product, Routing};
+use super::product::{Product, Prologue, Routing};
 use super::{Problem, Specialised, Twin, stream};
 use crate::plan::DType;
 
@@ -37,8 +37,11 @@ impl Twin for StreamFma {
 
 fn shapes(product: &Product) -> Vec<Shape> {
     let columns = frame::rows_together(product).next_power_of_two().min(MOST_COLUMNS);
-    let depth = if columns <= 4 { 4 } else { 2 };
     let routed = !matches!(product.routing, Routing::Dense { .. });
+    // What is loaded ahead has to fit into 128 registers beside the sums, and beside what a convolution or a weighted sum needs.
+    let summed = matches!(product.routing, Routing::Pairs { weighted: Some(_), .. });
+    let crowded = columns > 2 || summed || matches!(product.prologue, Prologue::ShortConv(_));
+    let depth = if crowded { 2 } else { 4 };
     let of = |row_groups, split| {
         let per_sm = if routed { 2 } else { 1 };
         Shape { row_groups, k_groups: 8 / row_groups, depth, split, per_sm, columns }
@@ -51,7 +54,7 @@ fn shapes(product: &Product) -> Vec<Shape> {
     }
     shapes.extend([of(2, 1), of(1, 1)]);
     if columns > 2 {
-        shapes.push(Shape { columns: columns / 2, depth: 4, ..first });
+        shapes.push(Shape { columns: columns / 2, ..first });
     }
     shapes
 }

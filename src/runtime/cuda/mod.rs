@@ -51,7 +51,7 @@ pub struct CudaExecutor {
     rank: usize,
     graphs: Graphs,
     forced: ForcedExperts,
-    /// Free memory before and after the pool was allocated.
+    /// Device memory that allocating the pool took, as the driver reports it: its granularity rounds up.
     measured: u64,
 }
 
@@ -121,11 +121,6 @@ impl CudaExecutor {
     /// The pool.
     pub fn pool(&self) -> &DeviceMemory {
         &self.pool
-    }
-
-    /// Device memory that allocating the pool took, as the driver reports it: its granularity rounds up.
-    pub fn measured_pool_bytes(&self) -> u64 {
-        self.measured
     }
 
     /// Kernels loaded.

@@ -33,6 +33,12 @@ impl Ready {
 /// # Errors
 /// What was expected and what was found.
 pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> {
+    let found = device.map(|device| (device.name.as_str(), device.capability, device.driver));
+    check_found(manifest, found)
+}
+
+/// The same for a device's name, compute capability and the newest CUDA version of its driver.
+fn check_found(manifest: &Manifest, device: Option<(&str, (u32, u32), (u32, u32))>) -> Result<()> {
     let expected = match manifest.target {
         Target::Cpu => bail!(
             "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
@@ -41,26 +47,23 @@ pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> 
         Target::Sm_90a => (9, 0),
     };
     let Some((major, minor)) = manifest.toolkit else {
-        bail!(
-            "the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`"
-        );
+        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
     };
-    let Some(device) = device else { return Ok(()) };
+    let Some((name, capability, driver)) = device else { return Ok(()) };
     ensure!(
-        device.capability == expected,
-        "the plan is for compute capability {}.{}: found {} with {}.{}; run it on such a GPU, or with --device cpu",
+        capability == expected,
+        "the plan is for compute capability {}.{}: found {name} with {}.{}; run it on such a GPU, or with --device cpu",
         expected.0,
         expected.1,
-        device.name,
-        device.capability.0,
-        device.capability.1
+        capability.0,
+        capability.1
     );
     ensure!(
-        device.driver.0 >= major,
-        "the plan's kernels were compiled by CUDA {major}.{minor}: expected a driver for CUDA {major} or later, found one for {}.{}; \
-         install a newer driver",
-        device.driver.0,
-        device.driver.1
+        driver.0 >= major,
+        "the plan's kernels were compiled by CUDA {major}.{minor}: expected a driver for CUDA {major} or later, found one for \
+         {}.{}; install a newer driver",
+        driver.0,
+        driver.1
     );
     Ok(())
 }
@@ -178,4 +181,26 @@ pub fn offset(program: &Program, bucket: usize, place: Ref) -> Result<u64> {
 /// What a kernel of a plan is called in tables: `stream rows=16 warps=8`.
 pub fn kernel_name(kernel: &Kernel) -> String {
     format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::mock;
+
+    #[test]
+    fn a_device_that_cannot_run_a_plan_is_told_why() {
+        let mut manifest = mock::manifest(1, 1, 1, 1, vec![]);
+        let hopper = |driver| Some(("NVIDIA H200", (9, 0), driver));
+        let told = |manifest: &Manifest, device| check_found(manifest, device).expect_err("it cannot").to_string();
+        assert!(told(&manifest, hopper((13, 0))).contains("the plan is for the CPU"));
+        manifest.target = Target::Sm_90a;
+        assert!(told(&manifest, None).contains("no machine code"));
+        manifest.toolkit = Some((13, 0));
+        assert!(check_found(&manifest, None).is_ok() && check_found(&manifest, hopper((13, 1))).is_ok());
+        let other = told(&manifest, Some(("NVIDIA A100", (8, 0), (13, 0))));
+        assert!(other.contains("9.0: found NVIDIA A100 with 8.0"), "{other}");
+        let old = told(&manifest, hopper((12, 8)));
+        assert!(old.contains("a driver for CUDA 13 or later, found one for 12.8"), "{old}");
+    }
 }

@@ -261,6 +261,10 @@ impl Executor for CudaExecutor {
         self.gpu().name.clone()
     }
 
+    fn measured_pool_bytes(&self) -> Option<u64> {
+        Some(self.measured)
+    }
+
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
         self.forced.set(slot, choices);
     }

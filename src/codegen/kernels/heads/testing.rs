@@ -3,11 +3,10 @@
 use crate::codegen::kernels::Problem;
 use crate::plan::{DType, Instr, Op, Phase, Semantic, Slot, TensorType};
 
-/// Sizes of a step; those of LFM2 if not said otherwise, and three rows.
+/// Sizes of a step, with one type for all that are numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Of everything that is a number.
-    pub dtype: DType,
+    dtype: DType,
     rows: u64,
     heads: u64,
     kv_heads: u64,
@@ -16,7 +15,7 @@ pub struct Sizes {
     pages_per_slot: u64,
 }
 
-/// The usual sizes with a type.
+/// Three rows of 32 heads of 64 over 8 KV heads, in pages of 64.
 pub fn sizes(dtype: DType) -> Sizes {
     Sizes { dtype, rows: 3, heads: 32, kv_heads: 8, head: 64, page: 64, pages_per_slot: 512 }
 }
@@ -42,19 +41,9 @@ impl Sizes {
         Sizes { heads, ..self }
     }
 
-    /// With so many KV heads.
-    pub fn kv_heads(self, kv_heads: u64) -> Self {
-        Sizes { kv_heads, ..self }
-    }
-
     /// With heads of this size.
     pub fn head(self, head: u64) -> Self {
         Sizes { head, ..self }
-    }
-
-    /// With pages of this size.
-    pub fn page(self, page: u64) -> Self {
-        Sizes { page, ..self }
     }
 
     /// With room for so many pages a sequence.
@@ -153,49 +142,4 @@ impl Sizes {
         semantic.body.push(Instr(self.attend(), arguments, vec![Slot::Out(0)]));
         semantic
     }
-}
-
-#[test]
-fn dump_texts() {
-    let Ok(dir) = std::env::var("DUMP") else { return };
-    let mut index = String::new();
-    let mut put = |name: String, semantic: &Semantic, phase: Phase, all: bool| {
-        let found = crate::codegen::kernels::candidates(&Problem { semantic, phase });
-        assert!(!found.is_empty(), "{name}");
-        for (i, candidate) in found.iter().enumerate().filter(|(i, _)| all || *i == 0) {
-            let file = format!("{name}.{i}.cu");
-            std::fs::write(format!("{dir}/{file}"), candidate.text()).unwrap();
-            let l = &candidate.specialised.launch;
-            index += &format!(
-                "{file} {} grid={:?} block={} cluster={} shared={}\n",
-                candidate.name(),
-                l.grid,
-                l.block,
-                l.cluster,
-                l.shared
-            );
-        }
-    };
-    for (t, dtype) in [("f32", DType::F32), ("f16", DType::F16), ("bf16", DType::BF16)] {
-        for (heads, kv, head, page) in [
-            (32, 8, 64, 64),
-            (8, 2, 16, 64),
-            (64, 8, 128, 64),
-            (6, 2, 6, 5),
-            (12, 4, 96, 16),
-            (8, 8, 256, 64),
-            (5, 1, 80, 7),
-            (14, 2, 512, 64),
-        ] {
-            let s = Sizes { dtype, rows: 5, heads, kv_heads: kv, head, page, pages_per_slot: 100 };
-            let n = format!("{t}-{heads}-{kv}-{head}-{page}");
-            put(format!("fused-{n}"), &s.fused(), Phase::Decode, head == 64);
-            put(format!("decode-{n}"), &s.attention(), Phase::Decode, head == 64);
-            put(format!("prefill-{n}"), &s.attention(), Phase::Prefill, true);
-            put(format!("prepared-{n}"), &s.prepared(), Phase::Prefill, head == 64);
-            put(format!("apart-{n}"), &s.apart(), Phase::Prefill, false);
-            put(format!("kvwrite-{n}"), &s.kv_write(), Phase::Prefill, false);
-        }
-    }
-    std::fs::write(format!("{dir}/index"), index).unwrap();
 }

@@ -278,7 +278,7 @@ pub fn write(twins: &[&'static dyn Twin], folder: &Path) {
                 for (i, specialised) in twin.candidates(&problem).into_iter().enumerate() {
                     let candidate = Candidate { twin: *twin, specialised };
                     let file = format!("{}-{x:?}-{w:?}-{i}-{}.cu", sample.name, twin.name());
-                    let text = format!("{}{}", head(&sample, &candidate), candidate.text());
+                    let text = format!("{}{}", opening(&sample, &candidate), candidate.text());
                     std::fs::write(folder.join(file), text).expect("writing a text");
                 }
             }
@@ -286,7 +286,7 @@ pub fn write(twins: &[&'static dyn Twin], folder: &Path) {
     }
 }
 
-fn head(sample: &Sample, candidate: &Candidate) -> String {
+fn opening(sample: &Sample, candidate: &Candidate) -> String {
     let Specialised { launch, params, .. } = &candidate.specialised;
     let launched = format!("{} {} {} {}", launch.grid[0], launch.block, launch.cluster, launch.shared);
     let mut head = format!("// {}: {}\n// launch {launched}\n", sample.name, candidate.name());
