@@ -10,6 +10,7 @@ use crate::cli::output::{note, print};
 use crate::cli::table::{regions, size, table};
 use crate::cli::{lock, tune, usage};
 use crate::codegen::compile::{BucketReport, Observer};
+use crate::codegen::select::Tactics;
 use crate::codegen::{CompileOptions, Compiled, Lock, Source, compile};
 use crate::ir::Graph;
 use crate::passes::{self, Target};
@@ -99,11 +100,15 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path) -> Result<Compile
     let path = lock::beside(named);
     // A file that is no lock is told before anything is measured.
     let earlier = if arguments.choices.no_lock { None } else { Lock::read(&path)? };
-    let mut lock = tune::measure(source, &options, arguments.model.as_deref())?;
-    let kept = earlier.map_or(0, |earlier| lock.keep(earlier));
-    lock.write(&path)?;
-    print(format_args!("{}: {} problems, {kept} of them measured earlier\n\n", path.display(), lock.problems.len()))?;
-    Ok(CompileOptions { tactics: lock.tactics(), ..options })
+    let (mut tactics, mut kept) = (Tactics::default(), 0);
+    tune::measure(source, &options, arguments.model.as_deref(), &mut |mut lock| {
+        kept = earlier.as_ref().map_or(0, |earlier| lock.keep(earlier));
+        tactics = lock.tactics();
+        lock.write(&path)
+    })?;
+    let (all, path) = (tactics.chosen.len(), path.display());
+    print(format_args!("{path}: {all} problems, {kept} of them measured earlier\n\n"))?;
+    Ok(CompileOptions { tactics, ..options })
 }
 
 struct Printer<'a> {

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
+use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
 use crate::plan::PlanFile;
@@ -16,20 +17,25 @@ use crate::runtime::cuda::{Graphs, check_device};
 /// Every plan has one.
 const RANK: usize = 0;
 
-/// Measures, prints the choices, and gives what to keep of them. The options' own tactics do not count.
-pub fn measure(source: &Source, options: &CompileOptions, model: Option<&Path>) -> Result<Lock> {
+/// Measures and prints the choices. After each round `keep` gets what is known by then, so that what interrupts the work
+/// costs the rest alone. The options' own tactics do not count.
+pub fn measure(
+    source: &Source,
+    options: &CompileOptions,
+    model: Option<&Path>,
+    keep: &mut dyn FnMut(Lock) -> Result<()>,
+) -> Result<()> {
     let gpu = gpu()?;
     let problems = CompileOptions { without_cubins: true, tactics: Default::default(), ..options.clone() };
     let mut tuning = Tuning::of(&load::compile_source(source, &problems)?.file.manifest);
-    let mut toolkit = None;
     let rounds = tuning.rounds();
-    for nth in 0..rounds {
-        note(format_args!("round {} of {rounds}", nth + 1));
-        toolkit = Some(round(source, options, model, &mut tuning, nth)?);
+    for (i, &round) in rounds.iter().enumerate() {
+        let phase = format!("{:?}", round.phase).to_lowercase();
+        note(format_args!("round {} of {}: candidates {} of {phase}", i + 1, rounds.len(), round.nth + 1));
+        let toolkit = run(source, options, model, &mut tuning, round)?;
+        keep(tuning.lock(&gpu, toolkit))?;
     }
-    let toolkit = toolkit.context("the plan has no steps: nothing to measure")?;
-    print(report(&tuning, &gpu))?;
-    Ok(tuning.lock(&gpu, toolkit))
+    print(report(&tuning, &gpu))
 }
 
 /// The name of the first GPU, if kernels can be compiled for it.
@@ -46,19 +52,19 @@ fn gpu() -> Result<String> {
 }
 
 /// Compiles and measures one round, as often as it takes until the device runs all of it. Gives the toolkit's version.
-fn round(
+fn run(
     source: &Source,
     options: &CompileOptions,
     model: Option<&Path>,
     tuning: &mut Tuning,
-    nth: usize,
+    round: Round,
 ) -> Result<(u32, u32)> {
     loop {
-        let options = CompileOptions { tactics: tuning.tactics(nth)?, ..options.clone() };
+        let options = CompileOptions { tactics: tuning.tactics(round)?, ..options.clone() };
         let file = load::compile_source(source, &options)?.file;
-        match time(&file, model)? {
+        match time(&file, model, &tuning.measured(round))? {
             Timed::Steps(times) => {
-                tuning.record(nth, &times)?;
+                tuning.record(round, &times)?;
                 return file.manifest.toolkit.context("a plan for a GPU without machine code");
             }
             Timed::Refused(steps) => {
@@ -68,14 +74,14 @@ fn round(
                     note(format_args!("bucket {}, step {}: {}", bucket.name, bucket.steps[at.step].name, at.error));
                 }
                 let steps: Vec<_> = steps.into_iter().map(|at| (at.bucket, at.step, at.error)).collect();
-                tuning.fail(nth, &steps)?;
+                tuning.fail(round, &steps)?;
             }
         }
     }
 }
 
-/// Times of a plan's steps. The device is opened anew, because a kernel that failed leaves it unusable until it is closed.
-fn time(file: &PlanFile, model: Option<&Path>) -> Result<Timed> {
+/// Times of the steps of some buckets. The device is opened anew, because a kernel that failed leaves it unusable until it is closed.
+fn time(file: &PlanFile, model: Option<&Path>, buckets: &[usize]) -> Result<Timed> {
     check_device(&file.manifest, None)?;
     let mut executor = match load::cuda_executor(file, model, Graphs::Off) {
         Ok(executor) => executor,
@@ -86,8 +92,8 @@ fn time(file: &PlanFile, model: Option<&Path>) -> Result<Timed> {
     };
     // Steps are timed where the inputs stand; none moves them on.
     let options = Options { steps: 1, ..Options::default() };
-    let bar = progress::count("measuring buckets", executor.program().buckets.len() as u64);
-    let timed = time_steps(&mut executor, &options, &|done| bar.set_position(done as u64));
+    let bar = progress::count("measuring buckets", buckets.len() as u64);
+    let timed = time_steps(&mut executor, buckets, &options, &|done| bar.set_position(done as u64));
     bar.finish_and_clear();
     timed
 }

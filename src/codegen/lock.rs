@@ -16,7 +16,8 @@ use crate::codegen::select::Tactics;
 /// Version of the lock file's form.
 pub const LOCK_VERSION: u32 = 1;
 
-const HEADING: &str = "// Times of kernels' candidates, and the choice among them: written by `lfm2c compile --tune`.\n";
+const HEADING: &str =
+    "// Times of kernels' candidates, and the choice among them: written by `lfm2c compile --tune`.\n";
 
 /// What was measured, and what is chosen by it. Sorted, so that two of them can be compared line by line.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -115,14 +116,16 @@ impl Lock {
 
     /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
     /// the same lfm2c with the same toolkit on the same kind of GPU. Says how many problems it took.
-    pub fn keep(&mut self, earlier: Lock) -> usize {
-        let compares = |lock: &Lock| (lock.compiler.clone(), lock.gpu.clone(), lock.toolkit);
-        if compares(self) != compares(&earlier) {
+    pub fn keep(&mut self, earlier: &Lock) -> usize {
+        fn compares(lock: &Lock) -> (&str, &str, (u32, u32)) {
+            (&lock.compiler, &lock.gpu, lock.toolkit)
+        }
+        if compares(self) != compares(earlier) {
             return 0;
         }
         let before = self.problems.len();
-        for (key, measured) in earlier.problems {
-            self.problems.entry(key).or_insert(measured);
+        for (key, measured) in &earlier.problems {
+            self.problems.entry(key.clone()).or_insert_with(|| measured.clone());
         }
         self.problems.len() - before
     }
@@ -195,11 +198,11 @@ mod tests {
             Lock { gpu: gpu.into(), problems, ..lock() }
         };
         let mut kept = lock();
-        assert_eq!(kept.keep(other("NVIDIA H200")), 1);
+        assert_eq!(kept.keep(&other("NVIDIA H200")), 1);
         assert_eq!(kept.problems.len(), 2);
         assert_eq!(kept.problems["matmul 01"].chosen, "stream a=1", "the newer measurement");
         let mut foreign = lock();
-        assert_eq!(foreign.keep(other("NVIDIA H100")), 0);
+        assert_eq!(foreign.keep(&other("NVIDIA H100")), 0);
         assert_eq!(foreign, lock());
     }
 
@@ -222,19 +225,21 @@ mod tests {
         let manifest = &compiled.file.manifest;
         let steps = manifest.ranks[0].buckets.iter().flat_map(|bucket| &bucket.steps);
         let launched = steps.filter_map(|step| step.launch.as_ref()).map(|launch| launch.kernel as usize);
-        launched.map(|at| format!("{} {}", manifest.kernels[at].name, manifest.kernels[at].config)).collect()
+        let name = |kernel: &crate::plan::Kernel| format!("{} {}", kernel.name, kernel.config).trim_end().to_owned();
+        launched.map(|at| name(&manifest.kernels[at])).collect()
     }
 
     #[test]
     fn a_plan_has_the_choices_of_a_lock() {
         let default = compiled(Tactics::default());
         let tuning = Tuning::of(&default.file.manifest);
-        let (key, names) = tuning.problems().find(|(_, names)| names.len() > 1).expect("there is a choice");
-        let chosen = names.last().expect("several").to_string();
-        assert!(!kernels(&default).contains(&chosen), "{chosen} is some default");
+        let before = kernels(&default);
+        let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
+        let mut last = tuning.problems().filter_map(last);
+        let (key, chosen) = last.find(|(_, chosen)| !before.contains(chosen)).expect("there is a choice");
         let mut lock = lock();
         let measured = Measured { chosen: chosen.clone(), candidates: BTreeMap::new() };
-        lock.problems.insert(key.to_owned(), measured);
+        lock.problems.insert(key, measured);
         let tuned = compiled(lock.tactics());
         assert!(kernels(&tuned).contains(&chosen), "{chosen} in {:?}", kernels(&tuned));
         assert_eq!((tuned.known.chosen, tuned.known.problems), (1, tuning.problems().count()));

@@ -1,7 +1,9 @@
 //! The choice among kernels by measurement: which candidates a round of measurements runs, and what follows from its times.
 //!
-//! In round n each problem's n-th candidate runs. Problems that have fewer run some again, of which the shortest time counts.
-//! Who measures is not said here: times come in, a [`Lock`] comes out.
+//! In round n of a phase each of its problems' n-th candidate runs. Problems that have fewer run some again, of which the
+//! shortest time counts. Problems of other phases keep their default meanwhile: prefill fills the state that decode steps are
+//! timed over, and some of its candidates take very long for many rows. Who measures is not said here: times come in, a [`Lock`]
+//! comes out.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +12,7 @@ use anyhow::{Context, Result, ensure};
 use crate::codegen::kernels::candidates;
 use crate::codegen::lock::{LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::select::{Tactics, problem_key, step_problems};
-use crate::plan::Manifest;
+use crate::plan::{Bucket, Manifest, Phase};
 
 /// How much faster than the default another candidate must be: less is noise, and the default needs no lock.
 const MARGIN: f64 = 0.02;
@@ -18,10 +20,34 @@ const MARGIN: f64 = 0.02;
 /// The measurements of a plan's problems.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Tuning {
-    /// By key, the candidates in the registry's order.
-    problems: BTreeMap<String, Vec<Trial>>,
-    /// For each bucket its name and the problem of each step.
-    buckets: Vec<(String, Vec<String>)>,
+    problems: BTreeMap<String, Trials>,
+    buckets: Vec<Steps>,
+}
+
+/// A round of measurements.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Round {
+    /// Whose buckets are measured.
+    pub phase: Phase,
+    /// Position of the candidates that run.
+    pub nth: usize,
+}
+
+/// A problem.
+#[derive(Clone, PartialEq, Debug)]
+struct Trials {
+    phase: Phase,
+    /// The candidates in the registry's order.
+    list: Vec<Trial>,
+}
+
+/// A bucket.
+#[derive(Clone, PartialEq, Debug)]
+struct Steps {
+    name: String,
+    phase: Phase,
+    /// The problem of each step.
+    keys: Vec<String>,
 }
 
 /// A candidate, and what was measured of it.
@@ -41,6 +67,15 @@ impl Trial {
 
     fn failed(&self) -> bool {
         matches!(self.time, Some(Time::Failed(_)))
+    }
+}
+
+impl Trials {
+    /// Position of the candidate that a round runs; none if all have failed.
+    fn runs(&self, round: Round) -> Option<usize> {
+        let nth = if self.phase == round.phase { round.nth } else { 0 };
+        let at = nth.checked_rem(self.list.len())?;
+        if self.list[at].failed() { self.list.iter().position(|trial| !trial.failed()) } else { Some(at) }
     }
 }
 
@@ -83,74 +118,89 @@ impl Tuning {
             return Tuning { problems: BTreeMap::new(), buckets: vec![] };
         };
         let mut problems = BTreeMap::new();
-        let mut buckets: Vec<(String, Vec<String>)> =
-            program.buckets.iter().map(|bucket| (bucket.name.clone(), vec![])).collect();
+        let steps = |bucket: &Bucket| Steps { name: bucket.name.clone(), phase: bucket.phase, keys: vec![] };
+        let mut buckets: Vec<Steps> = program.buckets.iter().map(steps).collect();
         for (bucket, problem) in step_problems(program) {
             let key = problem_key(&problem);
             problems.entry(key.clone()).or_insert_with(|| {
                 let list = candidates(&problem);
-                list.iter().map(|candidate| Trial { name: candidate.name(), time: None }).collect()
+                let list = list.iter().map(|candidate| Trial { name: candidate.name(), time: None }).collect();
+                Trials { phase: problem.phase, list }
             });
-            buckets[bucket].1.push(key);
+            buckets[bucket].keys.push(key);
         }
         Tuning { problems, buckets }
     }
 
     /// The problems and the names of their candidates, the default first.
     pub fn problems(&self) -> impl Iterator<Item = (&str, Vec<&str>)> {
-        self.problems.iter().map(|(key, trials)| (&**key, trials.iter().map(|trial| &*trial.name).collect()))
+        self.problems.iter().map(|(key, trials)| (&**key, trials.list.iter().map(|trial| &*trial.name).collect()))
     }
 
-    /// Rounds that run every candidate.
-    pub fn rounds(&self) -> usize {
-        self.problems.values().map(Vec::len).max().unwrap_or(0)
+    /// Rounds that run every candidate: prefill's first, so that what fails of it is known when it fills the state.
+    pub fn rounds(&self) -> Vec<Round> {
+        let of_phase = |phase| {
+            let most =
+                self.problems.values().filter(|trials| trials.phase == phase).map(|trials| trials.list.len()).max();
+            (0..most.unwrap_or(0)).map(move |nth| Round { phase, nth })
+        };
+        [Phase::Prefill, Phase::Decode, Phase::Fixed].into_iter().flat_map(of_phase).collect()
+    }
+
+    /// The buckets in which a round runs a candidate that no round before has run.
+    pub fn measured(&self, round: Round) -> Vec<usize> {
+        let is_new = |key: &String| self.problems.get(key).is_some_and(|trials| trials.list.len() > round.nth);
+        let buckets = self.buckets.iter().enumerate();
+        let found = buckets.filter(|(_, bucket)| bucket.phase == round.phase && bucket.keys.iter().any(is_new));
+        found.map(|(i, _)| i).collect()
     }
 
     /// What a round runs. A candidate that has failed is replaced by the first that has not.
     ///
     /// # Errors
     /// All candidates of a problem have failed.
-    pub fn tactics(&self, nth: usize) -> Result<Tactics> {
+    pub fn tactics(&self, round: Round) -> Result<Tactics> {
         let mut chosen = BTreeMap::new();
         for (key, trials) in &self.problems {
-            let at = runs(trials, nth).with_context(|| {
-                let failures = trials.iter().filter_map(|trial| match &trial.time {
+            let at = trials.runs(round).with_context(|| {
+                let failures = trials.list.iter().filter_map(|trial| match &trial.time {
                     Some(Time::Failed(error)) => Some(format!("{}: {error}", trial.name)),
                     _ => None,
                 });
                 let failures: Vec<String> = failures.collect();
                 format!("problem {key}: expected a candidate that the device runs, found none\n{}", failures.join("\n"))
             })?;
-            if at != nth % trials.len() {
-                chosen.insert(key.clone(), trials[at].name.clone());
+            if at != round.nth % trials.list.len() {
+                chosen.insert(key.clone(), trials.list[at].name.clone());
             }
         }
-        Ok(Tactics { chosen, nth: Some(nth) })
+        Ok(Tactics { chosen, nth: Some(round.nth) })
     }
 
-    /// Takes in the times of a round, in microseconds, for each bucket and step. The median over a problem's steps counts.
+    /// Takes in the times of a round, in microseconds, for buckets by position and each of their steps. The median over a
+    /// problem's steps counts.
     ///
     /// # Errors
     /// Times of other steps than the plan's.
-    pub fn record(&mut self, nth: usize, times: &[Vec<f64>]) -> Result<()> {
-        let expected: Vec<usize> = self.buckets.iter().map(|(_, keys)| keys.len()).collect();
-        let found: Vec<usize> = times.iter().map(Vec::len).collect();
-        ensure!(expected == found, "times of a round: expected {expected:?} steps in the buckets, found {found:?}");
+    pub fn record(&mut self, round: Round, times: &[(usize, Vec<f64>)]) -> Result<()> {
         let mut samples: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-        for ((_, keys), times) in self.buckets.iter().zip(times) {
-            for (key, &us) in keys.iter().zip(times).filter(|(_, us)| us.is_finite()) {
+        for (bucket, times) in times {
+            let bucket = self.buckets.get(*bucket).with_context(|| format!("no bucket {bucket}"))?;
+            let (expected, found) = (bucket.keys.len(), times.len());
+            ensure!(expected == found, "bucket {}: expected times of {expected} steps, found {found}", bucket.name);
+            for (key, &us) in bucket.keys.iter().zip(times).filter(|(_, us)| us.is_finite()) {
                 samples.entry(key).or_default().push(us);
             }
         }
         for (key, mut samples) in samples {
             let Some(trials) = self.problems.get_mut(key) else { continue };
-            let Some(at) = runs(trials, nth) else { continue };
+            let Some(at) = trials.runs(round) else { continue };
             samples.sort_by(f64::total_cmp);
             // The mean of the middle ones; no more digits than mean something.
             let us = f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]);
             let us = (us * 100.0).round() / 100.0;
-            let us = trials[at].us().map_or(us, |before| before.min(us));
-            trials[at].time = Some(Time::Us(us));
+            let trial = &mut trials.list[at];
+            trial.time = Some(Time::Us(trial.us().map_or(us, |before| before.min(us))));
         }
         Ok(())
     }
@@ -159,28 +209,28 @@ impl Tuning {
     ///
     /// # Errors
     /// No such step.
-    pub fn fail(&mut self, nth: usize, steps: &[(usize, usize, String)]) -> Result<()> {
+    pub fn fail(&mut self, round: Round, steps: &[(usize, usize, String)]) -> Result<()> {
         // Of several steps with one problem, the first says what failed; the others ran the same.
         let mut failed: BTreeMap<String, &str> = BTreeMap::new();
         for (bucket, step, error) in steps {
-            let key = self.buckets.get(*bucket).and_then(|(_, keys)| keys.get(*step));
+            let key = self.buckets.get(*bucket).and_then(|bucket| bucket.keys.get(*step));
             let key = key.with_context(|| format!("no step {step} in bucket {bucket}"))?;
             failed.entry(key.clone()).or_insert(error);
         }
         for (key, error) in failed {
             let Some(trials) = self.problems.get_mut(&key) else { continue };
-            if let Some(at) = runs(trials, nth) {
-                trials[at].time = Some(Time::Failed(error.to_owned()));
+            if let Some(at) = trials.runs(round) {
+                trials.list[at].time = Some(Time::Failed(error.to_owned()));
             }
         }
         Ok(())
     }
 
-    /// What was measured and what is chosen by it.
+    /// What was measured and what is chosen by it, of the problems whose candidates have all been measured.
     pub fn lock(&self, gpu: &str, toolkit: (u32, u32)) -> Lock {
-        let measured = |trials: &[Trial]| {
-            let times = trials.iter().filter_map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
-            Some(Measured { chosen: choose(trials)?.name.clone(), candidates: times.collect() })
+        let measured = |trials: &Trials| {
+            let times = trials.list.iter().map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
+            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen: choose(&trials.list)?.name.clone() })
         };
         let problems = self.problems.iter().filter_map(|(key, trials)| Some((key.clone(), measured(trials)?)));
         Lock {
@@ -196,19 +246,20 @@ impl Tuning {
     pub fn choices(&self) -> Vec<Choice<'_>> {
         let mut choices: Vec<Choice> = vec![];
         let mut known: BTreeMap<&str, usize> = BTreeMap::new();
-        for (bucket, key) in self.buckets.iter().flat_map(|(bucket, keys)| keys.iter().map(move |key| (bucket, key))) {
+        let steps = self.buckets.iter().flat_map(|bucket| bucket.keys.iter().map(move |key| (&bucket.name, key)));
+        for (bucket, key) in steps {
             if let Some(&at) = known.get(&**key) {
                 choices[at].steps += 1;
                 continue;
             }
             let Some(trials) = self.problems.get(key) else { continue };
-            let (Some(default), Some(chosen)) = (trials.first(), choose(trials)) else { continue };
+            let (Some(default), Some(chosen)) = (trials.list.first(), choose(&trials.list)) else { continue };
             known.insert(key, choices.len());
             choices.push(Choice {
                 key,
                 bucket,
                 steps: 1,
-                candidates: trials.len(),
+                candidates: trials.list.len(),
                 default_us: default.us(),
                 chosen: &chosen.name,
                 us: chosen.us(),
@@ -222,21 +273,15 @@ impl Tuning {
         let choices = self.choices();
         let times: BTreeMap<&str, (Option<f64>, Option<f64>)> =
             choices.iter().map(|choice| (choice.key, (choice.default_us, choice.us))).collect();
-        let totals = self.buckets.iter().map(|(bucket, keys)| {
+        let totals = self.buckets.iter().map(|Steps { name, keys, .. }| {
             let found = keys.iter().filter_map(|key| times.get(&**key));
             let (default_us, us) = found.fold((0.0, 0.0), |(default_us, us), (default, chosen)| {
                 (default_us + default.or(*chosen).unwrap_or(f64::NAN), us + chosen.unwrap_or(f64::NAN))
             });
-            Total { bucket, steps: keys.len(), default_us, us }
+            Total { bucket: name, steps: keys.len(), default_us, us }
         });
         totals.collect()
     }
-}
-
-/// Position of the candidate that a round runs; none if all have failed.
-fn runs(trials: &[Trial], nth: usize) -> Option<usize> {
-    let at = nth.checked_rem(trials.len())?;
-    if trials[at].failed() { trials.iter().position(|trial| !trial.failed()) } else { Some(at) }
 }
 
 /// The fastest of a problem's candidates; the default, which is the first, unless another is faster by [`MARGIN`].
@@ -296,19 +341,36 @@ mod tests {
     }
 
     /// Times of a round in which each problem's candidate takes what `us` says of its position.
-    fn round(tuning: &Tuning, nth: usize, us: impl Fn(usize) -> f64) -> Vec<Vec<f64>> {
-        let time = |key: &String| us(runs(&tuning.problems[key], nth).expect("one runs"));
-        tuning.buckets.iter().map(|(_, keys)| keys.iter().map(time).collect()).collect()
+    fn times(tuning: &Tuning, round: Round, us: impl Fn(usize) -> f64) -> Vec<(usize, Vec<f64>)> {
+        let time = |key: &String| us(tuning.problems[key].runs(round).expect("one runs"));
+        let measured = tuning.measured(round).into_iter();
+        measured.map(|bucket| (bucket, tuning.buckets[bucket].keys.iter().map(time).collect())).collect()
     }
 
     #[test]
     fn rounds_measure_every_candidate_and_the_fastest_is_chosen() {
         let mut tuning = tuning();
-        assert!(tuning.rounds() > 1, "a demo without choices");
-        for nth in 0..tuning.rounds() {
-            assert_eq!(tuning.tactics(nth).expect("all run"), Tactics { nth: Some(nth), ..Tactics::default() });
-            let times = round(&tuning, nth, |at| 100.0 - at as f64 * 10.0 + nth as f64);
-            tuning.record(nth, &times).expect("times of all steps");
+        let rounds = tuning.rounds();
+        assert_eq!((rounds[0].phase, rounds[rounds.len() - 1].phase), (Phase::Prefill, Phase::Decode));
+        assert!(rounds.iter().any(|round| round.nth > 1), "a demo without choices");
+        for round in rounds {
+            let tactics = tuning.tactics(round).expect("all run");
+            for (key, trials) in &tuning.problems {
+                let expected = if trials.phase == round.phase { round.nth % trials.list.len() } else { 0 };
+                let found = tactics.chosen.get(key).unwrap_or(&trials.list[round.nth % trials.list.len()].name);
+                assert_eq!(*found, trials.list[expected].name, "{key} in {round:?}");
+            }
+            let times = times(&tuning, round, |at| 100.0 - 3.0 * at as f64 + 0.01 * round.nth as f64);
+            assert_eq!(times.len(), 1, "{round:?} measures the bucket of its phase");
+            tuning.record(round, &times).expect("times of all steps");
+            let lock = tuning.lock("a GPU", (13, 0));
+            for (key, trials) in tuning.problems.iter().filter(|(_, trials)| trials.phase == round.phase) {
+                assert_eq!(
+                    lock.problems.contains_key(key),
+                    trials.list.len() <= round.nth + 1,
+                    "{key} after {round:?}"
+                );
+            }
         }
         let lock = tuning.lock("a GPU", (13, 0));
         for (key, names) in tuning.problems() {
@@ -324,33 +386,36 @@ mod tests {
         }
         let steps: usize = tuning.choices().iter().map(|choice| choice.steps).sum();
         assert_eq!(steps, tuning.totals().iter().map(|total| total.steps).sum::<usize>());
-        assert!(tuning.record(0, &[vec![1.0]]).is_err(), "times of another plan");
+        let round = Round { phase: Phase::Decode, nth: 0 };
+        assert!(tuning.record(round, &[(0, vec![1.0])]).is_err(), "times of another plan");
+        assert!(tuning.measured(Round { nth: 1000, ..round }).is_empty());
     }
 
     #[test]
     fn what_fails_is_replaced_and_not_chosen() {
         let mut tuning = tuning();
-        let find = |(b, (_, keys)): (usize, &(String, Vec<String>))| {
-            keys.iter().position(|key| tuning.problems[key].len() > 1).map(|step| (b, step))
+        let find = |(b, bucket): (usize, &Steps)| {
+            let mut keys = bucket.keys.iter();
+            keys.position(|key| tuning.problems[key].list.len() > 1).map(|step| (b, step))
         };
         let (bucket, step) = tuning.buckets.iter().enumerate().find_map(find).expect("there is a choice");
-        let key = tuning.buckets[bucket].1[step].clone();
-        let names: Vec<String> = tuning.problems[&key].iter().map(|trial| trial.name.clone()).collect();
+        let (phase, key) = (tuning.buckets[bucket].phase, tuning.buckets[bucket].keys[step].clone());
+        let names: Vec<String> = tuning.problems[&key].list.iter().map(|trial| trial.name.clone()).collect();
         // Told of the same step twice: one candidate failed.
         let refused = vec![(bucket, step, "too much".to_owned()); 2];
-        tuning.fail(1, &refused).expect("there is such a step");
-        let tactics = tuning.tactics(1).expect("others run");
-        assert_eq!(tactics.chosen, BTreeMap::from([(key.clone(), names[0].clone())]));
-        for nth in 0..tuning.rounds() {
-            tuning.record(nth, &round(&tuning, nth, |at| 100.0 - at as f64)).expect("times of all steps");
+        let round = Round { phase, nth: 1 };
+        tuning.fail(round, &refused).expect("there is such a step");
+        assert_eq!(tuning.tactics(round).expect("others run").chosen[&key], names[0]);
+        for round in tuning.rounds() {
+            tuning.record(round, &times(&tuning, round, |at| 100.0 - at as f64)).expect("times of all steps");
         }
         let lock = tuning.lock("a GPU", (13, 0));
         assert_eq!(lock.problems[&key].candidates[&names[1]], Time::Failed("too much".into()));
         assert_ne!(lock.problems[&key].chosen, names[1]);
         for nth in 0..names.len() {
-            tuning.fail(nth, &refused).expect("there is such a step");
+            tuning.fail(Round { phase, nth }, &refused).expect("there is such a step");
         }
-        let error = tuning.tactics(0).expect_err("none is left").to_string();
+        let error = tuning.tactics(Round { phase, nth: 0 }).expect_err("none is left").to_string();
         assert!(error.contains(&key) && error.contains("too much"), "{error}");
     }
 }

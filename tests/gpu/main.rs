@@ -6,6 +6,7 @@
 mod bits;
 mod models;
 mod steps;
+mod tune;
 
 use std::process::ExitCode;
 
@@ -27,5 +28,6 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = vec![];
     trials.extend(steps::trials());
     trials.extend(bits::trials());
+    trials.extend(tune::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

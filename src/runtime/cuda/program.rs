@@ -93,7 +93,8 @@ impl Kernels {
     /// The kernels that a device does not load, with what it says.
     pub(super) fn refused(file: &PlanFile, program: &Program, device: &Arc<Device>) -> Result<Vec<(u32, String)>> {
         let shared = most_shared(file, program)?;
-        let loaded = file.manifest.kernels.iter().zip(&shared).map(|(kernel, &shared)| load_kernel(file, kernel, shared, device));
+        let kernels = file.manifest.kernels.iter().zip(&shared);
+        let loaded = kernels.map(|(kernel, &shared)| load_kernel(file, kernel, shared, device));
         Ok((0..).zip(loaded).filter_map(|(i, loaded)| Some((i, format!("{:#}", loaded.err()?)))).collect())
     }
 

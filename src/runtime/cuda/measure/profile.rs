@@ -12,7 +12,7 @@ use crate::cuda::DeviceMemory;
 use crate::runtime::cuda::{CudaExecutor, kernel_name};
 
 /// Passes over the steps; medians are taken.
-const PASSES: usize = 20;
+pub(super) const PASSES: usize = 20;
 /// Memory that the device fills while the host queues the steps, and what one fill takes at the least.
 const SCRATCH_BYTES: u64 = 256 << 20;
 const FILL_US: usize = 60;
@@ -93,7 +93,7 @@ pub fn profile(
     let (name, count) = (at.name.clone(), at.steps.len());
     inputs.upload(executor, bucket)?;
     let load = inputs.load(executor, bucket, &(0..count).collect::<Vec<_>>(), 0.0)?;
-    let (mark_us, times) = step_times(executor, bucket, count)?;
+    let (mark_us, times) = step_times(executor, bucket, count, PASSES)?;
     let graph = replays(executor, bucket, inputs, options.runs())?;
     let (program, kernels) = (executor.program(), &executor.manifest.kernels);
     let mut steps = Vec::with_capacity(count);
@@ -138,16 +138,21 @@ pub fn profile(
     })
 }
 
-/// Median times of an empty span and of each step, in microseconds. The device is kept busy until all is queued, so that it
+/// Median times of an empty span and of each step, in microseconds, of so many passes. The device is kept busy until all is queued, so that it
 /// never waits for the host.
-pub(super) fn step_times(executor: &CudaExecutor, bucket: usize, count: usize) -> Result<(f64, Vec<f64>)> {
+pub(super) fn step_times(
+    executor: &CudaExecutor,
+    bucket: usize,
+    count: usize,
+    passes: usize,
+) -> Result<(f64, Vec<f64>)> {
     let stream = executor.stream();
     let (free, _) = executor.gpu().memory()?;
     let bytes = usize::try_from(SCRATCH_BYTES.min(free / 4))?;
     let scratch = DeviceMemory::new(executor.gpu(), bytes)?;
     let fills = (count * QUEUE_US).div_ceil(FILL_US).max(8);
-    let mut samples = vec![Vec::with_capacity(PASSES); count + 1];
-    for _ in 0..PASSES {
+    let mut samples = vec![Vec::with_capacity(passes); count + 1];
+    for _ in 0..passes {
         let mut marks = Marks::new(executor.gpu(), count + 1)?;
         (0..fills).try_for_each(|_| scratch.fill(0..bytes, 0, stream))?;
         marks.record(stream)?;

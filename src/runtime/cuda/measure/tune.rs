@@ -9,12 +9,16 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 
 use super::inputs::{Inputs, Options};
-use super::profile::step_times;
+use super::profile::{PASSES, step_times};
 use crate::cuda::Device;
 use crate::plan::{Phase, PlanFile};
 use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::cuda::program::Kernels;
 use crate::runtime::executor::Batch;
+
+/// Passes over a bucket's steps that take longer than this together are fewer, but not fewer than so many.
+const PATIENCE_US: f64 = 5e5;
+const LEAST_PASSES: usize = 3;
 
 /// A step whose kernel the device refused.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,8 +34,8 @@ pub struct Refused {
 /// What timing a plan gave.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Timed {
-    /// For each bucket the median time of each step, in microseconds.
-    Steps(Vec<Vec<f64>>),
+    /// For each bucket, by position, the median time of each step, in microseconds.
+    Steps(Vec<(usize, Vec<f64>)>),
     /// Steps that do not run; none was timed. There may be more.
     Refused(Vec<Refused>),
 }
@@ -53,17 +57,20 @@ pub fn refused_kernels(file: &PlanFile, rank: usize, device: &Arc<Device>) -> Re
     Ok(refused)
 }
 
-/// Times every step of every bucket, over inputs and state as [`Inputs::prepare`] makes them; `progress` hears how many
+/// Times every step of some buckets, over inputs and state as [`Inputs::prepare`] makes them; `progress` hears how many
 /// buckets are done.
 ///
 /// # Errors
 /// The plan has too little room, or the device failed otherwise than by refusing a step.
-pub fn time_steps(executor: &mut CudaExecutor, options: &Options, progress: &dyn Fn(usize)) -> Result<Timed> {
-    let buckets = executor.program().buckets.len();
+pub fn time_steps(
+    executor: &mut CudaExecutor,
+    buckets: &[usize],
+    options: &Options,
+    progress: &dyn Fn(usize),
+) -> Result<Timed> {
     let mut refused = vec![];
-    for bucket in 0..buckets {
-        let found = first_refused(executor, bucket)?;
-        refused.extend(found);
+    for &bucket in buckets {
+        refused.extend(first_refused(executor, bucket)?);
         // A failure that stays ends everything; a refused launch does not.
         if !refused.is_empty() && executor.stream().synchronize().is_err() {
             break;
@@ -72,17 +79,24 @@ pub fn time_steps(executor: &mut CudaExecutor, options: &Options, progress: &dyn
     if !refused.is_empty() {
         return Ok(Timed::Refused(refused));
     }
-    let mut times = Vec::with_capacity(buckets);
-    for bucket in 0..buckets {
-        let (name, count) = (executor.program().buckets[bucket].name.clone(), executor.program().buckets[bucket].steps.len());
-        let timed = Inputs::prepare(executor, bucket, options).and_then(|inputs| {
-            inputs.upload(executor, bucket)?;
-            step_times(executor, bucket, count)
-        });
-        times.push(timed.with_context(|| format!("bucket {name}"))?.1);
-        progress(bucket + 1);
+    let mut times = Vec::with_capacity(buckets.len());
+    for (done, &bucket) in (1..).zip(buckets) {
+        let at = executor.program().buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        let name = at.name.clone();
+        times.push((bucket, bucket_times(executor, bucket, options).with_context(|| format!("bucket {name}"))?));
+        progress(done);
     }
     Ok(Timed::Steps(times))
+}
+
+fn bucket_times(executor: &mut CudaExecutor, bucket: usize, options: &Options) -> Result<Vec<f64>> {
+    let inputs = Inputs::prepare(executor, bucket, options)?;
+    inputs.upload(executor, bucket)?;
+    let count = executor.program().buckets[bucket].steps.len();
+    // Warms up, and finds candidates that are no match for their bucket.
+    let (_, once) = step_times(executor, bucket, count, 1)?;
+    let passes = (PATIENCE_US / once.iter().sum::<f64>()) as usize;
+    Ok(step_times(executor, bucket, count, passes.clamp(LEAST_PASSES, PASSES))?.1)
 }
 
 /// Runs a bucket step by step over padding alone, up to the first step that does not run: what follows would read what nobody
