@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::cli::load::{self, Device};
+use crate::cli::load::{self, Choices, Device};
 use crate::cli::output::print;
 use crate::cli::table::table;
 use crate::cli::usage;
@@ -52,7 +52,7 @@ struct Golden {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
-    let file = load::plan(&arguments.plan, Some(&arguments.model), &Default::default())?;
+    let file = load::plan(&arguments.plan, Some(&arguments.model), &Choices::default().options())?;
     let mut goldens = read(&arguments.golden)?;
     let forced = file.manifest.model.forced_routing.is_some();
     for (name, golden) in &mut goldens {
