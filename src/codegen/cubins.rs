@@ -60,7 +60,11 @@ fn options(target: Target) -> Vec<String> {
         Target::Cpu => unreachable!("the CPU has no kernels"),
         Target::Sm_90a => "sm_90a",
     };
-    vec![format!("--gpu-architecture={architecture}"), "--std=c++17".into(), "--device-as-default-execution-space".into()]
+    vec![
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".into(),
+        "--device-as-default-execution-space".into(),
+    ]
 }
 
 /// Compiles every source that the cache does not have; `progress` hears how many of all are done.
@@ -107,7 +111,16 @@ pub fn build(
         .collect::<Result<_, NvrtcError>>()?;
     let cached = cached.into_inner();
     let bytes = cubins.iter().map(Vec::len).sum();
-    Ok((cubins, Compilation { compiled: sources.len() - cached, cached, bytes, toolkit: (major, minor), elapsed: started.elapsed() }))
+    Ok((
+        cubins,
+        Compilation {
+            compiled: sources.len() - cached,
+            cached,
+            bytes,
+            toolkit: (major, minor),
+            elapsed: started.elapsed(),
+        },
+    ))
 }
 
 fn is_elf(bytes: &[u8]) -> bool {

@@ -370,11 +370,11 @@ impl Module {
         unsafe {
             let handle = during(&what, result::module::get_function(self.handle, symbol))?;
             let mut found = vec![];
-            loop {
+            // Only as many as are expected: asking for one beyond the last is an error that memory checkers report.
+            for i in 0..params.len() {
                 let (mut offset, mut size) = (0, 0);
-                match sys::cuFuncGetParamInfo(handle, found.len(), &mut offset, &mut size) {
-                    sys::CUresult::CUDA_SUCCESS => found.push(size),
-                    _ => break,
+                if sys::cuFuncGetParamInfo(handle, i, &mut offset, &mut size) == sys::CUresult::CUDA_SUCCESS {
+                    found.push(size);
                 }
             }
             if found != params {

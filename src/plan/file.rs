@@ -277,7 +277,7 @@ impl Kind {
         match self {
             Kind::Manifest => "manifest".into(),
             Kind::Recipe => "recipe".into(),
-            Kind::Text => format!("graph text in section {position}"),
+            Kind::Text => format!("graph text {}", position.saturating_sub(2)),
             Kind::Cubin => format!("machine code in section {position}"),
         }
     }

@@ -64,7 +64,6 @@ pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
         max_sequences: None,
         max_context: None,
         kv_tokens: None,
-
     };
     let options = CompileOptions { target: Target::Sm90a, ..options.clone() };
     let compiled = compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent);

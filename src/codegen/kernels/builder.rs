@@ -49,7 +49,14 @@ pub struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder { semantic: Some(problem.semantic), text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
+        Builder {
+            semantic: Some(problem.semantic),
+            text: String::new(),
+            params: vec![],
+            constant: vec![],
+            args: vec![],
+            cluster: 1,
+        }
     }
 
     /// Nothing yet, for a kernel that no step launches.

@@ -31,14 +31,14 @@ mod short_conv;
 mod split;
 mod stream;
 mod stream_fma;
+#[cfg(test)]
+mod testing;
 mod tile;
 mod tile_fma;
 mod tiles;
-mod weighted_sum;
-#[cfg(test)]
-mod testing;
 #[cfg(test)]
 mod trial;
+mod weighted_sum;
 
 pub use self::builder::{Builder, Specialised};
 pub use self::pattern::is_weight;

@@ -47,7 +47,9 @@ fn check_found(manifest: &Manifest, device: Option<(&str, (u32, u32), (u32, u32)
         Target::Sm_90a => (9, 0),
     };
     let Some((major, minor)) = manifest.toolkit else {
-        bail!("the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`");
+        bail!(
+            "the plan has no machine code: it was lowered without a CUDA compiler; compile it again with `lfm2c compile`"
+        );
     };
     let Some((name, capability, driver)) = device else { return Ok(()) };
     ensure!(
@@ -149,12 +151,7 @@ fn most_shared(file: &PlanFile, program: &Program) -> Result<Vec<u32>> {
     Ok(shared)
 }
 
-fn load_kernel(
-    file: &PlanFile,
-    kernel: &Kernel,
-    shared: u32,
-    device: &Arc<Device>,
-) -> Result<(Arc<Module>, Function)> {
+fn load_kernel(file: &PlanFile, kernel: &Kernel, shared: u32, device: &Arc<Device>) -> Result<(Arc<Module>, Function)> {
     let what = || format!("kernel {} ({})", kernel.name, kernel.config);
     let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
     let module = Module::load(device, cubin).with_context(what)?;
