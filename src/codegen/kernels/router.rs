@@ -35,7 +35,7 @@ impl Twin for Router {
         clusters
             .flat_map(|cluster| {
                 let tiles = tiles(rows, cluster, routing.group.is_some());
-                tiles.into_iter().filter_map(move |tile| Some((cluster, tile)))
+                tiles.into_iter().map(move |tile| (cluster, tile))
             })
             .filter_map(|(cluster, tile)| specialise(problem, &routing, cluster, tile))
             .collect()

@@ -37,8 +37,10 @@ pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> 
     check_found(manifest, found)
 }
 
-/// The same for a device's name, compute capability and the newest CUDA version of its driver.
-fn check_found(manifest: &Manifest, device: Option<(&str, (u32, u32), (u32, u32))>) -> Result<()> {
+/// A device's name, compute capability and the newest CUDA version of its driver.
+type Found<'a> = (&'a str, (u32, u32), (u32, u32));
+
+fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
     let expected = match manifest.target {
         Target::Cpu => bail!(
             "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
