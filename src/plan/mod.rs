@@ -1,11 +1,13 @@
 //! The plan: what the compiler writes and the runtime reads. Uses no other room.
 
 pub mod file;
+pub mod launch;
 pub mod manifest;
 pub mod operators;
 pub mod validate;
 
 pub use file::{PlanError, PlanFile};
+pub use launch::*;
 pub use manifest::*;
 pub use operators::*;
 pub use validate::{Fault, validate};

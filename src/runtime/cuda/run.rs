@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::CudaExecutor;
 use super::program::{Kernels, Ready, offset};
-use super::{CudaExecutor, Graphs};
 use crate::cuda::{Device, DeviceMemory, HostMemory, LaunchShape, Stream};
 use crate::plan::{
     Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole,
@@ -358,11 +358,6 @@ impl Executor for CudaExecutor {
 }
 
 impl CudaExecutor {
-    /// Whether a bucket falls back to single launches.
-    pub fn uses_graphs(&self) -> bool {
-        self.graphs != Graphs::Off
-    }
-
     /// Queues a bucket over the inputs that the device holds, as a graph or step by step. It chooses tokens and moves inputs
     /// as a step does, but nobody collects them: for measurements. No step is in flight.
     ///

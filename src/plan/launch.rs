@@ -1,0 +1,117 @@
+//! Kernels and launches: how a plan's steps run on a device.
+
+use serde::{Deserialize, Serialize};
+
+use crate::plan::DType;
+
+/// A specialised kernel, compiled for the plan's target.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Kernel {
+    /// Its symbol, which is the name of its source file in `kernels/`.
+    pub name: String,
+    /// What it was specialised to, for a person to read.
+    pub config: String,
+    /// BLAKE3 of everything that it was compiled from, in hexadecimal.
+    pub source: String,
+    /// Its parameters, in order.
+    pub params: Vec<Param>,
+    /// Position of its machine code among the plan's; none in a plan that was lowered without a compiler, which only the CPU
+    /// executor can run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cubin: Option<u32>,
+}
+
+/// A kernel's parameter: name and type.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Param(pub String, pub ParamType);
+
+/// What a kernel takes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum ParamType {
+    /// The address of elements that it reads.
+    In(DType),
+    /// The address of elements that it writes, or reads and writes.
+    Out(DType),
+    /// A 32-bit integer.
+    Int,
+    /// A 64-bit integer.
+    Long,
+    /// A binary32 number.
+    Float,
+}
+
+impl ParamType {
+    /// Size in bytes, which is also its alignment.
+    pub fn bytes(self) -> usize {
+        match self {
+            ParamType::In(_) | ParamType::Out(_) | ParamType::Long => 8,
+            ParamType::Int | ParamType::Float => 4,
+        }
+    }
+}
+
+/// A kernel that the runtime launches by itself: what it is for, and its position in [`crate::plan::Manifest::kernels`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Service(pub ServiceRole, pub u32);
+
+/// What the runtime needs kernels for, with the parameters that it passes, in order. Blocks have [`SERVICE_THREADS`] threads
+/// along x and no dynamic shared memory; but for [`ServiceRole::Advance`], any number of blocks does the work.
+///
+/// Element i of a synthetic tensor is the weight's element `i / part * whole + i % part / run * stride + offset + i % part % run`;
+/// `runtime::weights::places` gives the numbers for a layout. Eight elements move at a time where `first` and the five numbers
+/// are multiples of eight and the address of 32 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum ServiceRole {
+    /// Makes elements `first..first + count` of a synthetic tensor of the first type, stored as the second: `to Out(second)`
+    /// (the weight), `first Long`, `count Long`, `key Long`, `center Float`, `scale Float`, `part Long`, `whole Long`,
+    /// `run Long`, `stride Long`, `offset Long`.
+    Synthesize(DType, DType),
+    /// Takes the tokens that a step chose, tells the host, and makes the next step's inputs of them; one block. `next In(I32)`,
+    /// `tokens Out(I32)`, `pos Out(I32)`, `slot Out(I32)`, `rows In(I32)`, `last Out(I32)` (a token for each slot), `stops
+    /// In(I32)` (`[slots, 8]`), `ring Long` (address of u64 `[depth, width]`, in memory that the host reads), `number Long`
+    /// (address of a u64, zero at first), `count Int` (rows of `next` and `rows`), `moves Int` (0: leaves the inputs as they are),
+    /// `depth Int`, `width Int`. What they mean is told in `kernels/advance.cu`.
+    Advance,
+    /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
+    /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
+    Feed,
+}
+
+/// Threads of a block of a service.
+pub const SERVICE_THREADS: u32 = 256;
+
+/// How a step runs on the device.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// Position in [`crate::plan::Manifest::kernels`].
+    pub kernel: u32,
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Threads of a block, along x.
+    pub block: u32,
+    /// Blocks along x that form a cluster.
+    pub cluster: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared: u32,
+    /// Whether it may start before the step before it is done; the kernel itself waits.
+    pub dependent: bool,
+    /// What its parameters are, in order.
+    pub args: Vec<Arg>,
+}
+
+/// A kernel's argument.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+pub enum Arg {
+    /// The address of the step's read of this position.
+    Read(u32),
+    /// The address of the step's write of this position.
+    Write(u32),
+    /// A 32-bit integer.
+    Int(i32),
+    /// A 64-bit integer.
+    Long(i64),
+    /// A number.
+    Float(f32),
+}
