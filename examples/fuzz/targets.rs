@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lfm2c::codegen::compile::{CompileOptions, Silent, Source, compile};
 use lfm2c::codegen::recipe::Recipe;
 use lfm2c::ir::{Extents, verify};
+use lfm2c::passes::Target;
 use lfm2c::passes::{plan_memory, schedule};
 use lfm2c::plan::file::{Kind, seal};
 use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile};
@@ -73,8 +74,10 @@ const GELU: &str = include_str!("../../plans/gelu.ir");
 const SMALL: &str = include_str!("../../tests/data/small_manifest.ron");
 
 /// Compiles a small LFM2 in few buckets, fused or not.
-fn compiled_demo(disabled: &[&str]) -> PlanFile {
+fn compiled_demo(target: Target, disabled: &[&str]) -> PlanFile {
     let options = CompileOptions {
+        target,
+        without_cubins: true,
         prefill: Some(vec![8]),
         decode: Some(vec![1, 2]),
         max_sequences: Some(2),
@@ -115,8 +118,9 @@ fn sealed(manifest: &str) -> Vec<u8> {
 
 fn plan_seeds() -> Vec<Seed> {
     let mut texts = vec![SMALL.to_owned(), SMALL.to_owned(), compiled_gelu().manifest_text()];
-    texts.push(compiled_demo(&[]).manifest_text());
-    texts.push(compiled_demo(&["group-experts", "fuse-attention"]).manifest_text());
+    texts.push(compiled_demo(Target::Cpu, &[]).manifest_text());
+    texts.push(compiled_demo(Target::Cpu, &["group-experts", "fuse-attention"]).manifest_text());
+    texts.push(compiled_demo(Target::Sm90a, &[]).manifest_text());
     texts.iter().map(|text| Seed::new(text, sealed)).collect()
 }
 
@@ -181,8 +185,8 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
 }
 
 fn ir_seeds() -> Vec<Seed> {
-    let mut texts = compiled_demo(&[]).texts;
-    texts.extend(compiled_demo(&["group-experts", "fuse-shortconv", "fuse-pointwise"]).texts);
+    let mut texts = compiled_demo(Target::Cpu, &[]).texts;
+    texts.extend(compiled_demo(Target::Cpu, &["group-experts", "fuse-shortconv", "fuse-pointwise"]).texts);
     texts.push(GELU.to_owned());
     texts.iter().map(|text| Seed::new(text, |text| text.as_bytes().to_vec())).collect()
 }

@@ -248,6 +248,17 @@ mod tests {
     }
 
     #[test]
+    fn fusions_that_cannot_run_are_not_applied() {
+        let fuse = crate::passes::find("fuse-pointwise").expect("it is a pass");
+        let (mut free, mut refused) = (chain(), chain());
+        let applied = driver().run_pass(fuse, &mut free, &context()).expect("the graph is valid");
+        assert!(applied.rewrites > 0 && free.ops.iter().any(|op| !op.body.is_empty()));
+        let mut strict = driver().admitting(|_, op| op.body.is_empty());
+        let report = strict.run_pass(fuse, &mut refused, &context()).expect("the graph is valid");
+        assert_eq!((report.rewrites, refused.to_string()), (0, chain().to_string()));
+    }
+
+    #[test]
     fn a_stage_runs_its_passes_in_order_and_reports_each() {
         let seen = RefCell::new(vec![]);
         let hook = |name: &str, graph: &Graph| seen.borrow_mut().push((name.to_owned(), graph.ops.len()));
