@@ -15,7 +15,8 @@ pub enum NvrtcError {
     #[error(
         "the CUDA compiler NVRTC: expected libnvrtc.so.13 in the loader's path, in $CUDA_PATH/lib64, in /usr/local/cuda/lib64 \
          or in the Python package nvidia-cuda-nvrtc, found none; install the CUDA 13 toolkit, or \
-         `pip install nvidia-cuda-nvrtc==13.0.*` and put its nvidia/cu13/lib into LD_LIBRARY_PATH"
+         `pip install nvidia-cuda-nvrtc==13.0.*` and put its nvidia/cu13/lib into LD_LIBRARY_PATH; or leave machine code out with \
+         --without-cubins, or compile for the CPU with --target cpu"
     )]
     Missing,
     /// The library is there but cannot do what is needed.

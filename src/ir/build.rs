@@ -23,13 +23,14 @@ pub struct BuildOptions {
     pub page_tokens: u64,
     /// Columns of the convolution state of a slot.
     pub ring_columns: u64,
-    /// Makes each router's choice of experts an input, `experts.N` i32[T,k] for layer N.
+    /// Makes each router's choice of experts an input, `experts.N` `i32[T,k]` for layer N.
     pub forced_routing: bool,
 }
 
 /// Builds the graph. `weight_dtype` gives a weight's element type in the pool by its name.
 ///
-/// Inputs: `tokens`, `pos`, `slot` i32[T] and `rows` i32[R]; results: `next` i32[R], `logits` f32[R,vocab], and the states.
+/// Inputs: `tokens`, `pos`, `slot`, `i32[T]`, and `rows`, `i32[R]`; results: `next`, `i32[R]`, `logits`, `f32[R,vocab]`, and the
+/// states.
 ///
 /// # Errors
 /// Sizes that do not fit together, such as a ring shorter than the convolution.

@@ -82,9 +82,9 @@ pub fn find(name: &str) -> Option<&'static Pass> {
     PIPELINE.iter().find(|pass| pass.name == name)
 }
 
-/// The last two passes of each bucket, which change no operator: [`schedule`], or program order, one step at a time, ...
+/// The last two passes of each bucket, which change no operator: [`schedule()`], or program order, one step at a time, ...
 pub const SCHEDULE: &str = "schedule";
-/// ... and [`plan_memory`], or every buffer in bytes of its own.
+/// ... and [`plan_memory()`], or every buffer in bytes of its own.
 pub const PLAN_MEMORY: &str = "plan-memory";
 
 /// The names of all passes, in the order in which they run.
