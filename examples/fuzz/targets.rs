@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lfm2c::codegen::compile::{CompileOptions, Silent, Source, compile};
 use lfm2c::codegen::recipe::Recipe;
 use lfm2c::ir::{Extents, verify};
-use lfm2c::passes::Target;
+use lfm2c::passes::Target as Lowered;
 use lfm2c::passes::{plan_memory, schedule};
 use lfm2c::plan::file::{Kind, seal};
 use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile};
@@ -74,7 +74,7 @@ const GELU: &str = include_str!("../../plans/gelu.ir");
 const SMALL: &str = include_str!("../../tests/data/small_manifest.ron");
 
 /// Compiles a small LFM2 in few buckets, fused or not.
-fn compiled_demo(target: Target, disabled: &[&str]) -> PlanFile {
+fn compiled_demo(target: Lowered, disabled: &[&str]) -> PlanFile {
     let options = CompileOptions {
         target,
         without_cubins: true,
@@ -118,9 +118,9 @@ fn sealed(manifest: &str) -> Vec<u8> {
 
 fn plan_seeds() -> Vec<Seed> {
     let mut texts = vec![SMALL.to_owned(), SMALL.to_owned(), compiled_gelu().manifest_text()];
-    texts.push(compiled_demo(Target::Cpu, &[]).manifest_text());
-    texts.push(compiled_demo(Target::Cpu, &["group-experts", "fuse-attention"]).manifest_text());
-    texts.push(compiled_demo(Target::Sm90a, &[]).manifest_text());
+    texts.push(compiled_demo(Lowered::Cpu, &[]).manifest_text());
+    texts.push(compiled_demo(Lowered::Cpu, &["group-experts", "fuse-attention"]).manifest_text());
+    texts.push(compiled_demo(Lowered::Sm90a, &[]).manifest_text());
     texts.iter().map(|text| Seed::new(text, sealed)).collect()
 }
 
@@ -185,8 +185,8 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
 }
 
 fn ir_seeds() -> Vec<Seed> {
-    let mut texts = compiled_demo(Target::Cpu, &[]).texts;
-    texts.extend(compiled_demo(Target::Cpu, &["group-experts", "fuse-shortconv", "fuse-pointwise"]).texts);
+    let mut texts = compiled_demo(Lowered::Cpu, &[]).texts;
+    texts.extend(compiled_demo(Lowered::Cpu, &["group-experts", "fuse-shortconv", "fuse-pointwise"]).texts);
     texts.push(GELU.to_owned());
     texts.iter().map(|text| Seed::new(text, |text| text.as_bytes().to_vec())).collect()
 }
