@@ -47,13 +47,13 @@ pub fn bound(dtype: DType) -> f64 {
 /// # Errors
 /// A step that fails on one of them.
 pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<Vec<Written>> {
-    let program = gpu.program().clone();
+    let program = gpu.program();
     let at = &program.buckets[bucket];
     let found = &at.steps[step];
     let semantic = &program.semantics[found.op as usize];
     for (place, ty) in found.reads.iter().zip(&semantic.inputs) {
         if !matches!(place, Ref::Weight(_)) {
-            let range = range(&program, bucket, *place, ty)?;
+            let range = range(program, bucket, *place, ty)?;
             gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
         }
     }
@@ -62,7 +62,7 @@ pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, st
         .iter()
         .map(|&state| {
             let ty = program.states[state as usize].ty.clone();
-            let range = range(&program, bucket, Ref::State(state), &ty)?;
+            let range = range(program, bucket, Ref::State(state), &ty)?;
             let name = program.states[state as usize].name.clone();
             Ok((range.clone(), cpu.pool().bytes()[range].to_vec(), ty, name))
         })
@@ -72,10 +72,10 @@ pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, st
     cpu.run_step(bucket, step)?;
     let mut list = vec![];
     for (place, ty) in found.writes.iter().zip(&semantic.outputs) {
-        let range = range(&program, bucket, *place, ty)?;
+        let range = range(program, bucket, *place, ty)?;
         let mut bytes = vec![0; range.len()];
         gpu.pool().read(range.start, &mut bytes, gpu.stream())?;
-        let name = place_name(&program, bucket, found, *place);
+        let name = place_name(program, bucket, found, *place);
         list.push(compare(name, ty, &cpu.pool().bytes()[range], &bytes, None)?);
     }
     for (range, before, ty, name) in states {

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
-use crate::plan::{Program, State};
+use crate::plan::{Limits, Program, State};
 
 /// The bytes of an input in the io region.
 ///
@@ -34,6 +34,18 @@ pub fn write_padded(buffer: &mut [u8], values: &[i32], len: u64, padding: i32) -
         bytes.copy_from_slice(&value.to_ne_bytes());
     }
     Ok(())
+}
+
+/// A slot's row of the block table.
+///
+/// # Errors
+/// A page beyond the limits.
+pub fn page_row(limits: &Limits, slot: u32, pages: &[u32]) -> Result<Vec<i32>> {
+    let limit = limits.pages();
+    if let Some(page) = pages.iter().find(|page| u64::from(**page) >= limit) {
+        bail!("page {page} for slot {slot}, of {limit} pages");
+    }
+    pages.iter().map(|&page| Ok(i32::try_from(page)?)).collect()
 }
 
 /// The bytes of the first `columns` of a slot's row of an i32 table, in the state region.

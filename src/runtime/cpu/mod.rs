@@ -264,11 +264,7 @@ impl Executor for CpuExecutor {
     }
 
     fn set_pages(&mut self, slot: u32, pages: &[u32]) -> Result<()> {
-        let limit = self.manifest.limits.pages();
-        if let Some(page) = pages.iter().find(|page| u64::from(**page) >= limit) {
-            bail!("page {page} for slot {slot}, of {limit} pages");
-        }
-        let row = pages.iter().map(|&page| Ok(i32::try_from(page)?)).collect::<Result<Vec<_>>>()?;
+        let row = io::page_row(&self.manifest.limits, slot, pages)?;
         self.write_row(StateRole::BlockTable, slot, &row)
     }
 

@@ -74,8 +74,7 @@ fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
 
 /// The kernels of a plan on a device.
 pub(super) struct Kernels {
-    modules: Vec<Arc<Module>>,
-    /// By kernel and shared memory.
+    /// By position in the plan; each keeps its machine code loaded.
     functions: HashMap<u32, Function>,
     services: HashMap<ServiceRole, u32>,
 }
@@ -84,14 +83,12 @@ impl Kernels {
     /// Loads all machine code, and looks up each kernel with the most shared memory that a launch gives it.
     pub(super) fn load(file: &PlanFile, program: &Program, device: &Arc<Device>) -> Result<Kernels> {
         let shared = most_shared(file, program)?;
-        let (mut modules, mut functions) = (vec![], HashMap::new());
+        let mut functions = HashMap::new();
         for ((i, kernel), &shared) in (0..).zip(&file.manifest.kernels).zip(&shared) {
-            let (module, function) = load_kernel(file, kernel, shared, device)?;
-            functions.insert(i, function);
-            modules.push(module);
+            functions.insert(i, load_kernel(file, kernel, shared, device)?);
         }
         let services = file.manifest.services.iter().map(|service| (service.0, service.1)).collect();
-        Ok(Kernels { modules, functions, services })
+        Ok(Kernels { functions, services })
     }
 
     /// The kernels that a device does not load, with what it says.
@@ -104,7 +101,7 @@ impl Kernels {
 
     /// How many there are.
     pub(super) fn len(&self) -> usize {
-        self.modules.len()
+        self.functions.len()
     }
 
     /// A service's kernel.
@@ -153,13 +150,12 @@ fn most_shared(file: &PlanFile, program: &Program) -> Result<Vec<u32>> {
     Ok(shared)
 }
 
-fn load_kernel(file: &PlanFile, kernel: &Kernel, shared: u32, device: &Arc<Device>) -> Result<(Arc<Module>, Function)> {
+fn load_kernel(file: &PlanFile, kernel: &Kernel, shared: u32, device: &Arc<Device>) -> Result<Function> {
     let what = || format!("kernel {} ({})", kernel.name, kernel.config);
     let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
     let module = Module::load(device, cubin).with_context(what)?;
     let sizes: Vec<usize> = kernel.params.iter().map(|Param(_, ty)| ty.bytes()).collect();
-    let function = module.function(&kernel.name, &sizes, shared).with_context(what)?;
-    Ok((module, function))
+    module.function(&kernel.name, &sizes, shared).with_context(what)
 }
 
 /// Where a place lies in the pool.
