@@ -330,6 +330,7 @@ pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> R
     check_device(&file.manifest, None)?;
     let device = cuda::Device::open(0)?;
     let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
+    executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", executor.program().pool.weights.bytes);
     with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();

@@ -53,6 +53,7 @@ pub struct CudaExecutor {
     forced: ForcedExperts,
     /// Device memory that allocating the pool took, as the driver reports it: its granularity rounds up.
     measured: u64,
+    announce: Box<dyn Fn(&str)>,
 }
 
 impl CudaExecutor {
@@ -105,7 +106,13 @@ impl CudaExecutor {
             graphs,
             forced: ForcedExperts::default(),
             measured,
+            announce: Box::new(|_| ()),
         })
+    }
+
+    /// Has what a person should know while it runs told to this: that a bucket runs without a graph.
+    pub fn on_announcement(&mut self, announce: impl Fn(&str) + 'static) {
+        self.announce = Box::new(announce);
     }
 
     /// The rank's program.
@@ -237,7 +244,7 @@ impl CudaExecutor {
                 Err(error) if self.graphs == Graphs::Required => return Err(error),
                 Err(error) => {
                     let name = &self.program().buckets[bucket].name;
-                    eprintln!("bucket {name} runs without a graph, step by step: {error:#}");
+                    (self.announce)(&format!("bucket {name} runs without a graph, step by step: {error:#}"));
                     self.graphs = Graphs::Off;
                 }
             }
