@@ -1,5 +1,6 @@
 //! The command line as a contract: arguments, files, outputs and exit codes of the built binary.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -322,6 +323,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
         compiler: "0.0.1".into(),
         gpu: "NVIDIA H200".into(),
         toolkit: (13, 0),
+        graphs: BTreeMap::new(),
         problems: problems.into(),
     };
     lock.write(&at.join("demo.lock.ron")).expect("it can be written");
@@ -344,7 +346,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
     let errors = run(&options);
     assert!(errors.contains(&expected) && errors.contains("measured by lfm2c 0.0.1"), "{errors}");
     assert!(!run(&["--target", "cpu"]).contains("demo.lock.ron"));
-    std::fs::write(at.join("demo.lock.ron"), "(\n  version: 1,\n  speed: 11,\n)").expect("it is written");
+    std::fs::write(at.join("demo.lock.ron"), "(\n  version: 2,\n  speed: 11,\n)").expect("it is written");
     let errors = fails(at, 1, &[&["run", "demo.ron"], &options[..]].concat());
     assert!(errors.contains("demo.lock.ron") && errors.contains("line 3, column"), "{errors}");
     compile("ignored.plan", &["--no-lock"]);

@@ -245,8 +245,10 @@ impl Observer for Bar<'_> {
 pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
     if is_source(path) {
         let compiled = compile_source(&source(Some(path), model)?, options)?;
-        if !options.tactics.chosen.is_empty() {
-            note(lock::report(&lock::beside(path), &compiled));
+        if !options.tactics.chosen.is_empty()
+            && let Some(line) = lock::report(path, &compiled)
+        {
+            note(line);
         }
         return Ok(compiled.file);
     }

@@ -27,5 +27,5 @@ pub use profile::{Profile, StepGroup, StepProfile, group, label, layer, profile}
 pub use timing::Times;
 pub use trace::chrome_trace;
 pub use transfer::Transfer;
-pub use tune::{Refused, Timed, refused_kernels, time_steps};
+pub use tune::{Refused, Timed, graph_us, refused_kernels, time_steps};
 pub use work::{Ceilings, Load, Work, fraction};
