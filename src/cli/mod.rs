@@ -3,6 +3,7 @@
 mod bench;
 mod bench_fusion;
 mod compile;
+mod completions;
 mod diff;
 mod dot;
 pub mod draw;
@@ -15,13 +16,14 @@ mod profile;
 mod progress;
 mod run;
 mod run_input;
+mod samples;
 mod table;
 mod tune;
 mod verify;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::codegen::compile::OptionError;
 
@@ -46,6 +48,9 @@ enum Command {
     Diff(diff::Arguments),
     Bench(bench::Arguments),
     Profile(profile::Arguments),
+    Samples(samples::Arguments),
+    Completions(completions::Arguments),
+    Man(completions::ManArguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -70,6 +75,9 @@ pub fn main() -> ExitCode {
         Command::Diff(arguments) => diff::execute(&arguments),
         Command::Bench(arguments) => bench::execute(&arguments),
         Command::Profile(arguments) => profile::execute(&arguments),
+        Command::Samples(arguments) => samples::execute(&arguments),
+        Command::Completions(arguments) => completions::execute(&arguments, Arguments::command()),
+        Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
