@@ -15,9 +15,9 @@ mod output;
 mod profile;
 mod progress;
 mod run;
-mod run_input;
 mod samples;
 mod table;
+mod text;
 mod tune;
 mod verify;
 
