@@ -57,7 +57,11 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
     if count == 0 || count > inputs.count {
-        return usage(format!("-n: expected 1 to {} samples, as many as are in {}, found {count}", inputs.count, input.display()));
+        return usage(format!(
+            "-n: expected 1 to {} samples, as many as are in {}, found {count}",
+            inputs.count,
+            input.display()
+        ));
     }
     let mut reports = vec![];
     for (path, file) in &plans {
@@ -81,7 +85,9 @@ fn check_options(arguments: &Arguments) -> Result<()> {
         return usage("--resume: expected --input FILE.jsonl, found samples; they run as a whole");
     }
     if arguments.logits.is_some() || arguments.prompt_logits.is_some() {
-        return usage("--logits and --prompt-logits: expected no samples; --output FILE.bin writes the logits of samples");
+        return usage(
+            "--logits and --prompt-logits: expected no samples; --output FILE.bin writes the logits of samples",
+        );
     }
     if batch.compare.is_some() && batch.output.is_some() {
         return usage("--compare: expected no --output, which is the answers of one plan");

@@ -15,9 +15,7 @@ use indicatif::ProgressBar;
 
 use crate::cli::progress;
 use crate::cli::run::Ordered;
-use crate::runtime::{
-    Executor, Finished, Generator, Options, Request, RequestError, SamplingParams, Statistics, Work,
-};
+use crate::runtime::{Executor, Finished, Generator, Options, Request, RequestError, SamplingParams, Statistics, Work};
 
 /// Bytes of an int32 and of a float32.
 const WORD: u64 = 4;
@@ -74,7 +72,9 @@ impl Inputs {
             let token = i32::from_le_bytes(word);
             match u32::try_from(token) {
                 Ok(token) if u64::from(token) < vocab => Ok(token),
-                _ => bail!("{path}: sample {sample}, token {at}: expected an id from 0 to {}, found {token}", vocab - 1),
+                _ => {
+                    bail!("{path}: sample {sample}, token {at}: expected an id from 0 to {}, found {token}", vocab - 1)
+                }
             }
         };
         words.iter().enumerate().map(token).collect()
