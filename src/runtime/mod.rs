@@ -11,7 +11,7 @@ pub mod forced;
 pub mod generate;
 pub mod io;
 #[cfg(test)]
-mod mock;
+pub(crate) mod mock;
 pub mod pages;
 pub mod request;
 pub mod sampling;
