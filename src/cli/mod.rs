@@ -3,9 +3,11 @@
 mod bench;
 mod bench_fusion;
 mod compile;
+mod completions;
 mod diff;
 mod dot;
 pub mod draw;
+mod eval;
 mod inspect;
 mod load;
 mod lock;
@@ -14,14 +16,15 @@ mod output;
 mod profile;
 mod progress;
 mod run;
-mod run_input;
+mod samples;
 mod table;
+mod text;
 mod tune;
 mod verify;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::codegen::compile::OptionError;
 
@@ -40,12 +43,16 @@ struct Arguments {
 enum Command {
     Compile(compile::Arguments),
     Run(run::Arguments),
+    Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
     Diff(diff::Arguments),
     Bench(bench::Arguments),
     Profile(profile::Arguments),
+    Samples(samples::Arguments),
+    Completions(completions::Arguments),
+    Man(completions::ManArguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -64,12 +71,16 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
+        Command::Eval(arguments) => eval::execute(&arguments),
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),
         Command::Diff(arguments) => diff::execute(&arguments),
         Command::Bench(arguments) => bench::execute(&arguments),
         Command::Profile(arguments) => profile::execute(&arguments),
+        Command::Samples(arguments) => samples::execute(&arguments),
+        Command::Completions(arguments) => completions::execute(&arguments, Arguments::command()),
+        Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -11,19 +11,21 @@ pub mod forced;
 pub mod generate;
 pub mod io;
 #[cfg(test)]
-mod mock;
+pub(crate) mod mock;
 pub mod pages;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
+pub mod score;
 pub mod statistics;
 pub mod weights;
 pub mod workload;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, PENDING, SamplingParams};
-pub use generate::{Generator, Options, logits_table};
+pub use generate::{Generator, Options, Work, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError};
 pub use scheduler::Scheduler;
+pub use score::{Scored, score};
 pub use statistics::{BucketStatistics, PhaseStatistics, Statistics};
 pub use weights::synthetic;
