@@ -28,7 +28,7 @@ fn the_default_stays_unless_another_is_clearly_faster() {
 }
 
 fn tuning() -> Tuning {
-    let recipe = Recipe::parse(include_str!("../../../plans/demo.ron")).expect("the recipe is valid");
+    let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
     let options = CompileOptions {
         target: Target::Sm90a,
         dtype: Some(crate::ir::DType::BF16),
