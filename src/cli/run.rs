@@ -180,6 +180,7 @@ fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<R
                 min_p: arguments.min_p,
                 seed: arguments.seed.wrapping_add(id),
             },
+            session: None,
         })
         .collect()
 }

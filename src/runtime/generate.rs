@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Executor;
-use super::request::{FinishReason, Finished, Request, RequestError};
+use super::request::{FinishReason, Finished, Request, RequestError, Session};
 use super::scheduler::{Scheduler, Step};
 use super::statistics::Statistics;
 use crate::plan::{Bucket, Phase};
@@ -19,7 +19,7 @@ pub struct Options {
     pub chunk: Option<usize>,
     /// Keeps the logits that each new token was chosen from.
     pub capture_logits: bool,
-    /// Keeps the logits of every prompt position.
+    /// Keeps the logits of every prompt position that runs: of all, but those that a session had in the pool.
     pub capture_prompt_logits: bool,
 }
 
@@ -71,6 +71,21 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         })
     }
 
+    /// Forgets a session: its slot and its pages are free.
+    pub fn forget(&mut self, session: Session) {
+        self.scheduler.forget(session);
+    }
+
+    /// Slots and pages that are free; sessions keep theirs.
+    pub fn free(&self) -> (usize, usize) {
+        self.scheduler.free()
+    }
+
+    /// Prompt and new tokens that one sequence can have together.
+    pub fn most_positions(&self) -> usize {
+        self.scheduler.most_positions()
+    }
+
     /// What has run so far.
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
@@ -81,7 +96,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     /// A sequence's tokens come in order and do not depend on the lookahead; how those of several mix does.
     ///
     /// # Errors
-    /// The executor failed. A request that the plan cannot serve is an error in its place, and the others run.
+    /// The executor failed, and all sessions are forgotten. A request that the plan cannot serve is an error in its place, and
+    /// the others run; what its session holds stays.
     pub fn generate(
         &mut self,
         requests: Vec<Request>,
@@ -111,6 +127,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             return Some(self.scheduler.check(&request).map(|()| Finished {
                 id: request.id,
                 prompt_tokens: request.prompt.len(),
+                kept_rows: 0,
+                lost_rows: 0,
                 tokens: Vec::new(),
                 reason: FinishReason::Length,
                 logits: Vec::new(),
@@ -126,7 +144,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         on_token: &mut impl FnMut(u64, u32) -> ControlFlow<()>,
         results: &mut [Option<Result<Finished, RequestError>>],
     ) -> Result<Option<()>> {
-        self.enqueue()?;
+        self.enqueue(results)?;
         let Some(step) = self.scheduler.oldest() else { return Ok(None) };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
@@ -149,6 +167,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 results[sequence.index] = Some(Ok(Finished {
                     id: sequence.id,
                     prompt_tokens: sequence.prompt_tokens,
+                    kept_rows: sequence.kept,
+                    lost_rows: sequence.lost,
                     tokens: sequence.tokens.split_off(sequence.prompt_tokens),
                     reason,
                     logits,
@@ -159,16 +179,13 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         Ok(Some(()))
     }
 
-    /// Admits what fits and enqueues steps, as many as may be in flight.
-    fn enqueue(&mut self) -> Result<()> {
+    /// Admits what fits, refuses what never will, and enqueues steps, as many as may be in flight.
+    fn enqueue(&mut self, results: &mut [Option<Result<Finished, RequestError>>]) -> Result<()> {
         loop {
-            while let Some(sequence) = self.scheduler.admit() {
-                self.executor.set_pages(sequence.slot, &sequence.pages)?;
-                self.executor.set_sampling(sequence.slot, sequence.sampling)?;
-                let last_position = u32::try_from(sequence.last_position())?;
-                self.executor.set_stops(sequence.slot, &sequence.eos, last_position)?;
-                let slots = self.captures.len().max(sequence.slot as usize + 1);
-                self.captures.resize_with(slots, Capture::default);
+            self.admit()?;
+            while let Some((index, error)) = self.scheduler.refuse() {
+                results[index] = Some(Err(error));
+                self.admit()?;
             }
             let idle = self.scheduler.in_flight() == 0;
             let Some(step) = self.scheduler.next_step() else { return Ok(()) };
@@ -177,6 +194,19 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             }
             self.executor.enqueue(step.bucket, &step.batch)?;
         }
+    }
+
+    /// Admits what fits.
+    fn admit(&mut self) -> Result<()> {
+        while let Some(sequence) = self.scheduler.admit() {
+            self.executor.set_pages(sequence.slot, &sequence.pages)?;
+            self.executor.set_sampling(sequence.slot, sequence.sampling)?;
+            let last_position = u32::try_from(sequence.last_position())?;
+            self.executor.set_stops(sequence.slot, &sequence.eos, last_position)?;
+            let slots = self.captures.len().max(sequence.slot as usize + 1);
+            self.captures.resize_with(slots, Capture::default);
+        }
+        Ok(())
     }
 }
 
@@ -249,5 +279,7 @@ pub fn logits_table<'f>(
     table
 }
 
+#[cfg(test)]
+mod session_tests;
 #[cfg(test)]
 mod tests;
