@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_fusion;
+mod chat;
 mod compile;
 mod diff;
 mod dot;
@@ -15,6 +16,7 @@ mod profile;
 mod progress;
 mod run;
 mod run_input;
+mod sampling;
 mod table;
 mod tune;
 mod verify;
@@ -40,6 +42,7 @@ struct Arguments {
 enum Command {
     Compile(compile::Arguments),
     Run(run::Arguments),
+    Chat(chat::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
@@ -64,6 +67,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
+        Command::Chat(arguments) => chat::execute(&arguments),
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),

@@ -216,40 +216,6 @@ impl Scheduler {
         Some(self.sequences[place].insert(sequence))
     }
 
-    /// Takes the queue's first request off it if it waits for what only sessions hold, which no step will free. To be asked
-    /// when [`Scheduler::admit`] has admitted all that it can.
-    pub fn refuse(&mut self) -> Option<(usize, RequestError)> {
-        if !self.order.is_empty() {
-            return None;
-        }
-        let (index, request) = self.queue.pop_front()?;
-        let own = self.held.iter().find(|held| Some(held.session) == request.session);
-        let has = own.map_or(0, |held| held.pages.len());
-        let needed = self.pages.needed(request.prompt.len() + request.max_new_tokens).saturating_sub(has);
-        let others = self.held.len() - usize::from(own.is_some());
-        let (slots, pages) = self.free();
-        Some((index, RequestError::NoRoom { id: request.id, needed, pages, slots, others }))
-    }
-
-    /// Forgets what the pool holds of a session without a sequence in a slot; its slot and pages are free.
-    pub fn forget(&mut self, session: Session) {
-        if let Some(at) = self.held.iter().position(|held| held.session == session) {
-            let held = self.held.remove(at);
-            self.slots.give_back(held.slot);
-            self.pages.release(&held.pages);
-        }
-    }
-
-    /// Slots and pages that are free.
-    pub fn free(&self) -> (usize, usize) {
-        (self.slots.free(), self.pages.free())
-    }
-
-    /// Positions that one sequence can have if it has the pool for itself.
-    pub fn most_positions(&self) -> usize {
-        self.max_context.min(self.pages.total() * self.pages.page_tokens())
-    }
-
     /// Requests that wait.
     pub fn waiting(&self) -> usize {
         self.queue.len()
