@@ -1,6 +1,6 @@
 //! Compiles LFM2 language models into static execution plans, and runs the plans.
 //!
-//! The rooms, in the order of the pipeline: [`ir`], [`passes`], [`plan`], [`cuda`], [`codegen`], [`runtime`], [`cli`].
+//! The rooms, in the order of the pipeline: [`ir`], [`passes`], [`plan`], [`cuda`], [`codegen`], [`runtime`], [`text`], [`cli`].
 
 pub mod cli;
 pub mod codegen;
@@ -9,3 +9,4 @@ pub mod ir;
 pub mod passes;
 pub mod plan;
 pub mod runtime;
+pub mod text;

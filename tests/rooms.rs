@@ -5,14 +5,15 @@ use std::fs;
 use std::path::Path;
 
 /// A room and what it may name after `crate::`.
-const ARROWS: [(&str, &[&str]); 7] = [
+const ARROWS: [(&str, &[&str]); 8] = [
     ("ir", &["ir"]),
     ("plan", &["plan"]),
     ("cuda", &["cuda"]),
     ("passes", &["passes", "ir"]),
     ("codegen", &["codegen", "passes", "ir", "plan", "cuda"]),
     ("runtime", &["runtime", "plan", "cuda"]),
-    ("cli", &["cli", "codegen", "passes", "ir", "plan", "runtime", "cuda"]),
+    ("text", &["text"]),
+    ("cli", &["cli", "text", "codegen", "passes", "ir", "plan", "runtime", "cuda"]),
 ];
 
 fn sources(folder: &Path, found: &mut Vec<(String, String)>) {

@@ -303,6 +303,24 @@ pub fn executor(file: &PlanFile, model: Option<&Path>, device: Device, graphs: G
     Ok(Box::new(cpu_executor(file, model)?))
 }
 
+/// As [`executor`], with every graph captured that would be when first needed, so that what is timed is running.
+pub fn prepared_executor(
+    file: &PlanFile,
+    model: Option<&Path>,
+    device: Device,
+    graphs: Graphs,
+) -> Result<Box<dyn Executor>> {
+    if !device.is_cuda(&file.manifest) {
+        return executor(file, model, device, graphs);
+    }
+    let mut executor = cuda_executor(file, model, graphs)?;
+    match executor.capture_all() {
+        // A bucket without a graph runs step by step, and that is told when it does.
+        Err(error) if graphs == Graphs::Required => Err(error),
+        _ => Ok(Box::new(executor)),
+    }
+}
+
 /// The CPU executor with its weights loaded.
 pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
     let manifest = &file.manifest;

@@ -4,6 +4,7 @@ mod bench;
 mod bench_fusion;
 mod chat;
 mod compile;
+mod completions;
 mod diff;
 mod dot;
 pub mod draw;
@@ -16,6 +17,7 @@ mod profile;
 mod progress;
 mod run;
 mod run_input;
+mod samples;
 mod sampling;
 mod table;
 mod tune;
@@ -23,7 +25,7 @@ mod verify;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::codegen::compile::OptionError;
 
@@ -49,6 +51,9 @@ enum Command {
     Diff(diff::Arguments),
     Bench(bench::Arguments),
     Profile(profile::Arguments),
+    Samples(samples::Arguments),
+    Completions(completions::Arguments),
+    Man(completions::ManArguments),
 }
 
 /// A fault in how a command was called: exit code 2.
@@ -74,6 +79,9 @@ pub fn main() -> ExitCode {
         Command::Diff(arguments) => diff::execute(&arguments),
         Command::Bench(arguments) => bench::execute(&arguments),
         Command::Profile(arguments) => profile::execute(&arguments),
+        Command::Samples(arguments) => samples::execute(&arguments),
+        Command::Completions(arguments) => completions::execute(&arguments, Arguments::command()),
+        Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,12 @@
 //! `lfm2c run`: a plan with inputs.
 
+mod batch;
+mod batch_arguments;
+mod evaluate;
+mod line;
+mod lines;
+mod results;
+
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -8,9 +15,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::json;
 
-use crate::cli::load::{self, Choices, Device};
+use self::batch_arguments::BatchArguments;
+pub use self::evaluate::write_answers;
+pub use self::results::Ordered;
+use crate::cli::load::{self, Choices, Device, has_extension};
 use crate::cli::output::note;
-use crate::cli::run_input::{Prompt, prompts};
+use crate::cli::run_input::prompts;
 use crate::cli::table::{regions, size};
 use crate::cli::usage;
 use crate::plan::PlanFile;
@@ -38,9 +48,8 @@ pub struct Arguments {
     /// Token ids of a prompt, such as 5,17,3; repeat it for a batch
     #[arg(long, value_name = "IDS", conflicts_with = "input")]
     tokens: Vec<String>,
-    /// Prompts from a file, one {"tokens": [5, 17, 3]} a line
-    #[arg(long, value_name = "FILE.jsonl")]
-    input: Option<PathBuf>,
+    #[command(flatten)]
+    batch: BatchArguments,
     /// New tokens of each sequence, at the most
     #[arg(long, value_name = "N", default_value_t = 32)]
     max_new_tokens: usize,
@@ -71,9 +80,9 @@ pub struct Arguments {
     /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended, and for one that could not run
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
-    /// How to print; json is one object, and a line for each sequence with --input
-    #[arg(long, value_enum, default_value_t = Format::Text)]
-    format: Format,
+    /// How to print; json is one object, and a line for each sequence with --input [default: text; json lines with --input]
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// With a recipe: choices of `lfm2c compile`
     #[command(flatten)]
     choices: Choices,
@@ -99,14 +108,18 @@ struct Timing {
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     check_options(arguments)?;
+    match &arguments.batch.input {
+        Some(input) if has_extension(input, "bin") => return evaluate::execute(arguments, input),
+        Some(input) => return batch::execute(arguments, input, started),
+        None => {}
+    }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    let prompts = prompts(&arguments.tokens, arguments.input.as_deref(), &file.manifest)?;
+    let prompts = prompts(&arguments.tokens, &file.manifest)?;
     if arguments.prompt_logits.is_some() && prompts.len() != 1 {
         return usage(format!("--prompt-logits: expected a single prompt, found {}", prompts.len()));
     }
-    let graphs = if arguments.require_graphs { Graphs::Required } else { Graphs::Lazy };
-    let mut executor = load::executor(&file, model, arguments.device, graphs)?;
+    let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let options = Options {
         chunk: arguments.chunk,
@@ -122,15 +135,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         generate_seconds: begun.elapsed().as_secs_f64(),
         statistics: generator.statistics().clone(),
     };
-    // Requests were made of the good prompts alone; put the refused lines back in their places.
-    let mut finished = finished.into_iter();
-    let results: Vec<std::result::Result<Finished, String>> = prompts
-        .iter()
-        .map(|prompt| match prompt {
-            Ok(_) => finished.next().map_or_else(|| Err("no result".into()), |r| r.map_err(|e| e.to_string())),
-            Err(fault) => Err(fault.clone()),
-        })
-        .collect();
+    let results: Vec<std::result::Result<Finished, String>> =
+        finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
     print_results(arguments, &results, &timing)?;
     summary(&file, &timing, &*executor);
@@ -144,6 +150,12 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             }
             bail!("{} of {} sequences could not run", failed.len(), results.len())
         }
+    }
+}
+
+impl Arguments {
+    fn graphs(&self) -> Graphs {
+        if self.require_graphs { Graphs::Required } else { Graphs::Lazy }
     }
 }
 
@@ -164,10 +176,10 @@ fn check_options(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn requests(arguments: &Arguments, prompts: &[Prompt], file: &PlanFile) -> Vec<Request> {
+fn requests(arguments: &Arguments, prompts: &[Vec<u32>], file: &PlanFile) -> Vec<Request> {
     let eos = if arguments.ignore_eos { vec![] } else { file.manifest.model.eos_tokens.clone() };
-    let numbered = prompts.iter().enumerate().filter_map(|(i, prompt)| Some((i as u64, prompt.as_ref().ok()?)));
-    numbered
+    (0..)
+        .zip(prompts)
         .map(|(id, prompt)| Request {
             id,
             prompt: prompt.clone(),
@@ -225,16 +237,11 @@ fn print_results(
         }),
         Err(fault) => json!({ "error": fault }),
     });
-    match arguments.format {
+    match arguments.format.unwrap_or(Format::Text) {
         Format::Text => {
             for finished in results.iter().flatten() {
                 let tokens: Vec<String> = finished.tokens.iter().map(ToString::to_string).collect();
                 writeln!(out, "{}", tokens.join(","))?;
-            }
-        }
-        Format::Json if arguments.input.is_some() => {
-            for object in objects {
-                writeln!(out, "{object}")?;
             }
         }
         Format::Json => {

@@ -13,7 +13,7 @@ use crate::cli::table::table;
 use crate::cli::usage;
 use crate::plan::DType;
 use crate::runtime::cuda::Graphs;
-use crate::runtime::{Executor, Generator, Options, Request, SamplingParams};
+use crate::runtime::{Executor, Generator, Options, Request};
 
 /// Run a plan on a golden file's prompts and compare logits and greedy tokens.
 ///

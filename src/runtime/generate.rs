@@ -1,5 +1,6 @@
 //! The generate loop: requests in, tokens out, over any executor.
 
+use std::cell::RefCell;
 use std::mem;
 use std::ops::ControlFlow;
 use std::time::Instant;
@@ -37,6 +38,68 @@ pub struct Generator<'e, E: ?Sized> {
     chosen: Vec<i32>,
     /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
     since: Instant,
+}
+
+/// Where requests come from and their results go.
+pub trait Work {
+    /// The next request, or `None` after the last; not called again after that. It is called when a request is needed to
+    /// fill the slots, and one ahead, so that an input of any length needs no more memory than the sequences at work.
+    ///
+    /// # Errors
+    /// It cannot be had: the run ends.
+    fn next(&mut self) -> Result<Option<Request>>;
+
+    /// A new token of the request with that id, as `on_token` of [`Generator::generate`] sees it.
+    fn token(&mut self, id: u64, token: u32) -> ControlFlow<()>;
+
+    /// What became of a request, in the order in which they end; `index` counts the requests given.
+    ///
+    /// # Errors
+    /// It cannot be kept: the run ends.
+    fn finished(&mut self, index: usize, result: Result<Finished, RequestError>) -> Result<()>;
+}
+
+/// Work, and how much of it was asked for.
+struct Feed<'w, W> {
+    work: &'w mut W,
+    given: usize,
+    dry: bool,
+}
+
+impl<W: Work> Feed<'_, W> {
+    fn next(&mut self) -> Result<Option<(usize, Request)>> {
+        if self.dry {
+            return Ok(None);
+        }
+        let Some(request) = self.work.next()? else {
+            self.dry = true;
+            return Ok(None);
+        };
+        self.given += 1;
+        Ok(Some((self.given - 1, request)))
+    }
+}
+
+/// Requests that are all there, and results that are kept.
+struct All<F> {
+    requests: std::vec::IntoIter<Request>,
+    on_token: F,
+    results: Vec<Option<Result<Finished, RequestError>>>,
+}
+
+impl<F: FnMut(u64, u32) -> ControlFlow<()>> Work for All<F> {
+    fn next(&mut self) -> Result<Option<Request>> {
+        Ok(self.requests.next())
+    }
+
+    fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
+        (self.on_token)(id, token)
+    }
+
+    fn finished(&mut self, index: usize, result: Result<Finished, RequestError>) -> Result<()> {
+        self.results[index] = Some(result);
+        Ok(())
+    }
 }
 
 #[derive(Clone, Default)]
@@ -101,14 +164,23 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     pub fn generate(
         &mut self,
         requests: Vec<Request>,
-        mut on_token: impl FnMut(u64, u32) -> ControlFlow<()>,
+        on_token: impl FnMut(u64, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Result<Finished, RequestError>>> {
-        let mut results: Vec<Option<Result<Finished, RequestError>>> = Vec::new();
-        results.resize_with(requests.len(), || None);
-        for (index, request) in requests.into_iter().enumerate() {
-            results[index] = self.submit(index, request);
-        }
-        while let Some(outcome) = self.advance(&mut on_token, &mut results).transpose() {
+        let results = requests.iter().map(|_| None).collect();
+        let mut all = All { requests: requests.into_iter(), on_token, results };
+        self.run(&mut all)?;
+        let results = all.results.into_iter().collect::<Option<Vec<_>>>();
+        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+    }
+
+    /// Runs requests that are asked for as places for them become free, and gives each result when its sequence has ended.
+    /// The steps are those of [`Generator::generate`] with all of the requests.
+    ///
+    /// # Errors
+    /// The executor failed, or the work did; what had not ended is forgotten.
+    pub fn run(&mut self, work: &mut impl Work) -> Result<()> {
+        let mut feed = Feed { work, given: 0, dry: false };
+        while let Some(outcome) = self.advance(&mut feed).transpose() {
             if let Err(error) = outcome {
                 self.scheduler.clear();
                 self.captures.clear();
@@ -117,8 +189,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 return Err(error);
             }
         }
-        let results = results.into_iter().collect::<Option<Vec<_>>>();
-        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+        Ok(())
     }
 
     /// Queues a request, unless it is done or refused at once.
@@ -139,12 +210,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     }
 
     /// Enqueues steps until none more may be in flight, then takes the tokens of the oldest; `None` if nothing is left.
-    fn advance(
-        &mut self,
-        on_token: &mut impl FnMut(u64, u32) -> ControlFlow<()>,
-        results: &mut [Option<Result<Finished, RequestError>>],
-    ) -> Result<Option<()>> {
-        self.enqueue(results)?;
+    fn advance<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<Option<()>> {
+        self.enqueue(feed)?;
         let Some(step) = self.scheduler.oldest() else { return Ok(None) };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
@@ -159,12 +226,14 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         let elapsed = now.duration_since(mem::replace(&mut self.since, now));
         self.statistics.count(step.phase, step.bucket, step.wanted_rows() as u64, capacity, elapsed);
         self.statistics.tokens += step.choosing().filter(|share| !share.dropped).count() as u64;
+        // Both callbacks of the scheduler lead to the work; they are never called within each other.
+        let (work, mut outcome) = (RefCell::new(&mut *feed.work), Ok(()));
         self.scheduler.complete(
             &self.chosen,
-            |sequence, token| on_token(sequence.id, token),
+            |sequence, token| work.borrow_mut().token(sequence.id, token),
             |mut sequence, reason| {
                 let Capture { logits, prompt_logits } = mem::take(&mut self.captures[sequence.slot as usize]);
-                results[sequence.index] = Some(Ok(Finished {
+                let finished = Finished {
                     id: sequence.id,
                     prompt_tokens: sequence.prompt_tokens,
                     kept_rows: sequence.kept,
@@ -173,19 +242,42 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                     reason,
                     logits,
                     prompt_logits,
-                }));
+                };
+                if outcome.is_ok() {
+                    outcome = work.borrow_mut().finished(sequence.index, Ok(finished));
+                }
             },
         )?;
-        Ok(Some(()))
+        outcome.map(Some)
+    }
+
+    /// Admits what fits. Only the first that waits matters, as none overtakes it: the others need not be known yet.
+    fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
+        loop {
+            while self.scheduler.waiting() == 0
+                && let Some((index, request)) = feed.next()?
+            {
+                if let Some(result) = self.submit(index, request) {
+                    feed.work.finished(index, result)?;
+                }
+            }
+            let Some(sequence) = self.scheduler.admit() else { return Ok(()) };
+            self.executor.set_pages(sequence.slot, &sequence.pages)?;
+            self.executor.set_sampling(sequence.slot, sequence.sampling)?;
+            let last_position = u32::try_from(sequence.last_position())?;
+            self.executor.set_stops(sequence.slot, &sequence.eos, last_position)?;
+            let slots = self.captures.len().max(sequence.slot as usize + 1);
+            self.captures.resize_with(slots, Capture::default);
+        }
     }
 
     /// Admits what fits, refuses what never will, and enqueues steps, as many as may be in flight.
-    fn enqueue(&mut self, results: &mut [Option<Result<Finished, RequestError>>]) -> Result<()> {
+    fn enqueue<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
         loop {
-            self.admit()?;
+            self.admit(feed)?;
             while let Some((index, error)) = self.scheduler.refuse() {
-                results[index] = Some(Err(error));
-                self.admit()?;
+                feed.work.finished(index, Err(error))?;
+                self.admit(feed)?;
             }
             let idle = self.scheduler.in_flight() == 0;
             let Some(step) = self.scheduler.next_step() else { return Ok(()) };
@@ -194,19 +286,6 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             }
             self.executor.enqueue(step.bucket, &step.batch)?;
         }
-    }
-
-    /// Admits what fits.
-    fn admit(&mut self) -> Result<()> {
-        while let Some(sequence) = self.scheduler.admit() {
-            self.executor.set_pages(sequence.slot, &sequence.pages)?;
-            self.executor.set_sampling(sequence.slot, sequence.sampling)?;
-            let last_position = u32::try_from(sequence.last_position())?;
-            self.executor.set_stops(sequence.slot, &sequence.eos, last_position)?;
-            let slots = self.captures.len().max(sequence.slot as usize + 1);
-            self.captures.resize_with(slots, Capture::default);
-        }
-        Ok(())
     }
 }
 

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 
 use super::{Batch, Executor, PENDING, SamplingParams};
 use crate::plan::{
-    Bucket, DType, Instr, Limits, Manifest, Model, Op, Phase, Pool, Program, Region, Semantic, Slot, Target, TensorType,
-    WeightSource,
+    Bucket, DType, Instr, Limits, Manifest, Model, Op, Phase, Pool, Program, Region, Semantic, Slot, Target,
+    TensorType, WeightSource,
 };
 
 /// Vocabulary of the mock model.

@@ -22,7 +22,7 @@ pub mod workload;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, PENDING, SamplingParams};
-pub use generate::{Generator, Options, logits_table};
+pub use generate::{Generator, Options, Work, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError, Session};
 pub use scheduler::Scheduler;
 pub use statistics::{BucketStatistics, PhaseStatistics, Statistics};

@@ -33,7 +33,7 @@
 //! rows in flight run before anything of the next sequence there, which begins at position 0 and reads nothing that it
 //! has not written.
 //!
-//! **Sessions.** A sequence with a [`Session`] keeps its slot and the pages of its rows when it ends, until
+//! **Sessions.** A sequence with a [`Session`](super::Session) keeps its slot and the pages of its rows when it ends, until
 //! [`Scheduler::forget`]. The session's next request has the whole conversation as its prompt, and waits until the one before
 //! has ended. It is admitted to the same slot, keeps the pages and gets the lowest free ones for the rest. Of its prompt, the
 //! rows that it shares with what the slot holds are not planned, so it begins at the first position where the two differ;
@@ -61,7 +61,7 @@ use self::session::{Held, Reuse, reach};
 pub use self::step::{Share, Step};
 use super::buckets::{Buckets, i32_size};
 use super::pages::{FreeList, Pages};
-use super::request::{FinishReason, Request, RequestError, Session};
+use super::request::{FinishReason, Request, RequestError};
 use crate::plan::{Manifest, Phase};
 
 /// Queue, slots and pages.

@@ -168,7 +168,8 @@ mod tests {
     fn generated_tokens_stay_and_only_what_follows_is_tokenised() {
         let (_folder, rules) = rules(TEMPLATE);
         let mut talk = Conversation::new(&rules, Some("be brief"));
-        let first = spelled(&["<s>", "system:be brief", "</s>", "\n", "<s>", "user:hi", "</s>", "\n", "<s>", "assistant:"]);
+        let first =
+            spelled(&["<s>", "system:be brief", "</s>", "\n", "<s>", "user:hi", "</s>", "\n", "<s>", "assistant:"]);
         assert_eq!(talk.ask("hi").expect("text"), first);
         talk.answer(&bpe("hello"), "hello").expect("text");
         let next = spelled(&["hello", "</s>", "\n", "<s>", "user:so", "</s>", "\n", "<s>", "assistant:"]);
@@ -211,7 +212,11 @@ mod tests {
         assert_eq!(second, [&first[..], &trimmed].concat());
         talk.answer(&bpe("hm|yes"), "hm|yes").expect("text");
         let third = talk.ask("?").expect("text").to_vec();
-        assert_eq!(third, [&second[..], &spelled(&["yes", "</s>", "\n", "<s>", "user:?", "</s>", "\n", "<s>", "assistant:"])].concat());
+        assert_eq!(
+            third,
+            [&second[..], &spelled(&["yes", "</s>", "\n", "<s>", "user:?", "</s>", "\n", "<s>", "assistant:"])]
+                .concat()
+        );
     }
 
     #[test]
@@ -225,8 +230,10 @@ mod tests {
 
     #[test]
     fn a_question_can_be_taken_back() {
-        let (_folder, rules) = rules("{% if messages[-1].content == 'no' %}{{ raise_exception('no') }}{% endif %}\
-                                      {% for m in messages %}{{ m.content }};{% endfor %}");
+        let (_folder, rules) = rules(
+            "{% if messages[-1].content == 'no' %}{{ raise_exception('no') }}{% endif %}\
+                                      {% for m in messages %}{{ m.content }};{% endfor %}",
+        );
         let mut talk = Conversation::new(&rules, None);
         talk.ask("a").expect("text");
         talk.answer(&bpe("b"), "b").expect("text");

@@ -33,9 +33,11 @@ fn options(prefill: &[u64], decode: &[u64], dtype: DType) -> CompileOptions {
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![];
     for (i, shape) in SHAPES.iter().enumerate() {
-        for (what, prefill, decode) in
-            [("one prefill bucket", &[64][..], &[][..]), ("one decode bucket", &[], &[8]), ("both buckets", &[64], &[8])]
-        {
+        for (what, prefill, decode) in [
+            ("one prefill bucket", &[64][..], &[][..]),
+            ("one decode bucket", &[], &[8]),
+            ("both buckets", &[64], &[8]),
+        ] {
             for dtype in [DType::F32, DType::BF16] {
                 let exact = prefill.is_empty() || decode.is_empty();
                 if !exact && dtype != DType::F32 {

@@ -18,7 +18,12 @@ fn turn(generator: &mut Generator<'_, dyn Executor>, request: Request, stop_afte
 }
 
 /// A conversation with cuts against each turn alone; returns how often it went on, and how often it began anew.
-fn converse(mut talking: Box<dyn Executor>, mut alone: Box<dyn Executor>, options: Options, seed: u64) -> (usize, usize) {
+fn converse(
+    mut talking: Box<dyn Executor>,
+    mut alone: Box<dyn Executor>,
+    options: Options,
+    seed: u64,
+) -> (usize, usize) {
     let vocab = vocab(&*alone);
     let mut generator = Generator::new(&mut *talking, options).expect("the plan is of a language model");
     let (mut conversation, mut rows_held): (Vec<u32>, usize) = (vec![], 0);

@@ -70,7 +70,9 @@ fn read(number: &mut u64) -> Result<Option<String>> {
         *number += 1;
         match String::from_utf8(line) {
             Ok(line) => return Ok(Some(line.trim_end_matches(['\r', '\n']).to_owned())),
-            Err(_) => note(format_args!("line {number} of standard input: expected UTF-8, found other bytes; left out")),
+            Err(_) => {
+                note(format_args!("line {number} of standard input: expected UTF-8, found other bytes; left out"))
+            }
         }
     }
 }

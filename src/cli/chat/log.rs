@@ -23,9 +23,7 @@ impl Log {
     /// Writes a turn.
     pub(super) fn write(&mut self, turn: &Value) -> Result<()> {
         match &mut self.0 {
-            Some((path, file)) => {
-                writeln!(file, "{turn}").with_context(|| format!("cannot write {}", path.display()))
-            }
+            Some((path, file)) => writeln!(file, "{turn}").with_context(|| format!("cannot write {}", path.display())),
             None => Ok(()),
         }
     }

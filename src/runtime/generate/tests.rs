@@ -320,3 +320,52 @@ fn statistics_name_the_buckets() {
     assert_eq!(rows, [("prefill_4", 1, 3, 1), ("decode_1", 2, 2, 0), ("decode_2", 0, 0, 0)]);
     assert_eq!((statistics.prefill.padding, statistics.tokens), (1, 3));
 }
+
+/// Requests one by one; remembers how far ahead they were asked for, and the order in which they ended.
+struct Stepwise {
+    requests: std::vec::IntoIter<Request>,
+    asked: usize,
+    ended: Vec<(usize, usize)>,
+    fails_at: usize,
+}
+
+impl Work for Stepwise {
+    fn next(&mut self) -> Result<Option<Request>> {
+        self.asked += 1;
+        ensure!(self.asked != self.fails_at, "the input is gone");
+        Ok(self.requests.next())
+    }
+
+    fn token(&mut self, _: u64, _: u32) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    fn finished(&mut self, index: usize, result: Result<Finished, RequestError>) -> Result<()> {
+        assert_eq!(result.map(|finished| finished.id).ok(), Some(index as u64));
+        self.ended.push((index, self.asked));
+        Ok(())
+    }
+}
+
+#[test]
+fn requests_are_asked_for_as_places_become_free() {
+    let requests: Vec<Request> = (0..9).map(|id| request(id, &[1, 2], if id == 0 { 8 } else { 2 })).collect();
+    let mut work = Stepwise { requests: requests.clone().into_iter(), asked: 0, ended: vec![], fails_at: 0 };
+    let mut executor = Mock::new(small());
+    Generator::new(&mut executor, Options::default()).unwrap().run(&mut work).unwrap();
+    // Two slots: so two at work and one that waits, besides those that have ended.
+    for (count, &(_, asked)) in work.ended.iter().enumerate() {
+        assert!(asked <= count + 3, "{:?}", work.ended);
+    }
+    assert_eq!(work.ended.len(), 9);
+    assert_eq!(work.ended[0].0, 1, "a long sequence holds no other back");
+    let mut all = Mock::new(small());
+    Generator::new(&mut all, Options::default()).unwrap().generate(requests.clone(), go_on).unwrap();
+    assert_eq!(all.trace, executor.trace, "the same steps as with all requests at once");
+
+    // Input that fails ends the run, and the generator is as new.
+    let mut work = Stepwise { requests: requests.clone().into_iter(), asked: 0, ended: vec![], fails_at: 5 };
+    let mut generator = Generator::new(&mut all, Options::default()).unwrap();
+    assert_eq!(generator.run(&mut work).unwrap_err().to_string(), "the input is gone");
+    assert_eq!(generator.generate(requests, go_on).unwrap().len(), 9);
+}

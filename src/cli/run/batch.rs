@@ -1,0 +1,318 @@
+//! `lfm2c run --input FILE.jsonl`: many requests, results in the order of the input.
+
+use std::collections::BTreeMap;
+use std::io::BufRead;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+
+use super::line::{Asked, Defaults, Fault, Keys, Reader};
+use super::lines::{Lines, count, is_regular};
+use super::results::Results;
+use super::{Arguments, Format, Timing, summary, write_npy};
+use crate::cli::output::note;
+use crate::cli::progress::Sequences;
+use crate::cli::{load, usage};
+use crate::plan::PlanFile;
+use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
+
+/// Does it.
+pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<()> {
+    check_options(arguments, input)?;
+    let model = arguments.model.as_deref();
+    let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
+    let mut lines = Lines::open(input, arguments.batch.first)?;
+    let total = count(input, arguments.batch.first, arguments.prompt_logits.is_some())?;
+    if arguments.prompt_logits.is_some() && total != Some(1) {
+        return usage(format!(
+            "--prompt-logits: expected a single prompt, found {} in {}",
+            total.unwrap_or(0),
+            input.display()
+        ));
+    }
+    let results = match &arguments.batch.output {
+        None => Results::to_stdout(),
+        Some(path) if arguments.batch.resume => Results::resume(path, arguments.batch.retry_errors)?,
+        Some(path) => Results::create(path)?,
+    };
+    let defaults = defaults(arguments);
+    let mut batch = Batch {
+        keys: Keys::new(&file.hash(), &defaults),
+        reader: Reader { defaults, eos: file.manifest.model.eos_tokens.clone() },
+        results,
+        plain: arguments.format == Some(Format::Text),
+        retry: arguments.batch.retry_errors,
+        first: None,
+        asked: 0,
+        at_work: BTreeMap::new(),
+        captured: (arguments.logits.is_some() || arguments.prompt_logits.is_some()).then(Captured::default),
+        bar: Sequences::new(total.map(|total| total as u64)),
+        done: 0,
+        failed: 0,
+        lines: &mut lines,
+    };
+    // What an earlier run left is checked before weights are loaded; there may be nothing to load them for.
+    batch.first = batch.read()?;
+    if batch.first.is_some() {
+        generate(arguments, &file, &mut batch, started)?;
+    }
+    let Batch { results, captured, bar, done, failed, .. } = batch;
+    bar.end();
+    results.finish()?;
+    if let Some(captured) = captured {
+        captured.write(arguments, done, file.manifest.model.vocab)?;
+    }
+    if failed > 0 {
+        bail!("{failed} of {done} sequences could not run");
+    }
+    Ok(())
+}
+
+fn generate<R: BufRead>(
+    arguments: &Arguments,
+    file: &PlanFile,
+    batch: &mut Batch<'_, R>,
+    started: Instant,
+) -> Result<()> {
+    let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    let ready_seconds = started.elapsed().as_secs_f64();
+    let options = Options {
+        chunk: arguments.chunk,
+        capture_logits: arguments.logits.is_some(),
+        capture_prompt_logits: arguments.prompt_logits.is_some(),
+    };
+    let begun = Instant::now();
+    batch.bar.start();
+    let mut generator = Generator::new(&mut *executor, options)?;
+    generator.run(batch)?;
+    let timing = Timing {
+        ready_seconds,
+        generate_seconds: begun.elapsed().as_secs_f64(),
+        statistics: generator.statistics().clone(),
+    };
+    batch.bar.suspend(|| summary(file, &timing, &*executor));
+    Ok(())
+}
+
+fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
+    let batch = &arguments.batch;
+    if batch.output.is_some() && arguments.format == Some(Format::Text) {
+        return usage("--output: expected --format json, which is what the file gets, found --format text");
+    }
+    let of_samples = [("--validate", &batch.validate), ("--compare", &batch.compare)];
+    if let Some((name, _)) = of_samples.iter().find(|(_, path)| path.is_some()) {
+        return usage(format!("{name}: expected --input FILE.bin, found {}", input.display()));
+    }
+    if batch.first == Some(0) {
+        return usage("-n: expected at least 1 line, found 0");
+    }
+    if batch.resume && (arguments.logits.is_some() || arguments.prompt_logits.is_some()) {
+        return usage("--resume: expected neither --logits nor --prompt-logits, which are of all sequences of a run");
+    }
+    if arguments.prompt_logits.is_some() && !is_regular(input) {
+        return usage("--prompt-logits: expected --tokens, or --input with a regular file of one line");
+    }
+    Ok(())
+}
+
+fn defaults(arguments: &Arguments) -> Defaults {
+    Defaults {
+        max_new_tokens: arguments.max_new_tokens,
+        sampling: SamplingParams {
+            temperature: arguments.temperature,
+            top_k: arguments.top_k,
+            top_p: arguments.top_p,
+            min_p: arguments.min_p,
+            seed: arguments.seed,
+        },
+        ignore_eos: arguments.ignore_eos,
+    }
+}
+
+/// Requests of lines, and their results.
+struct Batch<'l, R> {
+    lines: &'l mut Lines<R>,
+    keys: Keys,
+    reader: Reader,
+    results: Results,
+    /// Prints tokens rather than JSON.
+    plain: bool,
+    /// Runs lines again that an earlier run could not.
+    retry: bool,
+    /// A request that was read ahead.
+    first: Option<Request>,
+    /// Requests given, which is also the id of the next.
+    asked: u64,
+    at_work: BTreeMap<u64, AtWork>,
+    captured: Option<Captured>,
+    bar: Sequences,
+    /// Lines that are done, here or before.
+    done: usize,
+    /// Those of them that could not run.
+    failed: usize,
+}
+
+/// What a result needs of its line.
+struct AtWork {
+    number: usize,
+    place: usize,
+    key: String,
+    id: Option<Value>,
+    max_new_tokens: usize,
+}
+
+impl<R: BufRead> Batch<'_, R> {
+    /// The request of the next line that can run and is not done.
+    fn read(&mut self) -> Result<Option<Request>> {
+        loop {
+            let Some((number, place, bytes)) = self.lines.next()? else { return Ok(None) };
+            let key = self.keys.key(place, bytes);
+            let asked = self.reader.read(number, place, bytes);
+            if let Some(kept) = self.results.earlier()? {
+                let again = kept.failed && self.retry;
+                if kept.number != number || (kept.key != key && !again) {
+                    bail!(
+                        "result {} of the earlier run: expected that of line {number} of {}, with these settings and this plan \
+                         (request {key}), found line {}, request {}; resume with the same input, options and plan, or give \
+                         another --output",
+                        place + 1,
+                        self.lines.name,
+                        kept.number,
+                        kept.key,
+                    );
+                }
+                if !again {
+                    self.end(kept.failed);
+                    self.results.keep(place, kept)?;
+                    continue;
+                }
+            }
+            let Asked { id, request } = match asked {
+                Ok(asked) => asked,
+                Err(Fault { id, what }) => {
+                    let max_new_tokens = 0;
+                    self.refuse(&AtWork { number, place, key, id, max_new_tokens }, &what)?;
+                    continue;
+                }
+            };
+            let max_new_tokens = request.max_new_tokens;
+            let request = Request { id: self.asked, ..request };
+            self.at_work.insert(self.asked, AtWork { number, place, key, id, max_new_tokens });
+            self.asked += 1;
+            return Ok(Some(request));
+        }
+    }
+}
+
+impl<R: BufRead> Work for Batch<'_, R> {
+    fn next(&mut self) -> Result<Option<Request>> {
+        self.first.take().map_or_else(|| self.read(), |first| Ok(Some(first)))
+    }
+
+    fn token(&mut self, _: u64, _: u32) -> ControlFlow<()> {
+        self.bar.token();
+        ControlFlow::Continue(())
+    }
+
+    fn finished(&mut self, index: usize, result: std::result::Result<Finished, RequestError>) -> Result<()> {
+        let id = index as u64;
+        let at_work = self.at_work.remove(&id).context("a result of no request; this is a bug")?;
+        let finished = match result {
+            Ok(finished) => finished,
+            Err(error) => {
+                let what = error.to_string();
+                let what = what.strip_prefix(&format!("request {id}: ")).unwrap_or(&what);
+                return self.refuse(&at_work, &format!("line {}: {what}", at_work.number));
+            }
+        };
+        let line = if self.plain { tokens(&finished) } else { at_work.object(&finished) };
+        self.end(false);
+        if let Some(captured) = &mut self.captured {
+            captured.keep(at_work.place, at_work.max_new_tokens, finished);
+        }
+        self.bar.suspend(|| self.results.put(at_work.place, Some(line)))
+    }
+}
+
+impl<R> Batch<'_, R> {
+    /// A line that cannot run.
+    fn refuse(&mut self, line: &AtWork, what: &str) -> Result<()> {
+        self.end(true);
+        let text = (!self.plain).then(|| line.error(what));
+        self.bar.suspend(|| {
+            note(format_args!("lfm2c: {what}"));
+            self.results.put(line.place, text)
+        })
+    }
+
+    fn end(&mut self, failed: bool) {
+        self.done += 1;
+        self.failed += usize::from(failed);
+        self.bar.sequence();
+    }
+}
+
+impl AtWork {
+    fn head(&self) -> Map<String, Value> {
+        let mut head = Map::new();
+        if let Some(id) = &self.id {
+            head.insert("id".into(), id.clone());
+        }
+        head.insert("line".into(), self.number.into());
+        head.insert("request".into(), self.key.clone().into());
+        head
+    }
+
+    fn error(&self, what: &str) -> String {
+        let mut object = self.head();
+        object.insert("error".into(), what.into());
+        Value::from(object).to_string()
+    }
+
+    fn object(&self, finished: &Finished) -> String {
+        let mut object = self.head();
+        object.insert("prompt_tokens".into(), finished.prompt_tokens.into());
+        object.insert("tokens".into(), finished.tokens.clone().into());
+        object.insert("text".into(), Value::Null);
+        object.insert("finish_reason".into(), finished.reason.to_string().into());
+        Value::from(object).to_string()
+    }
+}
+
+fn tokens(finished: &Finished) -> String {
+    finished.tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// Sequences whose logits are to be written, by place.
+#[derive(Default)]
+struct Captured {
+    sequences: BTreeMap<usize, Finished>,
+    max_new_tokens: usize,
+}
+
+impl Captured {
+    fn keep(&mut self, place: usize, max_new_tokens: usize, finished: Finished) {
+        self.max_new_tokens = self.max_new_tokens.max(max_new_tokens);
+        self.sequences.insert(place, finished);
+    }
+
+    /// Writes what was asked for, if any sequence ran.
+    fn write(&self, arguments: &Arguments, count: usize, vocab: u64) -> Result<()> {
+        let Some(first) = self.sequences.values().next() else { return Ok(()) };
+        if let Some(path) = &arguments.logits {
+            let rows = (0..count).map(|place| self.sequences.get(&place));
+            let table = logits_table(rows, self.max_new_tokens, vocab as usize);
+            write_npy(path, &[count as u64, self.max_new_tokens as u64, vocab], &table)?;
+        }
+        if let Some(path) = &arguments.prompt_logits {
+            write_npy(path, &[first.prompt_tokens as u64, vocab], &first.prompt_logits)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

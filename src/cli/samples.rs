@@ -1,0 +1,91 @@
+//! `lfm2c samples`: files for `run --input FILE.bin --validate FILE.bin`.
+
+pub mod file;
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::cli::load::{self, Device};
+use crate::cli::output::note;
+use crate::cli::run::write_answers;
+use crate::cli::usage;
+use crate::codegen::CompileOptions;
+use crate::runtime::cuda::Graphs;
+use crate::runtime::sampling::uniform;
+
+/// Make samples for `lfm2c run --input FILE.bin`, and the answers to them.
+///
+/// Little-endian files: samples are int32 count, int32 length, int32 tokens [count, length]; answers are float32 [count,
+/// vocab], the logits of each sample's last position, as this plan computes them: take one in f32, on the CPU.
+#[derive(clap::Args, Debug)]
+pub struct Arguments {
+    /// A plan, or a recipe (FILE.ron) to compile in memory
+    #[arg(value_name = "PLAN|RECIPE.ron")]
+    input_plan: PathBuf,
+    /// The Hugging Face directory whose checkpoint gives the weights
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// How many samples
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    count: usize,
+    /// Tokens of each
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    length: usize,
+    /// Random tokens are a function of this
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Where the samples go
+    #[arg(short, long, value_name = "FILE.bin")]
+    output: PathBuf,
+    /// Where the answers go; without it, none are computed
+    #[arg(long, value_name = "FILE.bin")]
+    answers: Option<PathBuf>,
+    /// What to compute them on
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+}
+
+/// Does it.
+pub fn execute(arguments: &Arguments) -> Result<()> {
+    let Arguments { count, length, .. } = *arguments;
+    for (name, found) in [("--count", count), ("--length", length)] {
+        if found == 0 || i32::try_from(found).is_err() {
+            return usage(format!("{name}: expected a number from 1 to {}, found {found}", i32::MAX));
+        }
+    }
+    let model = arguments.model.as_deref();
+    let file = load::plan(&arguments.input_plan, model, &CompileOptions::default())?;
+    let vocab = file.manifest.model.vocab;
+    let tokens = (0..count as u64 * length as u64).map(|i| random(arguments.seed, i, vocab));
+    write(&arguments.output, [count, length], tokens)?;
+    note(format_args!("{}: {count} samples of {length} random tokens", arguments.output.display()));
+    if let Some(answers) = &arguments.answers {
+        let mut executor = load::prepared_executor(&file, model, arguments.device, Graphs::Lazy)?;
+        let mut inputs = file::Inputs::open(&arguments.output)?;
+        write_answers(&mut *executor, &mut inputs, count, answers)?;
+        note(format_args!("{}: the logits of each, {vocab} float32, by {}", answers.display(), executor.device()));
+    }
+    Ok(())
+}
+
+/// A token, evenly distributed.
+fn random(seed: u64, i: u64, vocab: u64) -> u32 {
+    // 24 bits each: two of them, so that large vocabularies are covered evenly.
+    let (high, low) = (uniform(seed, 2 * i), uniform(seed, 2 * i + 1));
+    let number = f64::from(high) + f64::from(low) / f64::from(1 << 24);
+    ((number * vocab as f64) as u64).min(vocab.saturating_sub(1)) as u32
+}
+
+fn write(path: &Path, header: [usize; 2], tokens: impl Iterator<Item = u32>) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let mut file = BufWriter::new(File::create(path)?);
+        for word in header.into_iter().map(|n| n as u32).chain(tokens) {
+            file.write_all(&word.to_le_bytes())?;
+        }
+        file.flush()
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,92 @@
+//! The files of a model directory that are about text.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+
+/// The tokenizer.
+pub const TOKENIZER: &str = "tokenizer.json";
+/// Names of special tokens, and maybe a template.
+pub const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+/// A template, which goes before the one in the configuration.
+pub const TEMPLATE: &str = "chat_template.jinja";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+const GENERATION: &str = "generation_config.json";
+
+/// What the files say; those that are missing say nothing.
+pub struct Files {
+    directory: PathBuf,
+    /// `tokenizer.json`.
+    pub tokenizer: Vec<u8>,
+    /// `tokenizer_config.json`.
+    pub config: Map<String, Value>,
+    special_tokens: Map<String, Value>,
+    generation: Map<String, Value>,
+}
+
+impl Files {
+    /// Reads them; none where there is no tokenizer.
+    pub fn read(directory: &Path) -> Result<Option<Files>> {
+        let Some(tokenizer) = read(&directory.join(TOKENIZER))? else { return Ok(None) };
+        Ok(Some(Files {
+            directory: directory.to_owned(),
+            tokenizer,
+            config: object(&directory.join(TOKENIZER_CONFIG))?,
+            special_tokens: object(&directory.join(SPECIAL_TOKENS))?,
+            generation: object(&directory.join(GENERATION))?,
+        }))
+    }
+
+    /// `bos_token` and all others that are named, as text. A token is a string or an object with its `content`.
+    pub fn token_names(&self) -> Map<String, Value> {
+        let both = self.special_tokens.iter().chain(&self.config);
+        let named = both.filter(|(key, _)| key.ends_with("_token"));
+        let text = named.filter_map(|(key, value)| {
+            let content = value.get("content").unwrap_or(value).as_str()?;
+            Some((key.clone(), Value::from(content)))
+        });
+        text.collect()
+    }
+
+    /// Whether `bos_token` goes before and `eos_token` after a text; none if the configuration says neither.
+    pub fn added_tokens(&self) -> Option<(bool, bool)> {
+        let (bos, eos) = (self.config.get("add_bos_token"), self.config.get("add_eos_token"));
+        let is_true = |value: Option<&Value>| value.and_then(Value::as_bool) == Some(true);
+        (bos.is_some() || eos.is_some()).then(|| (is_true(bos), is_true(eos)))
+    }
+
+    /// `eos_token_id` of `generation_config.json`: a number, or a list of them.
+    pub fn stop_tokens(&self) -> Result<Vec<u32>> {
+        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let found = match self.generation.get("eos_token_id") {
+            None | Some(Value::Null) => return Ok(vec![]),
+            Some(found) => found,
+        };
+        let ids = match found {
+            Value::Array(ids) => ids.iter().map(id).collect(),
+            one => id(one).map(|id| vec![id]),
+        };
+        match ids {
+            Some(ids) => Ok(ids),
+            None => bail!(
+                "{}: eos_token_id: expected a token id or a list of them, found {found}",
+                self.directory.join(GENERATION).display()
+            ),
+        }
+    }
+}
+
+/// A file's bytes; none if there is no such file.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+fn object(path: &Path) -> Result<Map<String, Value>> {
+    let Some(bytes) = read(path)? else { return Ok(Map::new()) };
+    serde_json::from_slice(&bytes).with_context(|| format!("{}: expected a JSON object", path.display()))
+}
