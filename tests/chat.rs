@@ -8,9 +8,10 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Ids of the special tokens of the model's vocabulary of 96.
+/// Ids of the model's vocabulary of 96 that are no characters. Only the last is left out of text, so that text says what the
+/// tokens are.
 const SPECIAL: [(&str, u32); 4] = [("<pad>", 0), ("<s>", 1), ("<|im_start|>", 6), ("<|im_end|>", 7)];
-const TEMPLATE: &str = "{{- bos_token -}}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+const TEMPLATE: &str = "<s>{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
                         {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// The character that each id but the special ones stands for.
@@ -46,7 +47,7 @@ fn model(stops: &[u32], limits: &[&str]) -> TempDir {
     }
     let special = |(content, id): &(&str, u32)| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-               "normalized": false, "special": true})
+               "normalized": false, "special": *id == 7})
     };
     let letters = letters().into_iter().map(|(letter, id)| (letter.to_string(), id));
     let vocab = letters.chain(SPECIAL.map(|(text, id)| (text.to_owned(), id)));
@@ -61,7 +62,7 @@ fn model(stops: &[u32], limits: &[&str]) -> TempDir {
         std::fs::write(folder.path().join(name), value.to_string()).expect("a file can be written");
     };
     write("tokenizer.json", tokenizer);
-    write("tokenizer_config.json", json!({"bos_token": "<s>", "eos_token": "<|im_end|>", "chat_template": TEMPLATE}));
+    write("tokenizer_config.json", json!({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}));
     write("generation_config.json", json!({"eos_token_id": stops}));
     let compile =
         ["compile", "--model", ".", "--target", "cpu", "--dtype", "f32", "--prefill", "16,64", "--decode", "1"];
@@ -127,8 +128,10 @@ fn fresh(folder: &Path, prompt: &[u32], options: &[&str], turn: &Value) -> Vec<u
 }
 
 fn shown(tokens: &[u32]) -> String {
-    let letters = letters();
-    tokens.iter().filter_map(|token| letters.iter().find(|(_, id)| id == token)).map(|(letter, _)| letter).collect()
+    let letters = letters().into_iter().map(|(letter, id)| (letter.to_string(), id));
+    let all: Vec<(String, u32)> = letters.chain(SPECIAL.map(|(text, id)| (text.to_owned(), id))).collect();
+    let seen = tokens.iter().filter(|&&token| token != 7);
+    seen.filter_map(|token| all.iter().find(|(_, id)| id == token)).map(|(text, _)| text.as_str()).collect()
 }
 
 /// Checks each turn of a log against a run over the conversation as it was shown.
@@ -138,7 +141,11 @@ fn check(folder: &Path, system: Option<&str>, options: &[&str], turns: &[Value])
         assert_eq!(number(turn, "history_tokens"), prompt.len(), "{turn}");
         assert_eq!(number(turn, "prompt_rows") + number(turn, "kept_rows"), prompt.len(), "{turn}");
         let said = text(turn, "text");
-        let expected = shown(&fresh(folder, &prompt, options, turn));
+        let mut tokens = fresh(folder, &prompt, options, turn);
+        if turn["finish_reason"] == "eos" {
+            tokens.pop();
+        }
+        let expected = shown(&tokens);
         assert!(expected.starts_with(&said), "turn {at}: expected {expected:?}, found {said:?}");
         let whole = ["eos", "length"].contains(&&*text(turn, "finish_reason"));
         assert!(!whole || expected == said, "turn {at}: expected {expected:?}, found {said:?}");
@@ -159,7 +166,7 @@ fn turns_run_only_what_is_new() {
         for (at, pair) in turns.windows(2).enumerate() {
             // All but the token chosen last, if the text has all of the tokens.
             let [before, turn] = pair else { unreachable!() };
-            let (new, said) = (number(before, "new_tokens"), text(before, "text").len());
+            let (new, said) = (number(before, "new_tokens"), encode(&text(before, "text")).len());
             let ended = usize::from(before["finish_reason"] == "eos");
             if new == said + ended {
                 assert_eq!(number(turn, "kept_rows"), number(before, "history_tokens") + new - 1, "turn {at}");
@@ -193,7 +200,7 @@ fn a_stop_string_is_not_part_of_the_history() {
     }
 }
 
-/// Reads until so many bytes have come.
+/// Reads so many bytes of the answers.
 fn read(child: &mut Child, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
     child.stdout.as_mut().expect("a pipe").read_exact(&mut bytes).expect("an answer comes");
@@ -205,51 +212,48 @@ fn interrupt(child: &Child) {
     assert!(status.success());
 }
 
-fn say(child: &mut Child, line: &str) {
+/// Says a line, interrupts the answer once so much of it has come, and gives the turn's line of the log.
+fn interrupted(folder: &Path, child: &mut Child, line: &str, turn: usize) -> Value {
     child.stdin.as_mut().expect("a pipe").write_all(line.as_bytes()).expect("a line can be written");
+    let mut out = read(child, 20);
+    interrupt(child);
+    // The log has a turn when it is over.
+    let started = std::time::Instant::now();
+    while log(folder).len() < turn {
+        assert!(child.try_wait().expect("a child").is_none(), "the program lives");
+        assert!(started.elapsed().as_secs() < 120, "the answer ends");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let found = log(folder).remove(turn - 1);
+    let said = text(&found, "text") + "\n";
+    out.extend(read(child, said.len() - out.len()));
+    assert_eq!(String::from_utf8(out).expect("UTF-8"), said, "what was shown is what the history has");
+    assert_eq!(found["finish_reason"], "interrupted", "{found}");
+    found
 }
 
 #[test]
 fn ctrl_c_stops_the_answer_and_the_conversation_goes_on_from_what_was_shown() {
-    // Nothing ends an answer but its length.
-    let folder = model(&[1], &["--max-context", "4096", "--kv-tokens", "4096"]);
-    let mut child =
-        command(folder.path(), &[&CHAT[..], &["--max-new-tokens", "3900"]].concat()).spawn().expect("it starts");
-    say(&mut child, "Hello there\n");
-    let mut out = read(&mut child, 20);
-    interrupt(&child);
-    // The line ends because the answer does.
-    while out.last() != Some(&b'\n') || log(folder.path()).is_empty() {
-        out.extend(read(&mut child, 1));
-    }
-    say(&mut child, "And now?\n");
-    out.extend(read(&mut child, 20));
-    interrupt(&child);
-    while out.last() != Some(&b'\n') || log(folder.path()).len() < 2 {
-        out.extend(read(&mut child, 1));
-    }
-    // Between answers it ends the program.
+    // An answer of seconds.
+    let folder = model(&[7], &["--max-context", "4096", "--kv-tokens", "4096"]);
+    let folder = folder.path();
+    let options = [&CHAT[..], &["--max-new-tokens", "3900"]].concat();
+    let mut child = command(folder, &options).spawn().expect("the binary starts");
+    let first = interrupted(folder, &mut child, "Hello there\n", 1);
+    let second = interrupted(folder, &mut child, "And now?\n", 2);
+    // Between answers it ends the program. A moment for the last one to be over.
+    std::thread::sleep(std::time::Duration::from_millis(200));
     interrupt(&child);
     assert_eq!(child.wait().expect("it ends").code(), Some(130));
-    let turns = log(folder.path());
-    assert_eq!(turns.len(), 2);
-    for turn in &turns {
-        assert_eq!(turn["finish_reason"], "interrupted", "{turn}");
-    }
-    assert_eq!(
-        String::from_utf8(out).expect("UTF-8"),
-        turns.iter().map(|turn| text(turn, "text") + "\n").collect::<String>()
-    );
-    check(folder.path(), None, &[], &turns);
-    let shown = text(&turns[0], "text").len();
-    if number(&turns[0], "new_tokens") == shown + 1 {
-        assert_eq!(number(&turns[1], "kept_rows"), number(&turns[0], "history_tokens") + shown);
-    }
+    let shown = encode(&text(&first, "text")).len();
+    assert_eq!(number(&first, "new_tokens"), shown + 1, "the token that came after Ctrl-C");
+    assert_eq!(number(&second, "kept_rows"), number(&first, "history_tokens") + shown);
+    check(folder, None, &[], &[first, second]);
 }
 
 #[test]
 fn a_full_conversation_says_so_and_can_be_cleared() {
-    let folder = model(&[1], &["--max-context", "128", "--kv-tokens", "128"]);
+    let folder = model(&[7], &["--max-context", "128", "--kv-tokens", "128"]);
     let (_, errors, turns) =
         chat(folder.path(), &[], b"Hello there\nAnd now?\n/clear\nHello there\n/system Be brief.\nHello there\n");
     let reasons: Vec<&Value> = turns.iter().map(|turn| &turn["finish_reason"]).collect();
@@ -276,7 +280,7 @@ fn lines_that_are_no_turns() {
 #[test]
 fn without_a_template_raw_text_goes_on() {
     let folder = model(&[7], &[]);
-    std::fs::write(folder.path().join("tokenizer_config.json"), r#"{"bos_token": "<s>"}"#).expect("a file");
+    std::fs::write(folder.path().join("tokenizer_config.json"), "{}").expect("a file");
     let fails = |options: &[&str], code: i32| {
         let output = command(folder.path(), &[&CHAT[..], options].concat()).output().expect("the binary starts");
         let errors = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -288,7 +292,7 @@ fn without_a_template_raw_text_goes_on() {
     assert!(fails(&["--max-new-tokens", "0"], 2).contains("--max-new-tokens"));
     assert!(fails(&["--raw", "--system", "x"], 2).contains("--system"));
     assert!(fails(&["--stop", ""], 2).contains("--stop"));
-    assert!(fails(&["--temperature", "-1"], 2).contains("--temperature"));
+    assert!(fails(&["--temperature=-1"], 2).contains("--temperature"));
     let (_, _, turns) = chat(folder.path(), &["--raw", "--max-new-tokens", "9"], b"Once upon\na time\n");
     let first = text(&turns[0], "text");
     assert_eq!(number(&turns[1], "history_tokens"), format!("Once upon{first}\na time").len());
