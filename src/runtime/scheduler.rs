@@ -394,4 +394,6 @@ impl Scheduler {
 }
 
 #[cfg(test)]
+mod session_tests;
+#[cfg(test)]
 mod tests;
