@@ -5,16 +5,22 @@ use std::ops::ControlFlow;
 
 use crate::common::*;
 
-/// Runs one request and gives the rows that it ran as prompt.
-fn turn(generator: &mut Generator<'_, dyn Executor>, request: Request, stop_after: usize) -> (Finished, usize) {
+/// Runs requests together, of which the first is stopped after so many tokens; gives the results, and the rows that ran of
+/// their prompts.
+fn turn(
+    generator: &mut Generator<'_, dyn Executor>,
+    requests: Vec<Request>,
+    stop_after: usize,
+) -> (Vec<Finished>, usize) {
     let before = generator.statistics().prefill.rows;
-    let mut seen = 0;
-    let count = |_, _| {
-        seen += 1;
-        if seen == stop_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    let (first, mut seen) = (requests[0].id, 0);
+    let count = |id, _| {
+        seen += usize::from(id == first);
+        if id == first && seen == stop_after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    let finished = generator.generate(vec![request], count).expect("the run ends").remove(0).expect("it fits");
-    (finished, (generator.statistics().prefill.rows - before) as usize)
+    let results = generator.generate(requests, count).expect("the run ends");
+    let results = results.into_iter().map(|result| result.expect("it fits")).collect();
+    (results, (generator.statistics().prefill.rows - before) as usize)
 }
 
 /// A conversation with cuts against each turn alone; returns how often it went on, and how often it began anew.
@@ -38,13 +44,26 @@ fn converse(
         let new = 1 + draw(3, 12);
         // Some answers are stopped by the caller before they end.
         let stop_after = if at % 3 == 2 { new.div_ceil(2) } else { usize::MAX };
-        let request = Request { session: Some(Session(seed)), ..request(&conversation, new) };
-        let (found, ran) = turn(&mut generator, request.clone(), stop_after);
-        let mut scratch = Generator::new(&mut *alone, options).expect("the plan is of a language model");
-        let (expected, all) = turn(&mut scratch, Request { session: None, ..request }, stop_after);
-        assert_eq!((found.tokens.clone(), found.reason), (expected.tokens, expected.reason), "turn {at}");
-        assert_same_bits(&found.logits, &expected.logits, &format!("turn {at}"));
-        assert_eq!((all, ran), (conversation.len(), conversation.len() - found.kept_rows), "turn {at}: rows that ran");
+        // Some may end by themselves.
+        let eos = if at % 4 == 1 { (0..vocab as u32 / 8).collect() } else { vec![] };
+        let talking = Request { session: Some(Session(seed)), eos, ..request(&conversation, new) };
+        // Another conversation, and requests that are none.
+        let beside =
+            |id: u64, length: u64| Request { id, ..request(&tokens(seed + id, 1 + length as usize, vocab), 4) };
+        let other = Request { session: Some(Session(99)), ..beside(1, 3 * at) };
+        let company = vec![talking, other, beside(2, 30), beside(3, at)];
+        let (together, ran) = turn(&mut generator, company.clone(), stop_after);
+        let new_rows: usize = together.iter().map(|found| found.prompt_tokens - found.kept_rows).sum();
+        assert_eq!(ran, new_rows, "turn {at}: rows that ran");
+        for (request, found) in company.into_iter().zip(&together) {
+            let mut scratch = Generator::new(&mut *alone, options).expect("the plan is of a language model");
+            let stop_after = if request.id == 0 { stop_after } else { usize::MAX };
+            let (expected, all) = turn(&mut scratch, vec![Request { session: None, ..request }], stop_after);
+            assert_eq!(all, found.prompt_tokens);
+            assert_eq!((&found.tokens, found.reason), (&expected[0].tokens, expected[0].reason), "turn {at}");
+            assert_same_bits(&found.logits, &expected[0].logits, &format!("turn {at}"));
+        }
+        let found = &together[0];
         if found.kept_rows > 0 {
             continued += 1;
             assert!(found.kept_rows <= rows_held);
@@ -56,16 +75,16 @@ fn converse(
         }
         conversation.extend(&found.tokens);
         rows_held = conversation.len() - 1;
-        assert!(stop_after > new || found.reason == FinishReason::Stop);
+        assert!(stop_after > new || found.reason != FinishReason::Length);
     }
     generator.forget(Session(seed));
-    let limits = options_limits();
-    assert_eq!(generator.free(), limits);
+    generator.forget(Session(99));
+    assert_eq!(generator.free(), slots_and_pages());
     (continued, anew)
 }
 
-/// Slots and pages of the plans of [`options`].
-fn options_limits() -> (usize, usize) {
+/// Of the plans of [`options`].
+fn slots_and_pages() -> (usize, usize) {
     let options = options();
     (options.max_sequences.unwrap_or(0) as usize, options.kv_tokens.unwrap_or(0) as usize / 64)
 }
