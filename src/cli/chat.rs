@@ -16,7 +16,7 @@ use self::log::Log;
 use crate::cli::load::{self, Choices, Device};
 use crate::cli::output::note;
 use crate::cli::sampling::Sampling;
-use crate::cli::usage;
+use crate::cli::{text, usage};
 use crate::runtime::cuda::Graphs;
 use crate::runtime::{Executor, Generator, Options, SamplingParams, Session};
 use crate::text::{Conversation, Text};
@@ -47,16 +47,16 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
     /// What the model is told before all
-    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Uses no chat template: the model goes on with the text so far, each turn on a line of its own
+    /// Uses no chat template: behind the beginning-of-sequence token the model goes on with the text so far, each turn on a line of its own
     #[arg(long)]
     raw: bool,
     /// Tokens of an answer, at the most
     #[arg(long, value_name = "N", default_value_t = 512)]
     max_new_tokens: usize,
     /// Ends an answer where this text would come; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Rows of a prompt in one step, at the most
     #[arg(long, value_name = "N")]
@@ -105,7 +105,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    let text = Text::open(&load::model_directory(&file, model)?)?;
+    let text = text::open(&file, model)?;
     if !arguments.raw && !text.has_chat_template() {
         let directory = text.directory().display();
         bail!(
@@ -118,10 +118,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let mut lines = Lines::open()?;
     let interrupt = Interrupt::install(lines.are_typed())?;
     let options = Options { chunk: arguments.chunk, ..Options::default() };
-    let eos = match text.stop_tokens() {
-        [] => file.manifest.model.eos_tokens.clone(),
-        stops => stops.to_vec(),
-    };
+    let eos = text::stop_tokens(&file, Some(&text));
     if lines.are_typed() {
         let device = executor.device();
         note(format_args!("{} on {device}; /help says what there is, Ctrl-D ends", file.manifest.model.name));

@@ -40,16 +40,23 @@ pub fn execute(arguments: &Arguments, mut command: Command) -> Result<()> {
 /// Prints or writes manual pages.
 pub fn man(arguments: &ManArguments, command: Command) -> Result<()> {
     // Without `help`, whose page would only say what the others do.
-    let command = command.disable_help_subcommand(true);
+    let mut command = command.disable_help_subcommand(true);
+    command.build();
+    let source = format!("{} {}", command.get_name(), command.get_version().unwrap_or_default());
+    let page = |command: &Command| Man::new(command.clone()).source(source.clone());
     match &arguments.output {
         Some(folder) => {
-            let write = || std::fs::create_dir_all(folder).and_then(|()| clap_mangen::generate_to(command, folder));
+            let write = || {
+                std::fs::create_dir_all(folder)?;
+                let mut all = std::iter::once(&command).chain(command.get_subcommands());
+                all.try_for_each(|command| page(command).generate_to(folder).map(drop))
+            };
             write().with_context(|| format!("cannot write manual pages to {}", folder.display()))
         }
         None => {
-            let mut page = vec![];
-            Man::new(command).render(&mut page)?;
-            print(String::from_utf8(page)?)
+            let mut text = vec![];
+            page(&command).render(&mut text)?;
+            print(String::from_utf8(text)?)
         }
     }
 }

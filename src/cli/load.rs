@@ -370,18 +370,6 @@ fn with_origin(file: &PlanFile, model: Option<&Path>, load: impl FnOnce(Origin) 
     load(Origin::Checkpoint(&Checkpoint::open(&directory)?))
 }
 
-/// The directory with a plan's tokenizer: `model`, or the recipe's.
-///
-/// # Errors
-/// A plan whose recipe names none, as a fault of usage.
-pub fn model_directory(file: &PlanFile, model: Option<&Path>) -> Result<PathBuf> {
-    let recipe = || Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
-    match model.map(Path::to_owned).or_else(recipe) {
-        Some(directory) => Ok(directory),
-        None => usage("expected a model directory, which has the tokenizer: name it with --model DIR"),
-    }
-}
-
 fn recipe_directory(file: &PlanFile) -> Result<PathBuf> {
     let directory = Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
     match directory {

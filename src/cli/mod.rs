@@ -8,6 +8,7 @@ mod completions;
 mod diff;
 mod dot;
 pub mod draw;
+mod eval;
 mod inspect;
 mod load;
 mod lock;
@@ -16,10 +17,10 @@ mod output;
 mod profile;
 mod progress;
 mod run;
-mod run_input;
 mod samples;
 mod sampling;
 mod table;
+mod text;
 mod tune;
 mod verify;
 
@@ -43,8 +44,9 @@ struct Arguments {
 #[derive(Subcommand, Debug)]
 enum Command {
     Compile(compile::Arguments),
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     Chat(chat::Arguments),
+    Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
         Command::Chat(arguments) => chat::execute(&arguments),
+        Command::Eval(arguments) => eval::execute(&arguments),
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),

@@ -9,15 +9,17 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
-use super::line::{Asked, Defaults, Fault, Keys, Reader};
+use super::line::{Asked, Defaults, Fault, Reader, key};
 use super::lines::{Lines, count, is_regular};
 use super::results::Results;
 use super::{Arguments, Format, Timing, summary, write_npy};
-use crate::cli::output::note;
+use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
 use crate::cli::{load, usage};
+use crate::codegen::Recipe;
 use crate::plan::PlanFile;
 use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::text::{Text, TextStream};
 
 /// Does it.
 pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<()> {
@@ -38,22 +40,12 @@ pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<
         Some(path) if arguments.batch.resume => Results::resume(path, arguments.batch.retry_errors)?,
         Some(path) => Results::create(path)?,
     };
-    let defaults = defaults(arguments);
-    let mut batch = Batch {
-        keys: Keys::new(&file.hash(), &defaults),
-        reader: Reader { defaults, eos: file.manifest.model.eos_tokens.clone() },
-        results,
-        plain: arguments.format == Some(Format::Text),
-        retry: arguments.batch.retry_errors,
-        first: None,
-        asked: 0,
-        at_work: BTreeMap::new(),
-        captured: (arguments.logits.is_some() || arguments.prompt_logits.is_some()).then(Captured::default),
-        bar: Sequences::new(total.map(|total| total as u64)),
-        done: 0,
-        failed: 0,
-        lines: &mut lines,
-    };
+    let text = text(&file, model)?;
+    let mut batch = Batch::new(file.hash(), reader(arguments, &file, &text), &mut lines, results);
+    batch.plain = arguments.format == Some(Format::Text);
+    batch.retry = arguments.batch.retry_errors;
+    batch.captured = (arguments.logits.is_some() || arguments.prompt_logits.is_some()).then(Captured::default);
+    batch.bar = Sequences::new(total.map(|total| total as u64));
     // What an earlier run left is checked before weights are loaded; there may be nothing to load them for.
     batch.first = batch.read()?;
     if batch.first.is_some() {
@@ -74,7 +66,7 @@ pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<
 fn generate<R: BufRead>(
     arguments: &Arguments,
     file: &PlanFile,
-    batch: &mut Batch<'_, R>,
+    batch: &mut Batch<'_, '_, R>,
     started: Instant,
 ) -> Result<()> {
     let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
@@ -118,25 +110,44 @@ fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
     Ok(())
 }
 
-fn defaults(arguments: &Arguments) -> Defaults {
-    Defaults {
-        max_new_tokens: arguments.max_new_tokens,
-        sampling: SamplingParams {
-            temperature: arguments.temperature,
-            top_k: arguments.top_k,
-            top_p: arguments.top_p,
-            min_p: arguments.min_p,
-            seed: arguments.seed,
-        },
-        ignore_eos: arguments.ignore_eos,
+/// The model's rules from text to tokens, or why there are none; prompts can be given as tokens then.
+fn text(file: &PlanFile, model: Option<&Path>) -> Result<std::result::Result<Text, String>> {
+    let of_recipe = || Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
+    let Some(directory) = model.map(Path::to_owned).or_else(of_recipe) else {
+        let why =
+            "no tokenizer: the plan's recipe names no model directory; name one with --model DIR, or give `tokens`";
+        return Ok(Err(why.to_owned()));
+    };
+    let missing = || Text::open(&directory).err().map_or_else(String::new, |e| describe(&e));
+    Ok(Text::find(&directory)?.ok_or_else(missing))
+}
+
+fn reader<'t>(arguments: &Arguments, file: &PlanFile, text: &'t std::result::Result<Text, String>) -> Reader<'t> {
+    let eos = match text {
+        Ok(text) if !text.stop_tokens().is_empty() => text.stop_tokens(),
+        _ => &file.manifest.model.eos_tokens,
+    };
+    let sampling = SamplingParams {
+        temperature: arguments.temperature,
+        top_k: arguments.top_k,
+        top_p: arguments.top_p,
+        min_p: arguments.min_p,
+        seed: arguments.seed,
+    };
+    let Arguments { max_new_tokens, ignore_eos, .. } = *arguments;
+    Reader {
+        defaults: Defaults { max_new_tokens, sampling, ignore_eos, stop: vec![] },
+        eos: eos.to_vec(),
+        text: text.as_ref().map_err(Clone::clone),
     }
 }
 
 /// Requests of lines, and their results.
-struct Batch<'l, R> {
+struct Batch<'l, 't, R> {
     lines: &'l mut Lines<R>,
-    keys: Keys,
-    reader: Reader,
+    /// The plan's hash.
+    plan: String,
+    reader: Reader<'t>,
     results: Results,
     /// Prints tokens rather than JSON.
     plain: bool,
@@ -144,9 +155,13 @@ struct Batch<'l, R> {
     retry: bool,
     /// A request that was read ahead.
     first: Option<Request>,
+    /// Tells what is wrong with a line.
+    report: fn(&str),
+    /// Why a new token's text cannot be told.
+    fault: Option<anyhow::Error>,
     /// Requests given, which is also the id of the next.
     asked: u64,
-    at_work: BTreeMap<u64, AtWork>,
+    at_work: BTreeMap<u64, AtWork<'t>>,
     captured: Option<Captured>,
     bar: Sequences,
     /// Lines that are done, here or before.
@@ -156,21 +171,45 @@ struct Batch<'l, R> {
 }
 
 /// What a result needs of its line.
-struct AtWork {
+struct AtWork<'t> {
     number: usize,
     place: usize,
     key: String,
     id: Option<Value>,
     max_new_tokens: usize,
+    /// The text of its new tokens, where there is a tokenizer.
+    stream: Option<TextStream<'t>>,
 }
 
-impl<R: BufRead> Batch<'_, R> {
+impl<'l, 't, R> Batch<'l, 't, R> {
+    fn new(plan: String, reader: Reader<'t>, lines: &'l mut Lines<R>, results: Results) -> Self {
+        Batch {
+            lines,
+            plan,
+            reader,
+            results,
+            plain: false,
+            retry: false,
+            first: None,
+            report: |what| note(format_args!("lfm2c: {what}")),
+            fault: None,
+            asked: 0,
+            at_work: BTreeMap::new(),
+            captured: None,
+            bar: Sequences::new(None),
+            done: 0,
+            failed: 0,
+        }
+    }
+}
+
+impl<R: BufRead> Batch<'_, '_, R> {
     /// The request of the next line that can run and is not done.
     fn read(&mut self) -> Result<Option<Request>> {
         loop {
             let Some((number, place, bytes)) = self.lines.next()? else { return Ok(None) };
-            let key = self.keys.key(place, bytes);
             let asked = self.reader.read(number, place, bytes);
+            let key = key(&self.plan, place, bytes, asked.as_ref().ok());
             if let Some(kept) = self.results.earlier()? {
                 let again = kept.failed && self.retry;
                 if kept.number != number || (kept.key != key && !again) {
@@ -190,36 +229,50 @@ impl<R: BufRead> Batch<'_, R> {
                     continue;
                 }
             }
-            let Asked { id, request } = match asked {
+            let mut at_work = AtWork { number, place, key, id: None, max_new_tokens: 0, stream: None };
+            let Asked { id, request, stop } = match asked {
                 Ok(asked) => asked,
                 Err(Fault { id, what }) => {
-                    let max_new_tokens = 0;
-                    self.refuse(&AtWork { number, place, key, id, max_new_tokens }, &what)?;
+                    self.refuse(&AtWork { id, ..at_work }, &what)?;
                     continue;
                 }
             };
-            let max_new_tokens = request.max_new_tokens;
+            at_work.id = id;
+            at_work.max_new_tokens = request.max_new_tokens;
+            at_work.stream = self.reader.text.as_ref().ok().map(|text| text.stream(&stop));
             let request = Request { id: self.asked, ..request };
-            self.at_work.insert(self.asked, AtWork { number, place, key, id, max_new_tokens });
+            self.at_work.insert(self.asked, at_work);
             self.asked += 1;
             return Ok(Some(request));
         }
     }
 }
 
-impl<R: BufRead> Work for Batch<'_, R> {
+impl<R: BufRead> Work for Batch<'_, '_, R> {
     fn next(&mut self) -> Result<Option<Request>> {
         self.first.take().map_or_else(|| self.read(), |first| Ok(Some(first)))
     }
 
-    fn token(&mut self, _: u64, _: u32) -> ControlFlow<()> {
+    fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
         self.bar.token();
-        ControlFlow::Continue(())
+        let stream = self.at_work.get_mut(&id).and_then(|at_work| at_work.stream.as_mut());
+        match stream.map(|stream| stream.push(token)) {
+            None => ControlFlow::Continue(()),
+            Some(Ok(piece)) if !piece.stopped => ControlFlow::Continue(()),
+            Some(outcome) => {
+                // Told when the sequence has ended, which it does now.
+                self.fault = outcome.err().or_else(|| self.fault.take());
+                ControlFlow::Break(())
+            }
+        }
     }
 
     fn finished(&mut self, index: usize, result: std::result::Result<Finished, RequestError>) -> Result<()> {
+        if let Some(fault) = self.fault.take() {
+            return Err(fault);
+        }
         let id = index as u64;
-        let at_work = self.at_work.remove(&id).context("a result of no request; this is a bug")?;
+        let mut at_work = self.at_work.remove(&id).context("a result of no request; this is a bug")?;
         let finished = match result {
             Ok(finished) => finished,
             Err(error) => {
@@ -228,7 +281,7 @@ impl<R: BufRead> Work for Batch<'_, R> {
                 return self.refuse(&at_work, &format!("line {}: {what}", at_work.number));
             }
         };
-        let line = if self.plain { tokens(&finished) } else { at_work.object(&finished) };
+        let line = if self.plain { tokens(&finished) } else { at_work.object(&finished)? };
         self.end(false);
         if let Some(captured) = &mut self.captured {
             captured.keep(at_work.place, at_work.max_new_tokens, finished);
@@ -237,13 +290,13 @@ impl<R: BufRead> Work for Batch<'_, R> {
     }
 }
 
-impl<R> Batch<'_, R> {
+impl<R> Batch<'_, '_, R> {
     /// A line that cannot run.
-    fn refuse(&mut self, line: &AtWork, what: &str) -> Result<()> {
+    fn refuse(&mut self, line: &AtWork<'_>, what: &str) -> Result<()> {
         self.end(true);
         let text = (!self.plain).then(|| line.error(what));
         self.bar.suspend(|| {
-            note(format_args!("lfm2c: {what}"));
+            (self.report)(what);
             self.results.put(line.place, text)
         })
     }
@@ -255,7 +308,7 @@ impl<R> Batch<'_, R> {
     }
 }
 
-impl AtWork {
+impl AtWork<'_> {
     fn head(&self) -> Map<String, Value> {
         let mut head = Map::new();
         if let Some(id) = &self.id {
@@ -272,13 +325,20 @@ impl AtWork {
         Value::from(object).to_string()
     }
 
-    fn object(&self, finished: &Finished) -> String {
+    fn object(&mut self, finished: &Finished) -> Result<String> {
+        let text = match &mut self.stream {
+            None => Value::Null,
+            Some(stream) => {
+                stream.finish()?;
+                stream.text().into()
+            }
+        };
         let mut object = self.head();
         object.insert("prompt_tokens".into(), finished.prompt_tokens.into());
         object.insert("tokens".into(), finished.tokens.clone().into());
-        object.insert("text".into(), Value::Null);
+        object.insert("text".into(), text);
         object.insert("finish_reason".into(), finished.reason.to_string().into());
-        Value::from(object).to_string()
+        Ok(Value::from(object).to_string())
     }
 }
 

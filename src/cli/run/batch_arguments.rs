@@ -7,10 +7,11 @@ use std::path::PathBuf;
 pub struct BatchArguments {
     /// Prompts from a file, `-` for standard input: JSON lines; or samples, FILE.bin
     ///
-    /// Each JSON line is an object with `tokens`, a list of ids. Besides, it may have `max_new_tokens`, `temperature`, `top_k`,
-    /// `top_p`, `min_p`, `seed` and `ignore_eos`, which the options of those names are the defaults of, and `id`, any JSON,
-    /// which its result repeats. A line that cannot run gives {"error": ...} in its place and stops no other; the exit code is
-    /// 1 then.
+    /// Each JSON line is an object with one of `tokens`, a list of ids, `prompt`, a text, and `messages`, a list of objects
+    /// with `role` and `content`, for the chat template. Besides, it may have `max_new_tokens`, `temperature`, `top_k`, `top_p`,
+    /// `min_p`, `seed`, `stop` (a text or a list) and `ignore_eos`, which the options of those names are the defaults of, and
+    /// `id`, any JSON, which its result repeats. A line that cannot run gives {"error": ...} in its place and stops no other;
+    /// the exit code is 1 then.
     ///
     /// FILE.bin, little-endian: int32 count, int32 length, int32 tokens [count, length]. Each sample runs as a prompt of one
     /// new token; the time of all and the tokens a second are told. `lfm2c samples` makes such files.

@@ -1,14 +1,14 @@
 //! A line of a batch file: what it may say, and the request that it makes.
 
-use std::fmt::Write as _;
-
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::cli::output::describe;
 use crate::runtime::{Request, SamplingParams};
+use crate::text::{Message, Text};
 
 /// What a line may leave out: the command line's settings.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, Default, PartialEq, Debug)]
 pub struct Defaults {
     /// New tokens at the most.
     pub max_new_tokens: usize,
@@ -16,15 +16,19 @@ pub struct Defaults {
     pub sampling: SamplingParams,
     /// Whether end-of-sequence tokens end nothing.
     pub ignore_eos: bool,
+    /// Texts that end a sequence.
+    pub stop: Vec<String>,
 }
 
-/// What a line asks for. Its id is the line's place among those that are not blank.
+/// What a line asks for.
 #[derive(PartialEq, Debug)]
 pub struct Asked {
     /// The line's own name for it, any JSON.
     pub id: Option<Value>,
     /// The request, whose id is 0.
     pub request: Request,
+    /// Texts that end it.
+    pub stop: Vec<String>,
 }
 
 /// Why a line cannot run.
@@ -37,11 +41,13 @@ pub struct Fault {
 }
 
 /// Makes requests of lines.
-pub struct Reader {
+pub struct Reader<'t> {
     /// What lines may leave out.
     pub defaults: Defaults,
     /// Tokens that end a sequence.
     pub eos: Vec<u32>,
+    /// The rules from text to tokens, or why there are none.
+    pub text: Result<&'t Text, String>,
 }
 
 #[derive(Deserialize)]
@@ -50,12 +56,15 @@ struct Line {
     #[serde(default, deserialize_with = "present")]
     id: Option<Value>,
     tokens: Option<Vec<u32>>,
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
     max_new_tokens: Option<usize>,
     temperature: Option<f32>,
     top_k: Option<u32>,
     top_p: Option<f32>,
     min_p: Option<f32>,
     seed: Option<u64>,
+    stop: Option<Value>,
     ignore_eos: Option<bool>,
 }
 
@@ -64,7 +73,7 @@ fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<V
     Value::deserialize(deserializer).map(Some)
 }
 
-impl Reader {
+impl Reader<'_> {
     /// What a line asks for. `number` counts all lines of the file from 1, `place` those that are not blank from 0.
     ///
     /// # Errors
@@ -74,13 +83,13 @@ impl Reader {
             let id = serde_json::from_slice::<Value>(bytes).ok().and_then(|value| value.get("id").cloned());
             Fault { id, what: format!("line {number}{fault}") }
         })?;
-        match self.request(&line, place) {
-            Ok(request) => Ok(Asked { id: line.id, request }),
+        match self.ask(&line, place) {
+            Ok((request, stop)) => Ok(Asked { id: line.id, request, stop }),
             Err(what) => Err(Fault { id: line.id, what: format!("line {number}: {what}") }),
         }
     }
 
-    fn request(&self, line: &Line, place: usize) -> Result<Request, String> {
+    fn ask(&self, line: &Line, place: usize) -> Result<(Request, Vec<String>), String> {
         let default = &self.defaults.sampling;
         let sampling = SamplingParams {
             temperature: line.temperature.unwrap_or(default.temperature),
@@ -90,19 +99,58 @@ impl Reader {
             seed: line.seed.unwrap_or(default.seed.wrapping_add(place as u64)),
         };
         check_sampling(&sampling)?;
-        let prompt = match &line.tokens {
-            Some(tokens) => tokens.clone(),
-            None => return Err("expected `tokens`, found nothing to run".to_owned()),
-        };
+        let prompt = self.prompt(line)?;
+        let stop = self.stop(line)?;
         let ignore_eos = line.ignore_eos.unwrap_or(self.defaults.ignore_eos);
-        Ok(Request {
+        let request = Request {
             id: 0,
             prompt,
             max_new_tokens: line.max_new_tokens.unwrap_or(self.defaults.max_new_tokens),
             eos: if ignore_eos { vec![] } else { self.eos.clone() },
             sampling,
             session: None,
-        })
+        };
+        Ok((request, stop))
+    }
+
+    /// The prompt's tokens.
+    fn prompt(&self, line: &Line) -> Result<Vec<u32>, String> {
+        match (&line.tokens, &line.prompt, &line.messages) {
+            (Some(tokens), None, None) => Ok(tokens.clone()),
+            (None, Some(prompt), None) => {
+                self.text("prompt")?.encode(prompt).map_err(|e| format!("prompt: {}", describe(&e)))
+            }
+            (None, None, Some(messages)) if messages.is_empty() => {
+                Err("messages: expected at least 1 message, found 0".to_owned())
+            }
+            (None, None, Some(messages)) => {
+                self.text("messages")?.chat(messages).map_err(|e| format!("messages: {}", describe(&e)))
+            }
+            (None, None, None) => Err("expected one of `tokens`, `prompt` and `messages`, found none".to_owned()),
+            _ => Err("expected one of `tokens`, `prompt` and `messages`, found more".to_owned()),
+        }
+    }
+
+    /// The texts that end a line's sequence.
+    fn stop(&self, line: &Line) -> Result<Vec<String>, String> {
+        let text = |value: &Value| value.as_str().filter(|text| !text.is_empty()).map(str::to_owned);
+        let stop = match &line.stop {
+            None => return Ok(self.defaults.stop.clone()),
+            Some(Value::Array(texts)) => texts.iter().map(text).collect(),
+            Some(value) => text(value).map(|text| vec![text]),
+        };
+        let stop = stop.ok_or_else(|| {
+            let found = line.stop.as_ref().map(Value::to_string).unwrap_or_default();
+            format!("stop: expected a text or a list of texts, none of them empty, found {found}")
+        })?;
+        if !stop.is_empty() {
+            self.text("stop")?;
+        }
+        Ok(stop)
+    }
+
+    fn text(&self, field: &str) -> Result<&Text, String> {
+        self.text.as_ref().copied().map_err(|why| format!("{field}: {why}"))
     }
 }
 
@@ -137,35 +185,24 @@ fn check_sampling(sampling: &SamplingParams) -> Result<(), String> {
     Ok(())
 }
 
-/// Names of requests: equal for the same line at the same place, with the same settings and plan, and else different.
-pub struct Keys(blake3::Hasher);
-
-impl Keys {
-    /// For a plan, and the settings that lines may leave out.
-    pub fn new(plan: &str, defaults: &Defaults) -> Keys {
-        let Defaults { max_new_tokens, sampling, ignore_eos } = defaults;
-        let settings = json!({
-            "plan": plan,
-            "max_new_tokens": max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_k": sampling.top_k,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "seed": sampling.seed,
-            "ignore_eos": ignore_eos,
-        });
-        Keys(blake3::Hasher::new().update(settings.to_string().as_bytes()).update(&[0]).clone())
+/// The name of a request, 16 hexadecimal digits: equal for the same plan, place, line and settings, and else different.
+pub fn key(plan: &str, place: usize, line: &[u8], asked: Option<&Asked>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    // Each part with its length, so that none is taken for another.
+    let mut part = |bytes: &[u8]| {
+        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+    };
+    part(plan.as_bytes());
+    part(&(place as u64).to_le_bytes());
+    part(line);
+    if let Some(Asked { request, stop, .. }) = asked {
+        part(bytemuck::cast_slice(&request.prompt));
+        part(&(request.max_new_tokens as u64).to_le_bytes());
+        part(bytemuck::cast_slice(&request.eos));
+        part(bytemuck::cast_slice(&request.sampling.to_row()));
+        stop.iter().for_each(|stop| part(stop.as_bytes()));
     }
-
-    /// The name of a line's request: 16 hexadecimal digits.
-    pub fn key(&self, place: usize, line: &[u8]) -> String {
-        let mut hasher = self.0.clone();
-        hasher.update(&(place as u64).to_le_bytes()).update(line);
-        hasher.finalize().as_bytes()[..8].iter().fold(String::new(), |mut key, byte| {
-            let _ = write!(key, "{byte:02x}");
-            key
-        })
-    }
+    hasher.finalize().to_hex()[..16].to_owned()
 }
 
 #[cfg(test)]
