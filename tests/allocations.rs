@@ -120,7 +120,7 @@ fn decoding_allocates_nothing() {
             prompt: vec![1; 10 + id as usize],
             max_new_tokens: 100,
             eos: vec![2],
-            sampling: SamplingParams::default(),
+            ..Request::default()
         });
         let (mut seen, mut counts) = (0, Vec::with_capacity(100));
         let on_token = |id, _| {

@@ -218,6 +218,7 @@ fn requests(arguments: &Arguments, prompts: &Prompts, file: &PlanFile) -> Vec<Re
                 min_p: arguments.min_p,
                 seed: arguments.seed.wrapping_add(id),
             },
+            session: None,
         })
         .collect()
 }

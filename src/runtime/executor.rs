@@ -107,8 +107,8 @@ pub trait Executor {
     /// The device failed.
     fn set_sampling(&mut self, slot: u32, params: SamplingParams) -> Result<()>;
 
-    /// Says that a new sequence begins in a slot, which tokens end it, and the position of its last row. Once it has chosen
-    /// one of the tokens or run that row, a device may turn its further rows into padding, whose tokens are -1; an executor
+    /// Says that a sequence begins in a slot, which tokens end it, and the position of its last row. Its first row is at position
+    /// 0, or where it goes on with what rows of the slot have written; the token of that row is known. Once it has chosen one of the tokens or run that row, a device may turn its further rows into padding, whose tokens are -1; an executor
     /// may as well run them, because nobody looks at their results.
     ///
     /// # Errors

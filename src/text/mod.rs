@@ -2,6 +2,7 @@
 //! these and `generation_config.json` name. What comes out is what `transformers` makes of the same files, with one
 //! difference: tokens that the tokenizer puts before a text are never doubled.
 
+mod conversation;
 mod files;
 mod json;
 mod stream;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokenizers::{AddedToken, Tokenizer};
 
+pub use self::conversation::Conversation;
 use self::files::Files;
 pub use self::stream::{Piece, TextStream};
 use self::template::Template;

@@ -7,7 +7,7 @@ use lfm2c::ir::DType;
 use lfm2c::plan::PlanFile;
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::workload::random_batch;
-use lfm2c::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams};
+use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use libtest_mimic::{Failed, Trial};
 
 use crate::models::{SHAPES, gpu, plan};
@@ -67,7 +67,7 @@ fn prompts(vocab: u32) -> Vec<Vec<u32>> {
 }
 
 fn request(prompt: &[u32], new: usize) -> Request {
-    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens: new, eos: vec![], sampling: SamplingParams::default() }
+    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens: new, ..Request::default() }
 }
 
 fn run(executor: &mut CudaExecutor, requests: Vec<Request>, logits: bool) -> Result<Vec<Finished>, Failed> {

@@ -111,6 +111,7 @@ impl Reader<'_> {
             max_new_tokens: line.max_new_tokens.unwrap_or(self.defaults.max_new_tokens),
             eos: if ignore_eos { vec![] } else { self.eos.clone() },
             sampling,
+            session: None,
         };
         Ok((request, stop))
     }

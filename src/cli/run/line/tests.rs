@@ -15,7 +15,10 @@ fn what_a_line_leaves_out_is_the_command_lines() {
     let Asked { id, request, stop } = read(br#"{"tokens": [1, 2]}"#).unwrap();
     assert_eq!((id, stop.len()), (None, 0));
     let sampling = SamplingParams { seed: 42, ..reader().defaults.sampling };
-    assert_eq!(request, Request { id: 0, prompt: vec![1, 2], max_new_tokens: 32, eos: vec![7, 8], sampling });
+    assert_eq!(
+        request,
+        Request { id: 0, prompt: vec![1, 2], max_new_tokens: 32, eos: vec![7, 8], sampling, session: None }
+    );
 }
 
 #[test]
@@ -25,7 +28,7 @@ fn a_line_may_say_everything() {
     let Asked { id, request, .. } = read(line).unwrap();
     assert_eq!(id, Some(serde_json::json!([1])));
     let sampling = SamplingParams { seed: u64::MAX, ..SamplingParams::default() };
-    assert_eq!(request, Request { id: 0, prompt: vec![], max_new_tokens: 0, eos: vec![], sampling });
+    assert_eq!(request, Request { id: 0, prompt: vec![], max_new_tokens: 0, eos: vec![], sampling, session: None });
 }
 
 #[test]
