@@ -27,7 +27,8 @@ fn reader(seed: u64) -> Reader<'static> {
 fn run(input: &str, results: Results, retry: bool, seed: u64) -> Result<(usize, usize)> {
     let mut lines = Lines::new(input.as_bytes(), "in.jsonl", None);
     let mut batch = Batch::new("plan".into(), reader(seed), &mut lines, results);
-    (batch.retry, batch.report) = (retry, |_| ());
+    batch.retry = retry;
+    batch.report = |_| ();
     batch.first = batch.read()?;
     let mut executor = mock();
     if batch.first.is_some() {
