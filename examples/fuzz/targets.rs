@@ -98,7 +98,7 @@ fn compiled_demo(target: Lowered, disabled: &[&str]) -> PlanFile {
     ];
     let small = small.into_iter().fold(DEMO.to_owned(), |text, (from, to)| text.replace(from, to));
     let mut recipe = Recipe::parse(&small).expect("the demo recipe is valid");
-    recipe.prompt.clear();
+    recipe.prompt = Default::default();
     compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("the demo compiles").file
 }
 

@@ -7,6 +7,7 @@ mod completions;
 mod diff;
 mod dot;
 pub mod draw;
+mod eval;
 mod inspect;
 mod load;
 mod lock;
@@ -15,9 +16,9 @@ mod output;
 mod profile;
 mod progress;
 mod run;
-mod run_input;
 mod samples;
 mod table;
+mod text;
 mod tune;
 mod verify;
 
@@ -42,6 +43,7 @@ struct Arguments {
 enum Command {
     Compile(compile::Arguments),
     Run(run::Arguments),
+    Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
     Verify(verify::Arguments),
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
+        Command::Eval(arguments) => eval::execute(&arguments),
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),
         Command::Verify(arguments) => verify::execute(&arguments),

@@ -5,32 +5,39 @@ mod batch_arguments;
 mod evaluate;
 mod line;
 mod lines;
+mod print;
+mod prompt;
 mod results;
 
-use std::io::Write;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
 
 use self::batch_arguments::BatchArguments;
 pub use self::evaluate::write_answers;
+use self::print::Texts;
+use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
 use crate::cli::load::{self, Choices, Device, has_extension};
 use crate::cli::output::note;
-use crate::cli::run_input::prompts;
 use crate::cli::table::{regions, size};
-use crate::cli::usage;
+use crate::cli::{text, usage};
 use crate::plan::PlanFile;
 use crate::runtime::cuda::Graphs;
 use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
 
 /// Run a plan, or compile a recipe in memory and run that.
 ///
-/// Generates new tokens for each prompt; without any input, for the recipe's own prompt. Tokens go to standard output,
-/// what ran to standard error.
+/// Generates new tokens for each prompt; without any input, for the recipe's own prompt. A prompt given as text is answered
+/// in text, as it is made; one given as token ids, in token ids. What ran goes to standard error.
+///
+/// A prompt is text with --prompt, which needs the tokenizer.json of --model DIR or of the recipe's directory. Its tokens are
+/// those that the tokenizer makes, with its beginning-of-sequence token, once; --chat puts the text into the model's chat
+/// template instead, and --raw adds nothing. A sequence ends at a stop token, which generation_config.json names or else the
+/// plan; at a --stop text; or after --max-new-tokens, of which there may be none. Prompt and new tokens together must fit the
+/// plan's max-context: a request that does not fit is refused before it runs, never cut. So is a prompt without tokens, which
+/// an empty text is only with --raw, or where the tokenizer adds no token.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A plan, or a recipe (FILE.ron) to compile in memory
@@ -48,6 +55,8 @@ pub struct Arguments {
     /// Token ids of a prompt, such as 5,17,3; repeat it for a batch
     #[arg(long, value_name = "IDS", conflicts_with = "input")]
     tokens: Vec<String>,
+    #[command(flatten)]
+    text: PromptArguments,
     #[command(flatten)]
     batch: BatchArguments,
     /// New tokens of each sequence, at the most
@@ -91,7 +100,7 @@ pub struct Arguments {
 /// `--format`.
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
-    /// New tokens, a line for each sequence.
+    /// New text; where the prompt is token ids, new token ids, a line for each sequence.
     Text,
     /// JSON.
     Json,
@@ -115,9 +124,10 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    let prompts = prompts(&arguments.tokens, &file.manifest)?;
-    if arguments.prompt_logits.is_some() && prompts.len() != 1 {
-        return usage(format!("--prompt-logits: expected a single prompt, found {}", prompts.len()));
+    let prompts = arguments.text.prompts(&arguments.tokens, &file, model)?;
+    let count = prompts.tokens.len();
+    if arguments.prompt_logits.is_some() && count != 1 {
+        return usage(format!("--prompt-logits: expected a single prompt, found {count}"));
     }
     let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
@@ -129,7 +139,10 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let begun = Instant::now();
     let mut generator = Generator::new(&mut *executor, options)?;
     let requests = requests(arguments, &prompts, &file);
-    let finished = generator.generate(requests, |_, _| ControlFlow::Continue(()))?;
+    let format = arguments.format.unwrap_or(Format::Text);
+    let live = prompts.text && count == 1 && format == Format::Text;
+    let mut texts = Texts::new(prompts.rules.as_ref(), count, &arguments.text.stop, live);
+    let finished = generator.generate(requests, |id, token| texts.token(id, token))?;
     let timing = Timing {
         ready_seconds,
         generate_seconds: begun.elapsed().as_secs_f64(),
@@ -138,7 +151,14 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let results: Vec<std::result::Result<Finished, String>> =
         finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
-    print_results(arguments, &results, &timing)?;
+    let ran = results.iter().any(std::result::Result::is_ok);
+    let texts = if ran { texts.finish()? } else { vec![] };
+    match format {
+        Format::Json => print::object(&results, &texts, &timing)?,
+        Format::Text if live => {}
+        Format::Text if prompts.text => print::texts(&results, &texts)?,
+        Format::Text => print::tokens(&results)?,
+    }
     summary(&file, &timing, &*executor);
     let failed: Vec<&String> = results.iter().filter_map(|result| result.as_ref().err()).collect();
     match failed[..] {
@@ -161,6 +181,7 @@ impl Arguments {
 
 /// Refuses numbers that no plan could use.
 fn check_options(arguments: &Arguments) -> Result<()> {
+    arguments.text.check()?;
     let Arguments { temperature, top_p, min_p, .. } = *arguments;
     if arguments.chunk == Some(0) {
         return usage("--chunk: expected at least 1 row, found 0; leave it out to run prompts whole");
@@ -176,10 +197,10 @@ fn check_options(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-fn requests(arguments: &Arguments, prompts: &[Vec<u32>], file: &PlanFile) -> Vec<Request> {
-    let eos = if arguments.ignore_eos { vec![] } else { file.manifest.model.eos_tokens.clone() };
+fn requests(arguments: &Arguments, prompts: &Prompts, file: &PlanFile) -> Vec<Request> {
+    let eos = if arguments.ignore_eos { vec![] } else { text::stop_tokens(file, prompts.rules.as_ref()) };
     (0..)
-        .zip(prompts)
+        .zip(&prompts.tokens)
         .map(|(id, prompt)| Request {
             id,
             prompt: prompt.clone(),
@@ -219,52 +240,6 @@ fn write_npy(path: &Path, shape: &[u64], data: &[f32]) -> Result<()> {
         writer.finish()
     };
     write().with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn print_results(
-    arguments: &Arguments,
-    results: &[std::result::Result<Finished, String>],
-    timing: &Timing,
-) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    let objects = results.iter().map(|result| match result {
-        Ok(finished) => json!({
-            "prompt_tokens": finished.prompt_tokens,
-            "tokens": finished.tokens,
-            "text": null,
-            "finish_reason": finished.reason.to_string(),
-        }),
-        Err(fault) => json!({ "error": fault }),
-    });
-    match arguments.format.unwrap_or(Format::Text) {
-        Format::Text => {
-            for finished in results.iter().flatten() {
-                let tokens: Vec<String> = finished.tokens.iter().map(ToString::to_string).collect();
-                writeln!(out, "{}", tokens.join(","))?;
-            }
-        }
-        Format::Json => {
-            let statistics = &timing.statistics;
-            let phase = |phase: &crate::runtime::PhaseStatistics| {
-                json!({
-                    "steps": phase.steps,
-                    "rows": phase.rows,
-                    "padding_rows": phase.padding,
-                    "seconds": phase.elapsed.as_secs_f64(),
-                    "tokens_per_second": phase.rows_per_second(),
-                })
-            };
-            let timing = json!({
-                "ready_seconds": timing.ready_seconds,
-                "generate_seconds": timing.generate_seconds,
-                "new_tokens": statistics.tokens,
-                "prefill": phase(&statistics.prefill),
-                "decode": phase(&statistics.decode),
-            });
-            writeln!(out, "{}", json!({ "sequences": objects.collect::<Vec<_>>(), "timing": timing }))?;
-        }
-    }
-    Ok(())
 }
 
 /// What ran, on standard error.

@@ -300,7 +300,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         vocab: config.vocab,
         eos_tokens: config.eos_tokens.clone(),
         weights: recipe.weights.clone(),
-        prompt: recipe.prompt.clone(),
+        prompt: recipe.prompt.tokens().to_vec(),
         forced_routing: options.forced_routing.then(|| forced_routing(&config)).flatten(),
     };
     if let Some(token) = model.prompt.iter().find(|&&token| u64::from(token) >= model.vocab) {

@@ -16,5 +16,5 @@ mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
 pub use lock::Lock;
-pub use recipe::Recipe;
+pub use recipe::{Prompt, Recipe};
 pub use tuning::Tuning;

@@ -19,8 +19,8 @@ pub struct Recipe {
     /// Its weights.
     pub weights: WeightSource,
     /// Used when a run is given no input.
-    #[serde(default)]
-    pub prompt: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Prompt::is_empty")]
+    pub prompt: Prompt,
     /// Element type of activations: `f32`, `bf16` or `f16`.
     #[serde(default)]
     pub dtype: Option<String>,
@@ -39,6 +39,40 @@ pub struct Recipe {
     /// Positions of all sequences together.
     #[serde(default)]
     pub kv_tokens: Option<u64>,
+}
+
+/// A recipe's own prompt.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(untagged, expecting = "expected token ids such as [5, 17, 3], or a text in quotes")]
+pub enum Prompt {
+    /// Token ids, which any plan can run.
+    Tokens(Vec<u32>),
+    /// A text: the tokenizer of the model's directory makes tokens of it when it runs.
+    Text(String),
+}
+
+impl Default for Prompt {
+    fn default() -> Self {
+        Prompt::Tokens(vec![])
+    }
+}
+
+impl Prompt {
+    /// True if there is none.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Prompt::Tokens(tokens) => tokens.is_empty(),
+            Prompt::Text(text) => text.is_empty(),
+        }
+    }
+
+    /// The token ids, if it is that.
+    pub fn tokens(&self) -> &[u32] {
+        match self {
+            Prompt::Tokens(tokens) => tokens,
+            Prompt::Text(_) => &[],
+        }
+    }
 }
 
 /// Where the model's description is.
@@ -96,7 +130,7 @@ impl Recipe {
             name,
             model: ModelSource::Directory(directory.to_owned()),
             weights: WeightSource::Checkpoint,
-            prompt: vec![],
+            prompt: Prompt::default(),
             dtype: None,
             prefill: None,
             decode: None,
@@ -163,6 +197,20 @@ mod tests {
         let error = Recipe::parse(&DEMO.replace("prefill:", "prefills:")).expect_err("no such field").to_string();
         assert!(error.contains("prefills") && error.starts_with("line "), "{error}");
         assert!(Recipe::parse(&format!("{DEMO} rest")).is_err(), "text behind the recipe");
+    }
+
+    #[test]
+    fn a_prompt_is_token_ids_or_a_text() {
+        let of = |prompt: &str| {
+            let text = format!("Recipe(name: \"x\", model: Directory(\"x\"), weights: Checkpoint, prompt: {prompt})");
+            Recipe::parse(&text).map(|recipe| recipe.prompt)
+        };
+        assert_eq!(of("[3, 4]").expect("token ids"), Prompt::Tokens(vec![3, 4]));
+        assert_eq!(of("\"Once upon\"").expect("a text"), Prompt::Text("Once upon".into()));
+        let error = of("5").expect_err("neither").to_string();
+        assert!(error.contains("[5, 17, 3], or a text"), "{error}");
+        let recipe = Recipe { prompt: Prompt::Text("a \"b\"\n".into()), ..Recipe::for_directory(Path::new("x")) };
+        assert_eq!(Recipe::parse(&recipe.to_text().expect("text")).expect("a recipe"), recipe);
     }
 
     #[test]

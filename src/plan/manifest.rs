@@ -64,7 +64,7 @@ pub struct Model {
     pub eos_tokens: Vec<u32>,
     /// Where weights come from.
     pub weights: WeightSource,
-    /// The recipe's own prompt, used when a run is given none.
+    /// The recipe's own prompt as token ids, used when a run is given none; if it is a text, the plan's recipe has it.
     pub prompt: Vec<u32>,
     /// If present, routers choose no experts: the input `experts.N`, i32 `[T, experts a token]` for layer N, says them.
     #[serde(default)]

@@ -49,13 +49,6 @@ impl Files {
         text.collect()
     }
 
-    /// Whether `bos_token` goes before and `eos_token` after a text; none if the configuration says neither.
-    pub fn added_tokens(&self) -> Option<(bool, bool)> {
-        let (bos, eos) = (self.config.get("add_bos_token"), self.config.get("add_eos_token"));
-        let is_true = |value: Option<&Value>| value.and_then(Value::as_bool) == Some(true);
-        (bos.is_some() || eos.is_some()).then(|| (is_true(bos), is_true(eos)))
-    }
-
     /// `eos_token_id` of `generation_config.json`: a number, or a list of them.
     pub fn stop_tokens(&self) -> Result<Vec<u32>> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());

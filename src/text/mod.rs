@@ -107,19 +107,13 @@ impl Text {
             tokenizer,
             names,
         };
-        (text.before, text.after) = text.added(&files)?;
+        (text.before, text.after) = text.added()?;
         Ok(Some(text))
     }
 
-    /// The tokens before and after a text: `tokenizer_config.json` says so or else the tokenizer's post-processor.
-    fn added(&self, files: &Files) -> Result<(Vec<u32>, Vec<u32>)> {
-        if let Some((bos, eos)) = files.added_tokens() {
-            let id = |wanted: bool, name: &str| {
-                let token = self.names.get(name).and_then(Value::as_str).filter(|_| wanted);
-                token.and_then(|token| self.tokenizer.token_to_id(token)).into_iter().collect()
-            };
-            return Ok((id(bos, "bos_token"), id(eos, "eos_token")));
-        }
+    /// The tokens before and after a text: those of the tokenizer's post-processor. What `tokenizer_config.json` says about
+    /// them does not count, as in `transformers` 5.
+    fn added(&self) -> Result<(Vec<u32>, Vec<u32>)> {
         let (bare, full) = (self.ids("a", false)?, self.ids("a", true)?);
         let start = full.windows(bare.len().max(1)).position(|window| window == bare).unwrap_or(0);
         let end = (start + bare.len()).min(full.len());
@@ -262,20 +256,6 @@ mod tests {
         assert_eq!(text.encode("<s><s>hi").expect("text"), [&[1, 1], &hi[..]].concat(), "what is written stays");
         assert_eq!(text.encode("").expect("text"), [1]);
         assert_eq!(text.encode_plain("").expect("text"), [0u32; 0]);
-    }
-
-    #[test]
-    fn the_configuration_overrides_what_the_tokenizer_adds() {
-        for (config, before, after) in [
-            (r#"{"add_bos_token": false, "bos_token": "<s>"}"#, &[][..], &[][..]),
-            (r#"{"add_bos_token": true, "bos_token": {"content": "<s>"}}"#, &[1], &[]),
-            (r#"{"add_bos_token": true, "add_eos_token": true, "bos_token": "<s>", "eos_token": "</s>"}"#, &[1], &[2]),
-            (r#"{"add_bos_token": true, "bos_token": null}"#, &[], &[]),
-            (r#"{"bos_token": "<s>"}"#, &[1], &[]),
-        ] {
-            let (_folder, text) = fixture::open(&[("tokenizer_config.json", config)]);
-            assert_eq!((&text.before[..], &text.after[..]), (before, after), "{config}");
-        }
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
         name: shape.name.into(),
         model: ModelSource::Config(Box::new(raw)),
         weights: WeightSource::Synthetic(5),
-        prompt: vec![],
+        prompt: Default::default(),
         dtype: None,
         prefill: None,
         decode: None,
