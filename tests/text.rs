@@ -1,12 +1,9 @@
-//! Text in, text out: the rules of text against what `transformers` makes of the same files, and the binary.
+//! The rules of text against what `transformers` makes of the same files (`oracle/make_text_goldens.py`).
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
 
 use lfm2c::text::Text;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 fn project(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)

@@ -118,7 +118,12 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     check_options(arguments)?;
     match &arguments.batch.input {
-        Some(input) if has_extension(input, "bin") => return evaluate::execute(arguments, input),
+        Some(input) if has_extension(input, "bin") => {
+            if let Some(option) = arguments.text.given() {
+                return usage(format!("{option}: expected text, found {}, which holds token ids", input.display()));
+            }
+            return evaluate::execute(arguments, input);
+        }
         Some(input) => return batch::execute(arguments, input, started),
         None => {}
     }

@@ -12,7 +12,7 @@ use crate::plan::PlanFile;
 use crate::text::{Message, Text};
 
 /// How a prompt becomes tokens.
-#[derive(clap::Args, Debug, Clone, Default)]
+#[derive(clap::Args, Clone, Default, PartialEq, Debug)]
 pub struct Wording {
     /// Puts a prompt into the model's chat template, as the user's words
     #[arg(long, conflicts_with = "tokens")]
@@ -46,7 +46,7 @@ impl Wording {
 }
 
 /// Where a plan's rules are: the directory that is named, else that of its recipe.
-fn directory(file: &PlanFile, model: Option<&Path>) -> Option<PathBuf> {
+pub fn directory(file: &PlanFile, model: Option<&Path>) -> Option<PathBuf> {
     let of_recipe = || Recipe::parse(&file.recipe).ok()?.directory().map(Path::to_owned);
     model.map(Path::to_owned).or_else(of_recipe)
 }

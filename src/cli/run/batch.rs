@@ -16,7 +16,6 @@ use super::{Arguments, Format, Timing, summary, write_npy};
 use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
 use crate::cli::{load, usage};
-use crate::codegen::Recipe;
 use crate::plan::PlanFile;
 use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
 use crate::text::{Text, TextStream};
@@ -41,6 +40,9 @@ pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<
         Some(path) => Results::create(path)?,
     };
     let text = text(&file, model)?;
+    if let (Err(why), false) = (&text, arguments.text.stop.is_empty()) {
+        return usage(format!("--stop: {why}"));
+    }
     let mut batch = Batch::new(file.hash(), reader(arguments, &file, &text), &mut lines, results);
     batch.plain = arguments.format == Some(Format::Text);
     batch.retry = arguments.batch.retry_errors;
@@ -112,8 +114,7 @@ fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
 
 /// The model's rules from text to tokens, or why there are none; prompts can be given as tokens then.
 fn text(file: &PlanFile, model: Option<&Path>) -> Result<std::result::Result<Text, String>> {
-    let of_recipe = || Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
-    let Some(directory) = model.map(Path::to_owned).or_else(of_recipe) else {
+    let Some(directory) = crate::cli::text::directory(file, model) else {
         let why =
             "no tokenizer: the plan's recipe names no model directory; name one with --model DIR, or give `tokens`";
         return Ok(Err(why.to_owned()));
@@ -123,10 +124,6 @@ fn text(file: &PlanFile, model: Option<&Path>) -> Result<std::result::Result<Tex
 }
 
 fn reader<'t>(arguments: &Arguments, file: &PlanFile, text: &'t std::result::Result<Text, String>) -> Reader<'t> {
-    let eos = match text {
-        Ok(text) if !text.stop_tokens().is_empty() => text.stop_tokens(),
-        _ => &file.manifest.model.eos_tokens,
-    };
     let sampling = SamplingParams {
         temperature: arguments.temperature,
         top_k: arguments.top_k,
@@ -136,8 +133,14 @@ fn reader<'t>(arguments: &Arguments, file: &PlanFile, text: &'t std::result::Res
     };
     let Arguments { max_new_tokens, ignore_eos, .. } = *arguments;
     Reader {
-        defaults: Defaults { max_new_tokens, sampling, ignore_eos, stop: vec![] },
-        eos: eos.to_vec(),
+        defaults: Defaults {
+            max_new_tokens,
+            sampling,
+            ignore_eos,
+            stop: arguments.text.stop.clone(),
+            wording: arguments.text.wording.clone(),
+        },
+        eos: crate::cli::text::stop_tokens(file, text.as_ref().ok()),
         text: text.as_ref().map_err(Clone::clone),
     }
 }

@@ -4,6 +4,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::cli::output::describe;
+use crate::cli::text::Wording;
 use crate::runtime::{Request, SamplingParams};
 use crate::text::{Message, Text};
 
@@ -18,6 +19,8 @@ pub struct Defaults {
     pub ignore_eos: bool,
     /// Texts that end a sequence.
     pub stop: Vec<String>,
+    /// How a prompt becomes tokens.
+    pub wording: Wording,
 }
 
 /// What a line asks for.
@@ -116,9 +119,11 @@ impl Reader<'_> {
     fn prompt(&self, line: &Line) -> Result<Vec<u32>, String> {
         match (&line.tokens, &line.prompt, &line.messages) {
             (Some(tokens), None, None) => Ok(tokens.clone()),
-            (None, Some(prompt), None) => {
-                self.text("prompt")?.encode(prompt).map_err(|e| format!("prompt: {}", describe(&e)))
-            }
+            (None, Some(prompt), None) => self
+                .defaults
+                .wording
+                .encode(self.text("prompt")?, prompt)
+                .map_err(|e| format!("prompt: {}", describe(&e))),
             (None, None, Some(messages)) if messages.is_empty() => {
                 Err("messages: expected at least 1 message, found 0".to_owned())
             }

@@ -17,7 +17,7 @@ pub struct PromptArguments {
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["tokens", "input"], allow_hyphen_values = true)]
     prompt: Vec<String>,
     #[command(flatten)]
-    wording: Wording,
+    pub wording: Wording,
     /// Ends a sequence where its text has TEXT, which is not printed; may be repeated. Needs a tokenizer
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
@@ -43,6 +43,11 @@ impl PromptArguments {
             return usage("--prompt -: expected once, because standard input is read to its end");
         }
         Ok(())
+    }
+
+    /// The first of the options for text that is given, by name.
+    pub fn given(&self) -> Option<&'static str> {
+        self.wording.given().or((!self.stop.is_empty()).then_some("--stop"))
     }
 
     /// The prompts: those given as token ids or as text, else the recipe's own.

@@ -2,7 +2,7 @@ use super::*;
 
 fn reader() -> Reader<'static> {
     let sampling = SamplingParams { temperature: 0.5, top_k: 3, top_p: 0.9, min_p: 0.1, seed: 40 };
-    let defaults = Defaults { max_new_tokens: 32, sampling, ignore_eos: false, stop: vec![] };
+    let defaults = Defaults { max_new_tokens: 32, sampling, ignore_eos: false, ..Defaults::default() };
     Reader { defaults, eos: vec![7, 8], text: Err("no tokenizer here".into()) }
 }
 
