@@ -77,12 +77,18 @@ pub fn model_with_tokenizer(folder: &Path) -> PathBuf {
     let tokenizer = json!({
         "version": "1.0",
         "added_tokens": added,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        },
         "decoder": {"type": "Fuse"},
         "model": {"type": "BPE", "vocab": vocab, "merges": []},
     });
     let template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}";
     write(&model, "tokenizer.json", tokenizer.to_string());
-    write(&model, "tokenizer_config.json", r#"{"add_bos_token": true, "bos_token": "<s>", "eos_token": "</s>"}"#);
+    write(&model, "tokenizer_config.json", r#"{"bos_token": "<s>", "eos_token": "</s>"}"#);
     write(&model, "chat_template.jinja", template);
     write(&model, "generation_config.json", r#"{"eos_token_id": [7, 2]}"#);
     model
