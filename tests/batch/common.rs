@@ -38,7 +38,7 @@ pub fn fails(folder: &Path, code: i32, arguments: &[&str]) -> String {
 
 pub fn folder_with_plan() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder can be made");
-    done(folder.path(), &["compile", &project("plans/demo.ron"), "--target", "cpu", "-o", "demo.plan"]);
+    done(folder.path(), &["compile", &project("plans/synthetic.ron"), "--target", "cpu", "-o", "demo.plan"]);
     folder
 }
 

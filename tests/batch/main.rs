@@ -145,7 +145,7 @@ fn a_killed_run_goes_on_where_it_was() {
     assert!(fails(at, 2, &arguments).contains("--resume"));
     let errors = fails(at, 1, &[&arguments[..], &["--resume", "--seed", "1"]].concat());
     assert!(errors.contains("expected that of line 1 of in.jsonl") && errors.contains("another --output"), "{errors}");
-    done(at, &["compile", &project("plans/demo.ron"), "--target", "cpu", "--dtype", "bf16", "-o", "demo.plan"]);
+    done(at, &["compile", &project("plans/synthetic.ron"), "--target", "cpu", "--dtype", "bf16", "-o", "demo.plan"]);
     fails(at, 1, &[&arguments[..], &["--resume"]].concat());
     assert!(read(at, "killed.jsonl") == whole);
 }
