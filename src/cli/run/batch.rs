@@ -216,10 +216,11 @@ impl<R: BufRead> Batch<'_, '_, R> {
             if let Some(kept) = self.results.earlier()? {
                 let again = kept.failed && self.retry;
                 if kept.number != number || (kept.key != key && !again) {
+                    let fix = if kept.failed { "; --retry-errors runs lines that were corrected" } else { "" };
                     bail!(
                         "result {} of the earlier run: expected that of line {number} of {}, with these settings and this plan \
                          (request {key}), found line {}, request {}; resume with the same input, options and plan, or give \
-                         another --output",
+                         another --output{fix}",
                         place + 1,
                         self.lines.name,
                         kept.number,

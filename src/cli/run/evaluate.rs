@@ -15,6 +15,9 @@ use crate::cli::usage;
 use crate::plan::PlanFile;
 use crate::runtime::Executor;
 
+/// Samples that run first and do not count: memory is touched, threads are started, clocks are up.
+const WARM_UP: usize = 16;
+
 /// What became of a plan's run over samples.
 struct Report {
     plan: String,
@@ -66,7 +69,7 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
     let mut reports = vec![];
     for (path, file) in &plans {
         let name = path.display().to_string();
-        reports.push(evaluate(arguments, name, file, &mut Inputs::open(input)?, count)?);
+        reports.push(evaluate(arguments, name, file, input, count)?);
     }
     match arguments.format.unwrap_or(Format::Text) {
         Format::Text => print(text(arguments, &reports, count, inputs.length))?,
@@ -99,7 +102,8 @@ fn check_options(arguments: &Arguments) -> Result<()> {
 }
 
 /// Runs samples with a plan, compares and writes as the options say.
-fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, inputs: &mut Inputs, count: usize) -> Result<Report> {
+fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, input: &Path, count: usize) -> Result<Report> {
+    let mut inputs = Inputs::open(input)?;
     let batch = &arguments.batch;
     let vocab = file.manifest.model.vocab;
     let open = |path| Answers::open(path, inputs.count, vocab);
@@ -108,7 +112,9 @@ fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, inputs: &mut I
     let mut executor = load::prepared_executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
     let mut verdict = Verdict { largest: 0.0, bad: 0, first: None };
     let length = inputs.length;
-    let statistics = run(&mut *executor, arguments.chunk, inputs, count, &mut |sample, logits| {
+    let warm_up = count.min(WARM_UP);
+    run(&mut *executor, arguments.chunk, &mut Inputs::open(input)?, warm_up, &mut |_, _| Ok(()))?;
+    let statistics = run(&mut *executor, arguments.chunk, &mut inputs, count, &mut |sample, logits| {
         if let Some(answers) = &mut answers {
             verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
         }

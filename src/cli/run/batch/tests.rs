@@ -116,7 +116,8 @@ fn corrected_lines_run_when_errors_are_retried() {
     let corrected = INPUT.replace("nonsense", r#"{"tokens": [2], "max_new_tokens": 8}"#).replace("99", "9");
     let expected = whole(folder.path(), &corrected).unwrap();
     std::fs::write(&path, &before).unwrap();
-    assert!(run(&corrected, Results::resume(&path, false).unwrap(), false, 0).is_err(), "only if that is asked for");
+    let error = run(&corrected, Results::resume(&path, false).unwrap(), false, 0).unwrap_err().to_string();
+    assert!(error.ends_with("--retry-errors runs lines that were corrected"), "{error}");
     assert_eq!(run(&corrected, Results::resume(&path, true).unwrap(), true, 0).unwrap(), (7, 0));
     assert!(std::fs::read(&path).unwrap() == expected);
     // What ran is not run again.
