@@ -39,7 +39,7 @@ fn fails(folder: &Path, code: i32, arguments: &[&str]) -> String {
 
 fn folder_with_plan() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder can be made");
-    done(folder.path(), &["compile", &project("plans/demo.ron"), "--target", "cpu", "-o", "demo.plan"]);
+    done(folder.path(), &["compile", &project("plans/synthetic.ron"), "--target", "cpu", "-o", "demo.plan"]);
     folder
 }
 
@@ -186,7 +186,7 @@ fn a_killed_run_goes_on_where_it_was() {
     assert!(fails(at, 2, &arguments).contains("--resume"));
     let errors = fails(at, 1, &[&arguments[..], &["--resume", "--seed", "1"]].concat());
     assert!(errors.contains("expected that of line 1 of in.jsonl") && errors.contains("another --output"), "{errors}");
-    done(at, &["compile", &project("plans/demo.ron"), "--target", "cpu", "--dtype", "bf16", "-o", "demo.plan"]);
+    done(at, &["compile", &project("plans/synthetic.ron"), "--target", "cpu", "--dtype", "bf16", "-o", "demo.plan"]);
     fails(at, 1, &[&arguments[..], &["--resume"]].concat());
     assert!(read(at, "killed.jsonl") == whole);
 }

@@ -1,5 +1,6 @@
 //! The command line as a contract: arguments, files, outputs and exit codes of the built binary.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -33,7 +34,7 @@ fn fails(folder: &Path, code: i32, arguments: &[&str]) -> String {
 
 fn folder_with_plan() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     done(folder.path(), &["compile", demo.to_str().expect("UTF-8"), "--target", "cpu", "-o", "demo.plan"]);
     folder
 }
@@ -75,7 +76,7 @@ fn compile_prints_what_the_passes_did() {
 #[test]
 fn compiling_twice_gives_the_same_bytes() {
     let folder = folder_with_plan();
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     done(folder.path(), &["compile", demo.to_str().expect("UTF-8"), "--target", "cpu", "-o", "again.plan"]);
     let read = |name: &str| std::fs::read(folder.path().join(name)).expect("the plan was written");
     assert!(read("demo.plan") == read("again.plan"));
@@ -132,7 +133,7 @@ fn prompt_logits_cover_every_position() {
 
 #[test]
 fn a_recipe_runs_with_its_own_prompt() {
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     let demo = demo.to_str().expect("UTF-8");
     let folder = folder_with_plan();
     let from_recipe = done(folder.path(), &["run", demo]);
@@ -186,7 +187,7 @@ fn drawings_are_written() {
 #[test]
 fn wrong_usage_has_exit_code_2() {
     let folder = folder_with_plan();
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     let demo = demo.to_str().expect("UTF-8");
     for arguments in [
         &["compile", "-o", "x.plan"][..],
@@ -247,7 +248,7 @@ fn measuring_needs_a_gpu() {
         return;
     }
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let (demo, gelu) = (project("plans/demo.ron"), project("plans/gelu.ir"));
+    let (demo, gelu) = (project("plans/synthetic.ron"), project("plans/gelu.ir"));
     let (demo, gelu) = (demo.to_str().expect("UTF-8"), gelu.to_str().expect("UTF-8"));
     for arguments in [
         &["bench", demo, "--decode", "1"][..],
@@ -265,7 +266,7 @@ fn measuring_needs_a_gpu() {
 fn tuning_needs_a_gpu() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
-    std::fs::copy(project("plans/demo.ron"), at.join("demo.ron")).expect("it can be copied");
+    std::fs::copy(project("plans/synthetic.ron"), at.join("demo.ron")).expect("it can be copied");
     let tune = ["compile", "demo.ron", "--tune", "-o", "x.plan"];
     for wrong in [&["--target", "cpu"][..], &["--without-cubins"], &["--forced-routing"]] {
         fails(at, 2, &[&tune[..], wrong].concat());
@@ -303,7 +304,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
 
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
-    std::fs::copy(project("plans/demo.ron"), at.join("demo.ron")).expect("it can be copied");
+    std::fs::copy(project("plans/synthetic.ron"), at.join("demo.ron")).expect("it can be copied");
     let options = "--target sm_90a --without-cubins --dtype bf16 --prefill 64 --decode 1 --max-sequences 4";
     let options: Vec<&str> = options.split(' ').collect();
     let compile = |plan, more: &[&str]| done(at, &[&["compile", "demo.ron", "-o", plan], &options[..], more].concat());
@@ -322,6 +323,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
         compiler: "0.0.1".into(),
         gpu: "NVIDIA H200".into(),
         toolkit: (13, 0),
+        graphs: BTreeMap::new(),
         problems: problems.into(),
     };
     lock.write(&at.join("demo.lock.ron")).expect("it can be written");
@@ -344,7 +346,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
     let errors = run(&options);
     assert!(errors.contains(&expected) && errors.contains("measured by lfm2c 0.0.1"), "{errors}");
     assert!(!run(&["--target", "cpu"]).contains("demo.lock.ron"));
-    std::fs::write(at.join("demo.lock.ron"), "(\n  version: 1,\n  speed: 11,\n)").expect("it is written");
+    std::fs::write(at.join("demo.lock.ron"), "(\n  version: 2,\n  speed: 11,\n)").expect("it is written");
     let errors = fails(at, 1, &[&["run", "demo.ron"], &options[..]].concat());
     assert!(errors.contains("demo.lock.ron") && errors.contains("line 3, column"), "{errors}");
     compile("ignored.plan", &["--no-lock"]);
@@ -353,7 +355,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
 #[test]
 fn every_pass_of_the_design_can_be_left_out() {
     let folder = folder_with_plan();
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     let expected = done(folder.path(), &["run", "demo.plan"]);
     for pass in lfm2c::passes::names() {
         let run = ["run", demo.to_str().expect("UTF-8"), "--max-sequences", "3", "--disable-pass", pass];
@@ -367,7 +369,7 @@ fn every_pass_of_the_design_can_be_left_out() {
 fn a_plan_goes_through_links_and_pipes() {
     let folder = folder_with_plan();
     let at = folder.path();
-    let demo = project("plans/demo.ron");
+    let demo = project("plans/synthetic.ron");
     let compile = |name| done(at, &["compile", demo.to_str().expect("UTF-8"), "-o", name]);
     std::fs::write(at.join("target.plan"), b"old").expect("it is written");
     std::os::unix::fs::symlink("target.plan", at.join("link.plan")).expect("it is linked");

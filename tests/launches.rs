@@ -7,7 +7,7 @@ use lfm2c::passes::{self, Target};
 use lfm2c::plan::{Arg, Manifest, Param, ParamType, PlanError, PlanFile};
 
 fn plan(disabled: Vec<String>) -> PlanFile {
-    let recipe = Recipe::parse(include_str!("../plans/demo.ron")).expect("the demo recipe is valid");
+    let recipe = Recipe::parse(include_str!("../plans/synthetic.ron")).expect("the demo recipe is valid");
     let options = CompileOptions {
         target: Target::Sm90a,
         without_cubins: true,

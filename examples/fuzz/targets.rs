@@ -69,7 +69,7 @@ impl Seed {
     }
 }
 
-const DEMO: &str = include_str!("../../plans/demo.ron");
+const DEMO: &str = include_str!("../../plans/synthetic.ron");
 const GELU: &str = include_str!("../../plans/gelu.ir");
 const SMALL: &str = include_str!("../../tests/data/small_manifest.ron");
 

@@ -46,18 +46,3 @@ template <class T> __device__ __forceinline__ void prefetch(const T* from, int c
     for (int i = threadIdx.x * 128; i < count * (int)sizeof(T); i += blockDim.x * 128)
         asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)from + i));
 }
-
-// Waits for all threads of the cluster; what they wrote to shared memory before is visible after.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The number that stands in another block's shared memory where `at` points to in this one's.
-__device__ __forceinline__ float cluster_read(const float* at, u32 rank) {
-    float x;
-    asm volatile("{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(x)
-                 : "r"((u32)__cvta_generic_to_shared(at)), "r"(rank)
-                 : "memory");
-    return x;
-}

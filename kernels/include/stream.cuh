@@ -30,11 +30,10 @@ struct alignas(16) Group {
     float weight;
 };
 
-// All rows, COLUMNS at a time.
+// All rows, COLUMNS at a time. The caller synchronises.
 __device__ __forceinline__ int all_rows(Group* groups, int rows) {
     for (int g = threadIdx.x; g * COLUMNS < rows; g += THREADS)
         groups[g] = Group{0, g * COLUMNS, min(COLUMNS, rows - g * COLUMNS), 0};
-    __syncthreads();
     return (rows + COLUMNS - 1) / COLUMNS;
 }
 
@@ -80,9 +79,10 @@ __device__ __forceinline__ int by_expert(Group* groups, const int* offsets, int 
     return count;
 }
 
-// `list(groups)` fills the list of groups, of SUBS entries each, and says how many there are; `constants()` prefetches;
-// `stage(to, first, count, k0, writes)` stages rows, with `writes` once for each row and part; `finish(v0, v1, row, column)`
-// stores, `touch(row, column)` loads what it will need. Waits for the kernels before this one.
+// `list(groups)` fills the list of groups, of SUBS entries each, and says how many there are: by what earlier kernels chose, if
+// ROUTED. `constants()` prefetches. `stage(to, first, count, k0, writes)` stages rows, with `writes` once for each row and
+// part. `finish(v0, v1, row, column)` stores, `touch(row, column)` loads what that will need. Waits for the kernels before this
+// one.
 template <class Multiply, class List, class Constants, class Stage, class Touch, class Finish>
 __device__ __forceinline__ void
 stream_weights(const W* __restrict__ w, List list, Constants constants, Stage stage, Touch touch, Finish finish) {
@@ -94,7 +94,7 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
     float* partial = (float*)(groups + GROUP_ROOM);
     S* staged = (S*)(partial + SUBS * K_GROUPS * WIDTH * LINE);
 
-    const int rank = blockIdx.x % SPLIT, row_group = warp_id() % ROW_GROUPS, k_group = warp_id() / ROW_GROUPS;
+    const int rank = cluster_rank<SPLIT>(), row_group = warp_id() % ROW_GROUPS, k_group = warp_id() / ROW_GROUPS;
     const int k_first = rank * PART + k_group * SLICE + Multiply::lane_k();
     const W* const mine = w + (i64)(row_group * Multiply::ROWS + Multiply::lane_row()) * K + k_first;
     Quad ring[DEPTH][LOADS];
@@ -124,9 +124,10 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
             ring[i][l] = load_once_if(i * SPAN < source.left, source.from + (i64)(l * Multiply::STRIDE) * K + i * SPAN);
     };
     auto start = [&](int count) {
-        i64 items = (i64)count * STRIPES, runs = gridDim.x / SPLIT, run = blockIdx.x / SPLIT;
-        first = next = (int)(items * run / runs);
-        last = (int)(items * (run + 1) / runs);
+        u32 items = count * STRIPES, runs = gridDim.x / SPLIT, run = blockIdx.x / SPLIT;
+        u32 each = items / runs, longer = items % runs;
+        first = next = run * each + min(run, longer);
+        last = first + each + (run < longer ? 1 : 0);
         Source source = take();
 #pragma unroll
         for (int i = 0; i < DEPTH; i++) load(i, source);
@@ -134,6 +135,7 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
 
     if (!ROUTED) start(list(groups));
     constants();
+    if (!ROUTED) __syncthreads();
     wait_for_previous();
     if (ROUTED) start(list(groups));
 
@@ -170,8 +172,7 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
             }
             if (sub == 0 && item != first) {
                 // The sums of the item before have been read, by the whole cluster.
-                if (SPLIT > 1) cluster_sync();
-                else __syncthreads();
+                cluster_sync<SPLIT>();
             }
             product.store(partial + (sub * K_GROUPS + k_group) * (WIDTH * LINE) + row_group * Multiply::ROWS, LINE, rows.count);
         }
@@ -188,13 +189,13 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
             // A thread writes to what it alone reads.
             for (int o = threadIdx.x; o < rows.count * STRIPE; o += THREADS)
                 partial[o / STRIPE * LINE + o % STRIPE] = total(0, o / STRIPE, o % STRIPE);
-            cluster_sync();
+            cluster_sync<SPLIT>();
         }
         auto value = [&](int column, int row) {
             if (SPLIT == 1) return total(0, column, row);
             float sum = 0;
 #pragma unroll
-            for (int p = 0; p < SPLIT; p++) sum += cluster_read(partial + column * LINE + row, p);
+            for (int p = 0; p < SPLIT; p++) sum += load_remote(partial + column * LINE + row, p);
             return sum;
         };
         for (int o = out_first; o < out_last; o += THREADS) {
@@ -214,5 +215,5 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
         }
     }
     // No block ends while another reads its memory.
-    if (SPLIT > 1) cluster_sync();
+    if (SPLIT > 1) cluster_sync<SPLIT>();
 }

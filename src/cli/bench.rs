@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn sizes_name_buckets_of_a_plan() {
-        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions { prefill: Some(vec![16]), decode: Some(vec![1, 4]), ..CompileOptions::default() };
         let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
         let program = &compiled.file.manifest.ranks[0];

@@ -31,7 +31,8 @@ pub struct Arguments {
     choices: Choices,
     /// Measures the candidates of every choice among kernels on the GPU of this machine, and writes the fastest to the lock file,
     /// for this and every later compilation. Keeps what the file has of other sizes, measured alike, unless --no-lock is given.
-    /// Steps are timed one by one: what neighbours gain by overlapping does not count
+    /// Steps are timed one by one; then, for decode buckets, the best candidates within the whole captured graph, where neighbours
+    /// overlap
     #[arg(long, conflicts_with_all = ["without_cubins", "forced_routing", "stop_after_patch"])]
     tune: bool,
     /// Prints the graph after a pass, or after `all`, to standard error
@@ -65,8 +66,10 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     load::check_checkpoint(&source, &compiled)?;
     compiled.file.write(&arguments.output)?;
     print(report(&compiled))?;
-    if !options.tactics.chosen.is_empty() {
-        print(lock::report(&lock::beside(named), &compiled) + "\n")?;
+    if !options.tactics.chosen.is_empty()
+        && let Some(line) = lock::report(named, &compiled)
+    {
+        print(line + "\n")?;
     }
     let kernels = &compiled.kernels;
     if kernels.compiled + kernels.cached > 0 {

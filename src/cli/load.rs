@@ -245,8 +245,10 @@ impl Observer for Bar<'_> {
 pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
     if is_source(path) {
         let compiled = compile_source(&source(Some(path), model)?, options)?;
-        if !options.tactics.chosen.is_empty() {
-            note(lock::report(&lock::beside(path), &compiled));
+        if !options.tactics.chosen.is_empty()
+            && let Some(line) = lock::report(path, &compiled)
+        {
+            note(line);
         }
         return Ok(compiled.file);
     }
@@ -348,6 +350,7 @@ pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> R
     check_device(&file.manifest, None)?;
     let device = cuda::Device::open(0)?;
     let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
+    executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", executor.program().pool.weights.bytes);
     with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();

@@ -13,11 +13,13 @@ pub fn beside(path: &Path) -> PathBuf {
     path.with_extension("lock.ron")
 }
 
-/// Options with the choices of the lock file beside a path, if there is one and they are for a GPU.
+/// Options with the choices of the lock file beside a path, if there is one and they are for a GPU, and for problems that it does
+/// not know with those that the program brings.
 pub fn apply(mut options: CompileOptions, path: &Path) -> Result<CompileOptions> {
     if options.target == Target::Cpu {
         return Ok(options);
     }
+    options.tactics = Lock::shipped()?.tactics();
     let path = beside(path);
     let Some(lock) = Lock::read(&path)? else { return Ok(options) };
     if lock.compiler != env!("CARGO_PKG_VERSION") {
@@ -28,19 +30,25 @@ pub fn apply(mut options: CompileOptions, path: &Path) -> Result<CompileOptions>
             env!("CARGO_PKG_VERSION")
         ));
     }
-    options.tactics = lock.tactics();
+    options.tactics.chosen.extend(lock.tactics().chosen);
     Ok(options)
 }
 
-/// How many choices a plan has of a lock file, in a line.
-pub fn report(path: &Path, compiled: &Compiled) -> String {
+/// How many choices a plan of what lies at a path has by measurement, in a line; nothing if none.
+pub fn report(path: &Path, compiled: &Compiled) -> Option<String> {
     let known = compiled.known;
     let unknown = known.problems - known.chosen;
     let rest = match unknown {
         0 => String::new(),
         _ => format!("; {unknown} that it does not know take the default"),
     };
-    format!("{}: chooses the kernels of {} of {} problems{rest}", path.display(), known.chosen, known.problems)
+    let path = beside(path);
+    let source = match path.exists() {
+        true => path.display().to_string(),
+        false if known.chosen > 0 => "measured before, on an H200".to_owned(),
+        false => return None,
+    };
+    Some(format!("{source}: chooses the kernels of {} of {} problems{rest}", known.chosen, known.problems))
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::cli::table::table;
 use crate::plan::{Phase, Program};
 use crate::runtime::cuda::Graphs;
 use crate::runtime::cuda::measure::{
-    Ceilings, Inputs, Profile, StepGroup, StepProfile, chrome_trace, group, label, layer, profile,
+    Ceilings, Inputs, Profile, StepGroup, StepProfile, Transfer, chrome_trace, group, label, layer, profile,
 };
 
 /// Time each step of a bucket on the GPU, beside the least time that it could take.
@@ -175,11 +175,18 @@ fn summary(profile: &Profile) -> String {
         true => "less than the steps one after the other: saved by overlap and shorter gaps",
         false => "more than the steps one after the other: gaps between launches",
     };
+    let transfers = match profile.transfer {
+        Some(Transfer { bytes, us }) => format!(
+            "transfers: {us:.1} us for the {bytes} bytes of a new batch, {} of its step; none while the rows stay the same\n",
+            percent(us / (us + graph_us)),
+        ),
+        None => String::new(),
+    };
     format!(
         "bucket {}: {} rows, {} positions behind each sequence{experts}\n\
          steps one after the other: {:.1} us in {}, of which a mark takes about {:.2} us each\n\
          graph: {graph_us:.1} us (p99 {:.1}), median of {} replays, {} of its floor of {:.1} us\n\
-         the graph takes {:.1} us ({}) {meaning}\n",
+         the graph takes {:.1} us ({}) {meaning}\n{transfers}",
         profile.bucket,
         profile.rows,
         profile.context,

@@ -7,11 +7,12 @@ use anyhow::{Context, Result, bail};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
+use crate::codegen::refine::{Refined, Refinement};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
-use crate::plan::PlanFile;
-use crate::runtime::cuda::measure::{Options, Timed, refused_kernels, time_steps};
+use crate::plan::{Manifest, Phase, PlanFile};
+use crate::runtime::cuda::measure::{Inputs, Options, Timed, graph_us, refused_kernels, time_steps};
 use crate::runtime::cuda::{Graphs, check_device};
 
 /// Every plan has one.
@@ -27,13 +28,23 @@ pub fn measure(
 ) -> Result<()> {
     let gpu = gpu()?;
     let problems = CompileOptions { without_cubins: true, tactics: Default::default(), ..options.clone() };
-    let mut tuning = Tuning::of(&load::compile_source(source, &problems)?.file.manifest);
+    let manifest = load::compile_source(source, &problems)?.file.manifest;
+    let mut tuning = Tuning::of(&manifest);
     let rounds = tuning.rounds();
+    let mut toolkit = (0, 0);
     for (i, &round) in rounds.iter().enumerate() {
         let phase = format!("{:?}", round.phase).to_lowercase();
         note(format_args!("round {} of {}: candidates {} of {phase}", i + 1, rounds.len(), round.nth + 1));
-        let toolkit = run(source, options, model, &mut tuning, round)?;
+        toolkit = run(source, options, model, &mut tuning, round)?;
         keep(tuning.lock(&gpu, toolkit))?;
+    }
+    for (bucket, at) in manifest.ranks[RANK].buckets.iter().enumerate() {
+        if at.phase == Phase::Decode {
+            let alone = only(&manifest, at.tokens, options);
+            let found = refine(source, &alone, model, Refinement::new(&tuning.entries(bucket)), &at.name)?;
+            tuning.refine(bucket, found);
+            keep(tuning.lock(&gpu, toolkit))?;
+        }
     }
     print(report(&tuning, &gpu))
 }
@@ -98,6 +109,52 @@ fn time(file: &PlanFile, model: Option<&Path>, buckets: &[usize]) -> Result<Time
     timed
 }
 
+/// Options that compile one decode bucket with the limits of the whole plan, on which its problems depend.
+fn only(manifest: &Manifest, rows: u64, options: &CompileOptions) -> CompileOptions {
+    let limits = &manifest.limits;
+    CompileOptions {
+        decode: Some(vec![rows]),
+        prefill: Some(vec![]),
+        max_sequences: Some(limits.max_sequences),
+        max_context: Some(limits.max_context),
+        kv_tokens: Some(limits.kv_tokens),
+        ..options.clone()
+    }
+}
+
+/// Times a bucket's whole graphs, over weights and state that are made once.
+fn refine(
+    source: &Source,
+    options: &CompileOptions,
+    model: Option<&Path>,
+    mut search: Refinement,
+    name: &str,
+) -> Result<Refined> {
+    let mut held = None;
+    let all = search.left();
+    let bar = progress::count(&format!("timing graphs of {name}"), all as u64);
+    while let Some(tactics) = search.next() {
+        let file = load::compile_source(source, &CompileOptions { tactics, ..options.clone() })?.file;
+        let us = match &mut held {
+            None => {
+                let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
+                let inputs = Inputs::prepare(&mut executor, 0, &Options::default())?;
+                let us = graph_us(&mut executor, 0, &inputs)?;
+                held = Some((executor, inputs));
+                us
+            }
+            Some((executor, inputs)) => {
+                executor.adopt(&file)?;
+                graph_us(executor, 0, inputs)?
+            }
+        };
+        search.record(Some(us));
+        bar.set_position((all - search.left()) as u64);
+    }
+    bar.finish_and_clear();
+    Ok(search.finish())
+}
+
 /// What was found out.
 fn report(tuning: &Tuning, gpu: &str) -> String {
     let us = |us: Option<f64>| us.map_or_else(|| "failed".to_owned(), |us| format!("{us:.2}"));
@@ -130,12 +187,26 @@ fn report(tuning: &Tuning, gpu: &str) -> String {
             ]
         })
         .collect();
+    let graphs: Vec<Vec<String>> = tuning
+        .graphs()
+        .iter()
+        .map(|(bucket, time)| {
+            vec![
+                bucket.clone(),
+                time.timed.to_string(),
+                format!("{:.1}", time.default_us),
+                format!("{:.1}", time.us),
+                format!("{:.1} %", 100.0 * (1.0 - time.us / time.default_us)),
+            ]
+        })
+        .collect();
     format!(
         "{gpu}: {} problems, {} of them with a choice\n\n{}\n{}\
-         us: median of a problem's steps, each timed by itself, so without what neighbours gain by overlapping\n\n",
+         us: median of a problem's steps, each timed by itself, so without what neighbours gain by overlapping\n\n{}\n",
         choices.len(),
         rows.len(),
         table(&["problem", "first in", "steps", "candidates", "default, us", "chosen, us", "chosen"], &rows),
         table(&["bucket", "steps", "defaults, us", "chosen, us", "saved"], &totals),
+        table(&["whole graph of", "graphs timed", "defaults, us", "chosen, us", "saved"], &graphs),
     )
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::codegen::select::Tactics;
 
 /// Version of the lock file's form.
-pub const LOCK_VERSION: u32 = 1;
+pub const LOCK_VERSION: u32 = 2;
 
 const HEADING: &str =
     "// Times of kernels' candidates, and the choice among them: written by `lfm2c compile --tune`.\n";
@@ -31,8 +31,22 @@ pub struct Lock {
     pub gpu: String,
     /// Version of the CUDA toolkit that compiled the kernels, major and minor.
     pub toolkit: (u32, u32),
+    /// By bucket, where whole graphs were timed.
+    pub graphs: BTreeMap<String, GraphTime>,
     /// By [`crate::codegen::select::problem_key`].
     pub problems: BTreeMap<String, Measured>,
+}
+
+/// What a bucket's whole graph takes.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GraphTime {
+    /// Microseconds with the registry's defaults.
+    pub default_us: f64,
+    /// Microseconds with the candidates that are chosen.
+    pub us: f64,
+    /// Graphs that were timed to find them.
+    pub timed: usize,
 }
 
 /// The candidates of one problem.
@@ -79,6 +93,14 @@ impl Lock {
         options.from_str(text).map_err(at)
     }
 
+    /// What the program brings: the lock of the model that it is made for, whose problems other descriptions of the model have too.
+    ///
+    /// # Errors
+    /// None: a test reads it.
+    pub fn shipped() -> Result<Lock> {
+        Lock::parse(include_str!("../../plans/lfm2-8b-a1b.lock.ron"))
+    }
+
     /// Reads a lock file; none if there is no such file.
     ///
     /// # Errors
@@ -123,6 +145,9 @@ impl Lock {
         if compares(self) != compares(earlier) {
             return 0;
         }
+        for (bucket, time) in &earlier.graphs {
+            self.graphs.entry(bucket.clone()).or_insert(*time);
+        }
         let before = self.problems.len();
         for (key, measured) in &earlier.problems {
             self.problems.entry(key.clone()).or_insert_with(|| measured.clone());
@@ -148,15 +173,23 @@ mod tests {
             compiler: "0.1.0".into(),
             gpu: "NVIDIA H200".into(),
             toolkit: (13, 0),
+            graphs: BTreeMap::from([("decode_1".into(), GraphTime { default_us: 1450.0, us: 1390.5, timed: 31 })]),
             problems: BTreeMap::from([("matmul 01".to_owned(), Measured { chosen: "stream a=1".into(), candidates })]),
         }
     }
 
     const TEXT: &str = r#"(
-    version: 1,
+    version: 2,
     compiler: "0.1.0",
     gpu: "NVIDIA H200",
     toolkit: (13, 0),
+    graphs: {
+        "decode_1": (
+            default_us: 1450.0,
+            us: 1390.5,
+            timed: 31,
+        ),
+    },
     problems: {
         "matmul 01": (
             chosen: "stream a=1",
@@ -177,16 +210,22 @@ mod tests {
     }
 
     #[test]
+    fn the_program_brings_measurements() {
+        let lock = Lock::shipped().expect("it is a lock");
+        assert!(lock.problems.len() > 100 && lock.gpu.contains("H200"), "{} of {}", lock.problems.len(), lock.gpu);
+    }
+
+    #[test]
     fn faults_say_where() {
         let fault = |from: &str, to: &str| Lock::parse(&TEXT.replace(from, to)).expect_err("a fault").to_string();
         let unknown = fault("chosen:", "choosen:");
-        assert!(unknown.starts_with("line 8, column ") && unknown.contains("choosen"), "{unknown}");
-        assert!(fault("Us(5.25)", "Us(fast)").starts_with("line 10, column "));
+        assert!(unknown.starts_with("line 15, column ") && unknown.contains("choosen"), "{unknown}");
+        assert!(fault("Us(5.25)", "Us(fast)").starts_with("line 17, column "));
         assert!(fault("gpu:", "gpus:").starts_with("line "));
         assert!(fault("toolkit: (13, 0),", "").starts_with("line "));
         // Not what is unknown in a form of tomorrow, but that it is one.
-        let later = Lock::parse(&TEXT.replace("version: 1", "version: 2").replace("chosen", "better"));
-        assert!(later.expect_err("another version").to_string().contains("expected 1, found 2"));
+        let later = Lock::parse(&TEXT.replace("version: 2", "version: 3").replace("chosen", "better"));
+        assert!(later.expect_err("another version").to_string().contains("expected 2, found 3"));
     }
 
     #[test]
@@ -207,7 +246,7 @@ mod tests {
     }
 
     fn compiled(tactics: Tactics) -> Compiled {
-        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions {
             target: Target::Sm90a,
             dtype: Some(crate::ir::DType::BF16),

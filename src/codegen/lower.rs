@@ -388,7 +388,7 @@ mod tests {
     use crate::codegen::{CompileOptions, Recipe, Source, compile};
 
     fn program() -> Program {
-        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions { prefill: Some(vec![8, 32]), decode: Some(vec![1]), ..CompileOptions::default() };
         let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
         compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")

@@ -7,6 +7,7 @@ pub mod kernels;
 pub mod lock;
 mod lower;
 pub mod recipe;
+pub mod refine;
 pub mod select;
 mod semantic;
 mod services;

@@ -186,7 +186,7 @@ pub fn read_config(directory: &Path) -> Result<Config> {
 mod tests {
     use super::*;
 
-    const DEMO: &str = include_str!("../../plans/demo.ron");
+    const DEMO: &str = include_str!("../../plans/synthetic.ron");
 
     #[test]
     fn a_slip_in_a_field_is_named() {

@@ -130,7 +130,7 @@ mod tests {
     use crate::passes::Target;
 
     fn program(tactics: Tactics) -> Program {
-        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
+        let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions {
             target: Target::Sm90a,
             dtype: Some(crate::ir::DType::BF16),

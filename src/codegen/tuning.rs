@@ -1,4 +1,5 @@
 //! The choice among kernels by measurement: which candidates a round of measurements runs, and what follows from its times.
+//! For buckets whose whole graphs were timed as well (see [`super::refine`]), what was found there goes before it.
 //!
 //! In round n of a phase each of its problems' n-th candidate runs. Problems that have fewer run some again, of which the
 //! shortest time counts. Problems of other phases keep their default meanwhile: prefill fills the state that decode steps are
@@ -10,7 +11,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, ensure};
 
 use crate::codegen::kernels::candidates;
-use crate::codegen::lock::{LOCK_VERSION, Lock, Measured, Time};
+use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
+use crate::codegen::refine::{Entry, Refined};
 use crate::codegen::select::{Tactics, problem_key, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
 
@@ -18,10 +20,14 @@ use crate::plan::{Bucket, Manifest, Phase};
 const MARGIN: f64 = 0.02;
 
 /// The measurements of a plan's problems.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, Default, PartialEq, Debug)]
 pub struct Tuning {
     problems: BTreeMap<String, Trials>,
     buckets: Vec<Steps>,
+    /// By problem: the candidate that whole graphs chose.
+    refined: BTreeMap<String, String>,
+    /// By bucket: what they took.
+    graphs: BTreeMap<String, GraphTime>,
 }
 
 /// A round of measurements.
@@ -115,7 +121,7 @@ impl Tuning {
     /// Nothing measured yet of the problems of a plan's first rank, which need not have machine code.
     pub fn of(manifest: &Manifest) -> Tuning {
         let Some(program) = manifest.ranks.first() else {
-            return Tuning { problems: BTreeMap::new(), buckets: vec![] };
+            return Tuning::default();
         };
         let mut problems = BTreeMap::new();
         let steps = |bucket: &Bucket| Steps { name: bucket.name.clone(), phase: bucket.phase, keys: vec![] };
@@ -129,7 +135,45 @@ impl Tuning {
             });
             buckets[bucket].keys.push(key);
         }
-        Tuning { problems, buckets }
+        Tuning { problems, buckets, ..Tuning::default() }
+    }
+
+    /// What is known of a bucket's problems, for the search by whole graphs.
+    pub fn entries(&self, bucket: usize) -> Vec<Entry> {
+        let mut steps: BTreeMap<&str, usize> = BTreeMap::new();
+        for key in self.buckets.get(bucket).into_iter().flat_map(|bucket| &bucket.keys) {
+            *steps.entry(key).or_default() += 1;
+        }
+        let entry = |(key, steps): (&str, usize)| {
+            let trials = self.problems.get(key)?;
+            let timed = trials.list.iter().filter_map(|trial| Some((trial.name.clone(), trial.us()?)));
+            let fixed = self.refined.get(key).cloned();
+            Some(Entry { key: key.to_owned(), steps, candidates: timed.collect(), fixed })
+        };
+        steps.into_iter().filter_map(entry).collect()
+    }
+
+    /// Takes in what whole graphs of a bucket chose.
+    pub fn refine(&mut self, bucket: usize, found: Refined) {
+        let Some(Steps { name, .. }) = self.buckets.get(bucket) else { return };
+        let round = |us: f64| (us * 10.0).round() / 10.0;
+        let time = GraphTime { default_us: round(found.default_us), us: round(found.us), timed: found.timed };
+        self.graphs.insert(name.clone(), time);
+        for (key, name) in found.chosen {
+            self.refined.entry(key).or_insert(name);
+        }
+    }
+
+    /// What whole graphs took, by bucket.
+    pub fn graphs(&self) -> &BTreeMap<String, GraphTime> {
+        &self.graphs
+    }
+
+    /// What is chosen for a problem.
+    fn chosen(&self, key: &str) -> Option<&Trial> {
+        let trials = self.problems.get(key)?;
+        let refined = self.refined.get(key).and_then(|name| trials.list.iter().find(|trial| trial.name == *name));
+        refined.or_else(|| choose(&trials.list))
     }
 
     /// The problems and the names of their candidates, the default first.
@@ -228,16 +272,17 @@ impl Tuning {
 
     /// What was measured and what is chosen by it, of the problems whose candidates have all been measured.
     pub fn lock(&self, gpu: &str, toolkit: (u32, u32)) -> Lock {
-        let measured = |trials: &Trials| {
+        let measured = |key: &str, trials: &Trials| {
             let times = trials.list.iter().map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
-            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen: choose(&trials.list)?.name.clone() })
+            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen: self.chosen(key)?.name.clone() })
         };
-        let problems = self.problems.iter().filter_map(|(key, trials)| Some((key.clone(), measured(trials)?)));
+        let problems = self.problems.iter().filter_map(|(key, trials)| Some((key.clone(), measured(key, trials)?)));
         Lock {
             version: LOCK_VERSION,
             compiler: env!("CARGO_PKG_VERSION").to_owned(),
             gpu: gpu.to_owned(),
             toolkit,
+            graphs: self.graphs.clone(),
             problems: problems.collect(),
         }
     }
@@ -253,7 +298,7 @@ impl Tuning {
                 continue;
             }
             let Some(trials) = self.problems.get(key) else { continue };
-            let (Some(default), Some(chosen)) = (trials.list.first(), choose(&trials.list)) else { continue };
+            let (Some(default), Some(chosen)) = (trials.list.first(), self.chosen(key)) else { continue };
             known.insert(key, choices.len());
             choices.push(Choice {
                 key,
@@ -298,124 +343,4 @@ fn choose(trials: &[Trial]) -> Option<&Trial> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::codegen::compile::Silent;
-    use crate::codegen::{CompileOptions, Recipe, Source, compile};
-    use crate::passes::Target;
-
-    fn trials(times: &[Option<f64>]) -> Vec<Trial> {
-        let trial = |(i, us): (usize, &Option<f64>)| Trial {
-            name: format!("stream n={i}"),
-            time: Some(us.map_or_else(|| Time::Failed("no".into()), Time::Us)),
-        };
-        times.iter().enumerate().map(trial).collect()
-    }
-
-    #[test]
-    fn the_default_stays_unless_another_is_clearly_faster() {
-        let chosen = |times: &[Option<f64>]| choose(&trials(times)).map(|trial| trial.name.clone());
-        assert_eq!(chosen(&[Some(10.0), Some(9.9), Some(11.0)]).as_deref(), Some("stream n=0"));
-        assert_eq!(chosen(&[Some(10.0), Some(9.8)]).as_deref(), Some("stream n=1"), "just by the margin");
-        assert_eq!(chosen(&[Some(10.0), Some(9.0), Some(8.0), Some(8.5)]).as_deref(), Some("stream n=2"));
-        assert_eq!(chosen(&[Some(10.0), None]).as_deref(), Some("stream n=0"));
-        assert_eq!(chosen(&[None, Some(50.0)]).as_deref(), Some("stream n=1"), "the default does not run");
-        assert_eq!(chosen(&[]), None);
-        let mut unknown = trials(&[Some(10.0), Some(1.0)]);
-        unknown[0].time = None;
-        assert_eq!(choose(&unknown).map(|trial| &*trial.name), Some("stream n=0"));
-    }
-
-    fn tuning() -> Tuning {
-        let recipe = Recipe::parse(include_str!("../../plans/demo.ron")).expect("the recipe is valid");
-        let options = CompileOptions {
-            target: Target::Sm90a,
-            dtype: Some(crate::ir::DType::BF16),
-            prefill: Some(vec![64]),
-            decode: Some(vec![1]),
-            without_cubins: true,
-            ..CompileOptions::default()
-        };
-        let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
-        Tuning::of(&compiled.file.manifest)
-    }
-
-    /// Times of a round in which each problem's candidate takes what `us` says of its position.
-    fn times(tuning: &Tuning, round: Round, us: impl Fn(usize) -> f64) -> Vec<(usize, Vec<f64>)> {
-        let time = |key: &String| us(tuning.problems[key].runs(round).expect("one runs"));
-        let measured = tuning.measured(round).into_iter();
-        measured.map(|bucket| (bucket, tuning.buckets[bucket].keys.iter().map(time).collect())).collect()
-    }
-
-    #[test]
-    fn rounds_measure_every_candidate_and_the_fastest_is_chosen() {
-        let mut tuning = tuning();
-        let rounds = tuning.rounds();
-        assert_eq!((rounds[0].phase, rounds[rounds.len() - 1].phase), (Phase::Prefill, Phase::Decode));
-        assert!(rounds.iter().any(|round| round.nth > 1), "a demo without choices");
-        for round in rounds {
-            let tactics = tuning.tactics(round).expect("all run");
-            for (key, trials) in &tuning.problems {
-                let expected = if trials.phase == round.phase { round.nth % trials.list.len() } else { 0 };
-                let found = tactics.chosen.get(key).unwrap_or(&trials.list[round.nth % trials.list.len()].name);
-                assert_eq!(*found, trials.list[expected].name, "{key} in {round:?}");
-            }
-            let times = times(&tuning, round, |at| 100.0 - 3.0 * at as f64 + 0.01 * round.nth as f64);
-            assert_eq!(times.len(), 1, "{round:?} measures the bucket of its phase");
-            tuning.record(round, &times).expect("times of all steps");
-            let lock = tuning.lock("a GPU", (13, 0));
-            for (key, trials) in tuning.problems.iter().filter(|(_, trials)| trials.phase == round.phase) {
-                assert_eq!(
-                    lock.problems.contains_key(key),
-                    trials.list.len() <= round.nth + 1,
-                    "{key} after {round:?}"
-                );
-            }
-        }
-        let lock = tuning.lock("a GPU", (13, 0));
-        for (key, names) in tuning.problems() {
-            let measured = &lock.problems[key];
-            assert_eq!(Some(&*measured.chosen), names.last().copied(), "{key}");
-            assert_eq!(measured.candidates.len(), names.len(), "{key}");
-            // Measured first, before it took longer in later rounds.
-            assert_eq!(measured.candidates[names[0]], Time::Us(100.0), "{key}");
-        }
-        for total in tuning.totals() {
-            assert_eq!(total.default_us, 100.0 * total.steps as f64, "{}", total.bucket);
-            assert!(total.us < total.default_us, "{}", total.bucket);
-        }
-        let steps: usize = tuning.choices().iter().map(|choice| choice.steps).sum();
-        assert_eq!(steps, tuning.totals().iter().map(|total| total.steps).sum::<usize>());
-        let round = Round { phase: Phase::Decode, nth: 0 };
-        assert!(tuning.record(round, &[(0, vec![1.0])]).is_err(), "times of another plan");
-        assert!(tuning.measured(Round { nth: 1000, ..round }).is_empty());
-    }
-
-    #[test]
-    fn what_fails_is_replaced_and_not_chosen() {
-        let mut tuning = tuning();
-        let find = |(b, bucket): (usize, &Steps)| {
-            let mut keys = bucket.keys.iter();
-            keys.position(|key| tuning.problems[key].list.len() > 1).map(|step| (b, step))
-        };
-        let (bucket, step) = tuning.buckets.iter().enumerate().find_map(find).expect("there is a choice");
-        let (phase, key) = (tuning.buckets[bucket].phase, tuning.buckets[bucket].keys[step].clone());
-        let names: Vec<String> = tuning.problems[&key].list.iter().map(|trial| trial.name.clone()).collect();
-        // Told of the same step twice: one candidate failed.
-        let refused = vec![(bucket, step, "too much".to_owned()); 2];
-        let round = Round { phase, nth: 1 };
-        tuning.fail(round, &refused).expect("there is such a step");
-        assert_eq!(tuning.tactics(round).expect("others run").chosen[&key], names[0]);
-        for round in tuning.rounds() {
-            tuning.record(round, &times(&tuning, round, |at| 100.0 - at as f64)).expect("times of all steps");
-        }
-        let lock = tuning.lock("a GPU", (13, 0));
-        assert_eq!(lock.problems[&key].candidates[&names[1]], Time::Failed("too much".into()));
-        assert_ne!(lock.problems[&key].chosen, names[1]);
-        for nth in 0..names.len() {
-            tuning.fail(Round { phase, nth }, &refused).expect("there is such a step");
-        }
-        let error = tuning.tactics(Round { phase, nth: 0 }).expect_err("none is left").to_string();
-        assert!(error.contains(&key) && error.contains("too much"), "{error}");
-    }
-}
+mod tests;

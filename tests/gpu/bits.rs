@@ -12,7 +12,7 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::models::{SHAPES, gpu, plan};
 
-/// Replays of one step.
+/// Replays of one step, each over the same state: prompt rows that go on move the convolution's ring, so it is filled anew.
 const REPLAYS: usize = 1000;
 
 /// One bucket a phase, so that a sequence has the same kernels alone and in company.
@@ -44,9 +44,9 @@ pub fn trials() -> Vec<Trial> {
 fn replays(file: &PlanFile) -> Result<(), Failed> {
     let mut executor = gpu(file, Graphs::Required);
     for bucket in 0..executor.program().buckets.len() {
-        let batch = random_batch(&mut executor, bucket, 40, 3).map_err(fail)?;
         let mut first: Option<(Vec<i32>, Vec<f32>)> = None;
         for replay in 0..REPLAYS {
+            let batch = random_batch(&mut executor, bucket, 40, 3).map_err(fail)?;
             let tokens = executor.run(bucket, &batch).map_err(fail)?;
             let mut logits = vec![];
             if replay % 10 == 0 || first.is_none() {

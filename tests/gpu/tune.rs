@@ -24,7 +24,7 @@ fn lfm2c(folder: &Path, arguments: &[&str]) -> Result<String, Failed> {
 fn tune() -> Result<(), Failed> {
     let folder = tempfile::tempdir()?;
     let at = folder.path();
-    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/demo.ron"), at.join("demo.ron"))?;
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron"), at.join("demo.ron"))?;
     let compile =
         ["compile", "demo.ron", "--target", "sm_90a", "--dtype", "bf16", "--prefill", "64", "-o", "demo.plan"];
     let first = lfm2c(at, &[&compile[..], &["--decode", "1", "--tune"]].concat())?;

@@ -97,7 +97,7 @@ pub fn directory_plan(directory: &Path, options: &CompileOptions) -> PlanFile {
 
 /// The plan of the demo recipe.
 pub fn demo_plan(options: &CompileOptions) -> PlanFile {
-    let recipe = Recipe::read(&project("plans/demo.ron")).expect("the demo recipe is readable");
+    let recipe = Recipe::read(&project("plans/synthetic.ron")).expect("the demo recipe is readable");
     compile(&Source::Recipe(Box::new(recipe), None), options, &Silent).expect("the demo compiles").file
 }
 

@@ -14,7 +14,7 @@ use crate::ir::testing::graphs;
 use crate::ir::{self, DType, Graph, Op, OpKind, ValueId};
 use crate::plan::{PlanFile, Program, Ref};
 
-const DEMO: &str = include_str!("../../../plans/demo.ron");
+const DEMO: &str = include_str!("../../../plans/synthetic.ron");
 const GELU: &str = include_str!("../../../plans/gelu.ir");
 
 fn plan(disabled: &[&str]) -> PlanFile {

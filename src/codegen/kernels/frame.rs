@@ -152,9 +152,8 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: Shape
     if matches!(product.routing, Routing::Grouped { .. }) {
         config += &format!(" columns={columns}");
     }
-    let mut found = builder.finish(config, [blocks, 1, 1], u32::try_from(warps * 32).ok()?, shared);
-    found.launch.cluster = u32::try_from(split).ok()?;
-    Some(found)
+    builder.cluster(u32::try_from(split).ok()?);
+    Some(builder.finish(config, [blocks, 1, 1], u32::try_from(warps * 32).ok()?, shared))
 }
 
 impl Shape {

@@ -120,7 +120,7 @@ mod tests {
     use crate::codegen::{CompileOptions, Recipe, Source, compile};
 
     fn demo() -> Manifest {
-        let recipe = Recipe::parse(include_str!("../../../plans/demo.ron")).expect("the recipe is valid");
+        let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions { prefill: Some(vec![8]), decode: Some(vec![1]), ..CompileOptions::default() };
         compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles").file.manifest
     }

@@ -136,10 +136,10 @@ mod tests {
         assert!(matches!(sample.semantic.body[2].1[2], Slot::In(_)));
     }
 
-    /// Writes every candidate's text for the compiler: `STREAM_TEXTS=DIR cargo test --lib stream`.
+    /// Writes every candidate's text for the compiler: `KERNEL_TEXTS=DIR cargo test --lib stream`.
     #[test]
     fn texts() {
-        let Some(folder) = std::env::var_os("STREAM_TEXTS") else { return };
+        let Some(folder) = std::env::var_os("KERNEL_TEXTS") else { return };
         samples::write(&super::super::TWINS[..2], folder.as_ref());
     }
 }

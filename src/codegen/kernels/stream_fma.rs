@@ -41,8 +41,8 @@ fn shapes(product: &Product) -> Vec<Shape> {
     // What is loaded ahead has to fit into 128 registers beside the sums, and beside what a convolution or a weighted sum needs.
     let summed = matches!(product.routing, Routing::Pairs { weighted: Some(_), .. });
     let crowded = columns > 2 || summed || matches!(product.prologue, Prologue::ShortConv(_));
-    let depth = if crowded { 2 } else { 4 };
     let of = |row_groups, split| {
+        let depth = if crowded || row_groups != 4 { 2 } else { 4 };
         let per_sm = if routed { 2 } else { 1 };
         Shape { row_groups, k_groups: 8 / row_groups, depth, split, per_sm, columns }
     };

@@ -53,6 +53,7 @@ pub struct CudaExecutor {
     forced: ForcedExperts,
     /// Device memory that allocating the pool took, as the driver reports it: its granularity rounds up.
     measured: u64,
+    announce: Box<dyn Fn(&str)>,
 }
 
 impl CudaExecutor {
@@ -82,12 +83,8 @@ impl CudaExecutor {
             pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, 0, streams.main())?;
         }
         streams.main().synchronize()?;
-        let (mut ready, mut lanes) = (vec![], vec![]);
-        for (i, bucket) in program.buckets.iter().enumerate() {
-            let steps = bucket.steps.iter().map(|step| kernels.ready(program, i, step, pool.address()));
-            ready.push(steps.collect::<Result<Vec<_>>>().with_context(|| format!("bucket {}", bucket.name))?);
-            lanes.push(Lanes::of(&bucket.steps));
-        }
+        let ready = kernels.ready_program(program, pool.address())?;
+        let lanes = program.buckets.iter().map(|bucket| Lanes::of(&bucket.steps)).collect();
         let captured = program.buckets.iter().map(|_| None).collect();
         let flight = Flight::new(program, &kernels, &pool, device)?;
         let measured = before.saturating_sub(after);
@@ -105,7 +102,38 @@ impl CudaExecutor {
             graphs,
             forced: ForcedExperts::default(),
             measured,
+            announce: Box::new(|_| ()),
         })
+    }
+
+    /// Goes on with another plan's kernels: one of the same steps over the same pool, which keeps its contents. Graphs are to be
+    /// captured anew.
+    ///
+    /// # Errors
+    /// A plan that differs in more than kernels and launches, or a device that cannot run it.
+    pub fn adopt(&mut self, file: &PlanFile) -> Result<()> {
+        let manifest = Arc::new(file.manifest.clone());
+        check_device(&manifest, Some(&self.device))?;
+        let program = manifest.ranks.get(self.rank).with_context(|| format!("no rank {}", self.rank))?;
+        ensure!(
+            same_but_launches(program, self.program()),
+            "kernels of another plan: expected the same steps over the same pool, found others"
+        );
+        self.streams.main().synchronize()?;
+        let kernels = Kernels::load(file, program, &self.device)?;
+        let ready = kernels.ready_program(program, self.pool.address())?;
+        let mut flight = Flight::new(program, &kernels, &self.pool, &self.device)?;
+        if let (Some(new), Some(old)) = (&mut flight, &self.flight) {
+            new.continue_after(old);
+        }
+        self.captured.iter_mut().for_each(|captured| *captured = None);
+        (self.flight, self.ready, self.kernels, self.manifest) = (flight, ready, kernels, manifest);
+        Ok(())
+    }
+
+    /// Has what a person should know while it runs told to this: that a bucket runs without a graph.
+    pub fn on_announcement(&mut self, announce: impl Fn(&str) + 'static) {
+        self.announce = Box::new(announce);
     }
 
     /// The rank's program.
@@ -237,7 +265,7 @@ impl CudaExecutor {
                 Err(error) if self.graphs == Graphs::Required => return Err(error),
                 Err(error) => {
                     let name = &self.program().buckets[bucket].name;
-                    eprintln!("bucket {name} runs without a graph, step by step: {error:#}");
+                    (self.announce)(&format!("bucket {name} runs without a graph, step by step: {error:#}"));
                     self.graphs = Graphs::Off;
                 }
             }
@@ -300,4 +328,14 @@ impl CudaExecutor {
         let blocks = ready.function.blocks_per_multiprocessor(ready.shape.block, ready.shape.shared);
         Some((registers, shared, local, blocks))
     }
+}
+
+/// Whether two programs do the same steps over the same bytes, by whatever kernels.
+fn same_but_launches(a: &Program, b: &Program) -> bool {
+    let without = |program: &Program| {
+        let mut program = program.clone();
+        program.buckets.iter_mut().flat_map(|bucket| &mut bucket.steps).for_each(|step| step.launch = None);
+        program
+    };
+    without(a) == without(b)
 }

@@ -115,6 +115,15 @@ impl Kernels {
         self.functions.get(&kernel).with_context(|| format!("no kernel {kernel}"))
     }
 
+    /// The launches of all steps, by bucket, over a pool at this address.
+    pub(super) fn ready_program(&self, program: &Program, pool: u64) -> Result<Vec<Vec<Ready>>> {
+        let buckets = program.buckets.iter().enumerate().map(|(i, bucket)| {
+            let steps = bucket.steps.iter().map(|step| self.ready(program, i, step, pool));
+            steps.collect::<Result<Vec<_>>>().with_context(|| format!("bucket {}", bucket.name))
+        });
+        buckets.collect()
+    }
+
     /// A step's launch, over a pool at this address.
     pub(super) fn ready(&self, program: &Program, bucket: usize, step: &Step, pool: u64) -> Result<Ready> {
         let launch = step.launch.as_ref().with_context(|| format!("step {} has no launch", step.name))?;

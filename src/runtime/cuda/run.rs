@@ -134,6 +134,11 @@ impl Flight {
         }))
     }
 
+    /// Counts on from where another left off over the same pool, with no step in flight.
+    pub(super) fn continue_after(&mut self, other: &Flight) {
+        self.number = other.number;
+    }
+
     /// What follows a bucket's last step.
     pub(super) fn advance(&self, bucket: usize) -> Result<&Ready> {
         self.advance.get(bucket).with_context(|| format!("no bucket {bucket}"))

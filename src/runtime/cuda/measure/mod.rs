@@ -13,6 +13,7 @@ mod inputs;
 mod profile;
 mod timing;
 mod trace;
+mod transfer;
 mod tune;
 mod work;
 
@@ -25,5 +26,6 @@ pub use inputs::{Inputs, Options};
 pub use profile::{Profile, StepGroup, StepProfile, group, label, layer, profile};
 pub use timing::Times;
 pub use trace::chrome_trace;
-pub use tune::{Refused, Timed, refused_kernels, time_steps};
+pub use transfer::Transfer;
+pub use tune::{Refused, Timed, graph_us, refused_kernels, time_steps};
 pub use work::{Ceilings, Load, Work, fraction};

@@ -7,6 +7,7 @@ use super::bucket::replays;
 use super::experts::Distinct;
 use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times, median};
+use super::transfer::{Transfer, transfer};
 use super::work::{Ceilings, Work, fraction};
 use crate::cuda::DeviceMemory;
 use crate::runtime::cuda::{CudaExecutor, kernel_name};
@@ -14,8 +15,8 @@ use crate::runtime::cuda::{CudaExecutor, kernel_name};
 /// Passes over the steps; medians are taken.
 pub(super) const PASSES: usize = 20;
 /// Memory that the device fills while the host queues the steps, and what one fill takes at the least.
-const SCRATCH_BYTES: u64 = 256 << 20;
-const FILL_US: usize = 60;
+pub(super) const SCRATCH_BYTES: u64 = 256 << 20;
+pub(super) const FILL_US: usize = 60;
 /// What the host needs for a step and the mark behind it, at the most.
 const QUEUE_US: usize = 10;
 
@@ -68,6 +69,8 @@ pub struct Profile {
     /// What the graph takes beyond the sum of its steps, in microseconds. Below 0, overlap of neighbours and shorter gaps save
     /// as much; above, gaps between launches cost it.
     pub graph_less_steps_us: f64,
+    /// The copies of a new batch's inputs to the device, none for a graph that is no language model.
+    pub transfer: Option<Transfer>,
     /// What all steps must do at the least.
     pub work: Work,
     /// How long that takes.
@@ -94,6 +97,7 @@ pub fn profile(
     inputs.upload(executor, bucket)?;
     let load = inputs.load(executor, bucket, &(0..count).collect::<Vec<_>>(), 0.0)?;
     let (mark_us, times) = step_times(executor, bucket, count, PASSES)?;
+    let transfer = transfer(executor, bucket, inputs)?;
     let graph = replays(executor, bucket, inputs, options.runs())?;
     let (program, kernels) = (executor.program(), &executor.manifest.kernels);
     let mut steps = Vec::with_capacity(count);
@@ -131,6 +135,7 @@ pub fn profile(
         mark_us,
         graph,
         graph_less_steps_us: graph_us - steps_us,
+        transfer,
         work,
         floor_us,
         fraction: fraction(floor_us, graph_us),

@@ -57,6 +57,7 @@ mod tests {
             mark_us: 1.0,
             graph: Times::of(vec![]),
             graph_less_steps_us: 0.0,
+            transfer: None,
             work: Work::default(),
             floor_us: 0.0,
             fraction: 0.0,

@@ -1,13 +1,13 @@
 //! Times of all steps of a plan, by which kernels are chosen, and what a device refuses to run of it.
 //!
 //! Each step is timed as in a profile: by itself, begun when everything before it is done. What neighbours gain or lose by
-//! overlapping in the captured graph does not show, so a choice by these times can be wrong where kernels differ mostly in how
-//! early they start or in how late they end.
+//! overlapping in the captured graph does not show there: [`graph_us`] times whole graphs.
 
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::bucket::replays;
 use super::inputs::{Inputs, Options};
 use super::profile::{PASSES, step_times};
 use crate::cuda::Device;
@@ -19,6 +19,8 @@ use crate::runtime::executor::Batch;
 /// Passes over a bucket's steps that take longer than this together are fewer, but not fewer than so many.
 const PATIENCE_US: f64 = 5e5;
 const LEAST_PASSES: usize = 3;
+/// Replays of a graph, at the most.
+const GRAPH_RUNS: usize = 60;
 
 /// A step whose kernel the device refused.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -87,6 +89,16 @@ pub fn time_steps(
         progress(done);
     }
     Ok(Timed::Steps(times))
+}
+
+/// The median time of a bucket's whole graph over inputs that were prepared for it, in microseconds.
+///
+/// # Errors
+/// The device refused to run it.
+pub fn graph_us(executor: &mut CudaExecutor, bucket: usize, inputs: &Inputs) -> Result<f64> {
+    let once = replays(executor, bucket, inputs, 1)?.median_ms;
+    let runs = (1e-3 * PATIENCE_US / once) as usize;
+    Ok(1e3 * replays(executor, bucket, inputs, runs.clamp(LEAST_PASSES, GRAPH_RUNS))?.median_ms)
 }
 
 fn bucket_times(executor: &mut CudaExecutor, bucket: usize, options: &Options) -> Result<Vec<f64>> {

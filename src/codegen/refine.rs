@@ -1,0 +1,239 @@
+//! The choice among kernels by whole graphs: from the times of single steps to what the steps of a bucket take together.
+//!
+//! In a captured graph neighbours overlap: a kernel that is slower by itself but starts early, or leaves room beside it, can make
+//! the graph faster. So a bucket begins with the better of two choices, the registry's defaults and the fastest of each problem
+//! by itself, and then takes one problem after the other, the longest first, and tries its best candidates within the whole
+//! graph. What makes the graph faster stays. Who measures is not said here: times come in.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::codegen::select::Tactics;
+
+/// How much faster a graph must be for a choice to change: less is noise.
+const MARGIN: f64 = 0.003;
+/// Candidates of a problem that are tried, beside the default.
+const MOST_TRIED: usize = 3;
+/// Candidates that take this much longer than the fastest by themselves are not tried.
+const FAR: f64 = 1.6;
+
+/// A problem of the bucket: what is known of its candidates.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Entry {
+    /// The problem.
+    pub key: String,
+    /// Steps of the bucket that it is the problem of.
+    pub steps: usize,
+    /// Names of the candidates that run, with the time of one step in microseconds by itself; the default, if it runs, is the first.
+    pub candidates: Vec<(String, f64)>,
+    /// The choice, if it was made for another bucket already and stays.
+    pub fixed: Option<String>,
+}
+
+impl Entry {
+    /// The candidates, the fastest first.
+    fn by_time(&self) -> Vec<&(String, f64)> {
+        let mut list: Vec<_> = self.candidates.iter().collect();
+        list.sort_by(|a, b| a.1.total_cmp(&b.1));
+        list
+    }
+}
+
+/// The search for one bucket.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Refinement {
+    /// By problem: the choice so far.
+    chosen: BTreeMap<String, String>,
+    /// The other of the two beginnings.
+    fastest: BTreeMap<String, String>,
+    /// What is left to try: problem and candidate.
+    queue: VecDeque<(String, String)>,
+    /// What is being timed.
+    trial: Trial,
+    /// The graph with the defaults, in microseconds.
+    default_us: f64,
+    /// The graph with the choice so far.
+    us: f64,
+    timed: usize,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+enum Trial {
+    Defaults,
+    Fastest,
+    One(String, String),
+    Done,
+}
+
+/// What a bucket's graph takes.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Refined {
+    /// By problem: the candidate.
+    pub chosen: BTreeMap<String, String>,
+    /// Microseconds with the registry's defaults.
+    pub default_us: f64,
+    /// Microseconds with what is chosen.
+    pub us: f64,
+    /// Graphs timed.
+    pub timed: usize,
+}
+
+impl Refinement {
+    /// Begins with nothing timed.
+    pub fn new(entries: &[Entry]) -> Refinement {
+        let first = |entry: &Entry| entry.candidates.first().map(|(name, _)| name.clone());
+        let best = |entry: &Entry| entry.by_time().first().map(|(name, _)| name.clone());
+        let choice = |of: &dyn Fn(&Entry) -> Option<String>| -> BTreeMap<String, String> {
+            let named = entries
+                .iter()
+                .filter_map(|entry| Some((entry.key.clone(), entry.fixed.clone().or_else(|| of(entry))?)));
+            named.collect()
+        };
+        let mut free: Vec<&Entry> =
+            entries.iter().filter(|entry| entry.fixed.is_none() && entry.candidates.len() > 1).collect();
+        let total = |entry: &Entry| entry.steps as f64 * entry.by_time().first().map_or(0.0, |(_, us)| *us);
+        free.sort_by(|a, b| total(b).total_cmp(&total(a)));
+        let mut queue = VecDeque::new();
+        for entry in free {
+            let list = entry.by_time();
+            let near = list.iter().take_while(|(_, us)| *us <= list[0].1 * FAR).take(MOST_TRIED);
+            let default = entry.candidates.first().into_iter();
+            let mut names: Vec<&String> = near.map(|(name, _)| name).collect();
+            names.extend(
+                default.map(|(name, _)| name).filter(|name| !list.iter().take(MOST_TRIED).any(|(n, _)| n == *name)),
+            );
+            queue.extend(names.into_iter().map(|name| (entry.key.clone(), name.clone())));
+        }
+        Refinement {
+            chosen: choice(&first),
+            fastest: choice(&best),
+            queue,
+            trial: Trial::Defaults,
+            default_us: f64::NAN,
+            us: f64::NAN,
+            timed: 0,
+        }
+    }
+
+    /// What to time next; none when the search is done.
+    pub fn next(&self) -> Option<Tactics> {
+        let mut chosen = self.chosen.clone();
+        match &self.trial {
+            Trial::Defaults => {}
+            Trial::Fastest => chosen = self.fastest.clone(),
+            Trial::One(key, name) => {
+                chosen.insert(key.clone(), name.clone());
+            }
+            Trial::Done => return None,
+        }
+        Some(Tactics { chosen, nth: None })
+    }
+
+    /// Takes in what that took: the graph's time in microseconds, or none if it does not run.
+    pub fn record(&mut self, us: Option<f64>) {
+        self.timed += 1;
+        let faster = us.is_some_and(|us| us < self.us * (1.0 - MARGIN));
+        match std::mem::replace(&mut self.trial, Trial::Done) {
+            Trial::Defaults => {
+                (self.default_us, self.us) = (us.unwrap_or(f64::INFINITY), us.unwrap_or(f64::INFINITY));
+                self.trial = if self.fastest == self.chosen { self.following() } else { Trial::Fastest };
+                return;
+            }
+            Trial::Fastest if faster => self.chosen = self.fastest.clone(),
+            Trial::One(key, name) if faster => {
+                self.chosen.insert(key, name);
+            }
+            _ => {}
+        }
+        if let Some(us) = us.filter(|_| faster) {
+            self.us = us;
+        }
+        self.trial = self.following();
+    }
+
+    /// The next single change that is one.
+    fn following(&mut self) -> Trial {
+        while let Some((key, name)) = self.queue.pop_front() {
+            if self.chosen.get(&key) != Some(&name) {
+                return Trial::One(key, name);
+            }
+        }
+        Trial::Done
+    }
+
+    /// Graphs that are left to time, at the most.
+    pub fn left(&self) -> usize {
+        self.queue.len() + usize::from(self.trial != Trial::Done)
+    }
+
+    /// What was found, when the search is done.
+    pub fn finish(self) -> Refined {
+        Refined { chosen: self.chosen, default_us: self.default_us, us: self.us, timed: self.timed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(key: &str, steps: usize, times: &[(&str, f64)]) -> Entry {
+        let candidates = times.iter().map(|(name, us)| ((*name).to_owned(), *us)).collect();
+        Entry { key: key.into(), steps, candidates, fixed: None }
+    }
+
+    /// Runs a search in which a graph takes what `us` says of its choices.
+    fn search(entries: &[Entry], us: impl Fn(&BTreeMap<String, String>) -> Option<f64>) -> Refined {
+        let mut search = Refinement::new(entries);
+        let mut most = search.left() + 1;
+        while let Some(tactics) = search.next() {
+            assert!(most > 0, "more graphs than were left");
+            most -= 1;
+            search.record(us(&tactics.chosen));
+        }
+        search.finish()
+    }
+
+    fn problems() -> [Entry; 2] {
+        [
+            entry("head", 1, &[("a", 50.0), ("b", 40.0), ("c", 200.0)]),
+            entry("ffn", 22, &[("wide", 10.0), ("narrow", 8.0), ("deep", 9.0)]),
+        ]
+    }
+
+    #[test]
+    fn what_makes_the_graph_faster_stays() {
+        // By itself `narrow` is fastest, in the graph `deep` is; `b` is fastest in both.
+        let found = search(&problems(), |chosen| {
+            let ffn = [("wide", 10.0), ("narrow", 11.0), ("deep", 7.0)];
+            let ffn = ffn.iter().find(|(name, _)| *name == chosen["ffn"]).map(|(_, us)| us);
+            Some(22.0 * ffn? + if chosen["head"] == "b" { 40.0 } else { 50.0 })
+        });
+        assert_eq!((found.chosen["ffn"].as_str(), found.chosen["head"].as_str()), ("deep", "b"));
+        assert_eq!((found.default_us, found.us), (270.0, 194.0));
+    }
+
+    #[test]
+    fn the_defaults_stay_where_nothing_is_faster() {
+        let found = search(&problems(), |_| Some(100.0));
+        assert_eq!((found.chosen["ffn"].as_str(), found.chosen["head"].as_str()), ("wide", "a"));
+        // Defaults, the fastest of each, and five single changes; `c` is too slow to be tried.
+        assert_eq!(found.timed, 2 + 2 + 1);
+    }
+
+    #[test]
+    fn a_graph_that_does_not_run_is_not_chosen() {
+        let found = search(&problems(), |chosen| (chosen["ffn"] != "wide").then_some(5.0));
+        assert_eq!(found.chosen["ffn"], "narrow");
+        assert_eq!((found.default_us, found.us), (f64::INFINITY, 5.0));
+    }
+
+    #[test]
+    fn choices_of_other_buckets_stay() {
+        let mut entries = problems();
+        entries[1].fixed = Some("narrow".into());
+        let found = search(&entries, |chosen| {
+            assert_eq!(chosen["ffn"], "narrow");
+            Some(1.0)
+        });
+        assert_eq!(found.chosen["head"], "a");
+    }
+}

@@ -1,0 +1,140 @@
+//! What rounds and whole graphs choose.
+
+use super::*;
+use crate::codegen::compile::Silent;
+use crate::codegen::{CompileOptions, Recipe, Source, compile};
+use crate::passes::Target;
+
+fn trials(times: &[Option<f64>]) -> Vec<Trial> {
+    let trial = |(i, us): (usize, &Option<f64>)| Trial {
+        name: format!("stream n={i}"),
+        time: Some(us.map_or_else(|| Time::Failed("no".into()), Time::Us)),
+    };
+    times.iter().enumerate().map(trial).collect()
+}
+
+#[test]
+fn the_default_stays_unless_another_is_clearly_faster() {
+    let chosen = |times: &[Option<f64>]| choose(&trials(times)).map(|trial| trial.name.clone());
+    assert_eq!(chosen(&[Some(10.0), Some(9.9), Some(11.0)]).as_deref(), Some("stream n=0"));
+    assert_eq!(chosen(&[Some(10.0), Some(9.8)]).as_deref(), Some("stream n=1"), "just by the margin");
+    assert_eq!(chosen(&[Some(10.0), Some(9.0), Some(8.0), Some(8.5)]).as_deref(), Some("stream n=2"));
+    assert_eq!(chosen(&[Some(10.0), None]).as_deref(), Some("stream n=0"));
+    assert_eq!(chosen(&[None, Some(50.0)]).as_deref(), Some("stream n=1"), "the default does not run");
+    assert_eq!(chosen(&[]), None);
+    let mut unknown = trials(&[Some(10.0), Some(1.0)]);
+    unknown[0].time = None;
+    assert_eq!(choose(&unknown).map(|trial| &*trial.name), Some("stream n=0"));
+}
+
+fn tuning() -> Tuning {
+    let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
+    let options = CompileOptions {
+        target: Target::Sm90a,
+        dtype: Some(crate::ir::DType::BF16),
+        prefill: Some(vec![64]),
+        decode: Some(vec![1]),
+        without_cubins: true,
+        ..CompileOptions::default()
+    };
+    let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
+    Tuning::of(&compiled.file.manifest)
+}
+
+/// Times of a round in which each problem's candidate takes what `us` says of its position.
+fn times(tuning: &Tuning, round: Round, us: impl Fn(usize) -> f64) -> Vec<(usize, Vec<f64>)> {
+    let time = |key: &String| us(tuning.problems[key].runs(round).expect("one runs"));
+    let measured = tuning.measured(round).into_iter();
+    measured.map(|bucket| (bucket, tuning.buckets[bucket].keys.iter().map(time).collect())).collect()
+}
+
+#[test]
+fn rounds_measure_every_candidate_and_the_fastest_is_chosen() {
+    let mut tuning = tuning();
+    let rounds = tuning.rounds();
+    assert_eq!((rounds[0].phase, rounds[rounds.len() - 1].phase), (Phase::Prefill, Phase::Decode));
+    assert!(rounds.iter().any(|round| round.nth > 1), "a demo without choices");
+    for round in rounds {
+        let tactics = tuning.tactics(round).expect("all run");
+        for (key, trials) in &tuning.problems {
+            let expected = if trials.phase == round.phase { round.nth % trials.list.len() } else { 0 };
+            let found = tactics.chosen.get(key).unwrap_or(&trials.list[round.nth % trials.list.len()].name);
+            assert_eq!(*found, trials.list[expected].name, "{key} in {round:?}");
+        }
+        let times = times(&tuning, round, |at| 100.0 - 3.0 * at as f64 + 0.01 * round.nth as f64);
+        assert_eq!(times.len(), 1, "{round:?} measures the bucket of its phase");
+        tuning.record(round, &times).expect("times of all steps");
+        let lock = tuning.lock("a GPU", (13, 0));
+        for (key, trials) in tuning.problems.iter().filter(|(_, trials)| trials.phase == round.phase) {
+            assert_eq!(lock.problems.contains_key(key), trials.list.len() <= round.nth + 1, "{key} after {round:?}");
+        }
+    }
+    let lock = tuning.lock("a GPU", (13, 0));
+    for (key, names) in tuning.problems() {
+        let measured = &lock.problems[key];
+        assert_eq!(Some(&*measured.chosen), names.last().copied(), "{key}");
+        assert_eq!(measured.candidates.len(), names.len(), "{key}");
+        // Measured first, before it took longer in later rounds.
+        assert_eq!(measured.candidates[names[0]], Time::Us(100.0), "{key}");
+    }
+    for total in tuning.totals() {
+        assert_eq!(total.default_us, 100.0 * total.steps as f64, "{}", total.bucket);
+        assert!(total.us < total.default_us, "{}", total.bucket);
+    }
+    let steps: usize = tuning.choices().iter().map(|choice| choice.steps).sum();
+    assert_eq!(steps, tuning.totals().iter().map(|total| total.steps).sum::<usize>());
+    let round = Round { phase: Phase::Decode, nth: 0 };
+    assert!(tuning.record(round, &[(0, vec![1.0])]).is_err(), "times of another plan");
+    assert!(tuning.measured(Round { nth: 1000, ..round }).is_empty());
+}
+
+#[test]
+fn what_fails_is_replaced_and_not_chosen() {
+    let mut tuning = tuning();
+    let find = |(b, bucket): (usize, &Steps)| {
+        let mut keys = bucket.keys.iter();
+        keys.position(|key| tuning.problems[key].list.len() > 1).map(|step| (b, step))
+    };
+    let (bucket, step) = tuning.buckets.iter().enumerate().find_map(find).expect("there is a choice");
+    let (phase, key) = (tuning.buckets[bucket].phase, tuning.buckets[bucket].keys[step].clone());
+    let names: Vec<String> = tuning.problems[&key].list.iter().map(|trial| trial.name.clone()).collect();
+    // Told of the same step twice: one candidate failed.
+    let refused = vec![(bucket, step, "too much".to_owned()); 2];
+    let round = Round { phase, nth: 1 };
+    tuning.fail(round, &refused).expect("there is such a step");
+    assert_eq!(tuning.tactics(round).expect("others run").chosen[&key], names[0]);
+    for round in tuning.rounds() {
+        tuning.record(round, &times(&tuning, round, |at| 100.0 - at as f64)).expect("times of all steps");
+    }
+    let lock = tuning.lock("a GPU", (13, 0));
+    assert_eq!(lock.problems[&key].candidates[&names[1]], Time::Failed("too much".into()));
+    assert_ne!(lock.problems[&key].chosen, names[1]);
+    for nth in 0..names.len() {
+        tuning.fail(Round { phase, nth }, &refused).expect("there is such a step");
+    }
+    let error = tuning.tactics(Round { phase, nth: 0 }).expect_err("none is left").to_string();
+    assert!(error.contains(&key) && error.contains("too much"), "{error}");
+}
+
+#[test]
+fn what_whole_graphs_choose_goes_before_single_times() {
+    let mut tuning = tuning();
+    for round in tuning.rounds() {
+        tuning.record(round, &times(&tuning, round, |at| 100.0 - at as f64)).expect("times of all steps");
+    }
+    let bucket = tuning.buckets.iter().position(|bucket| bucket.phase == Phase::Decode).expect("there is one");
+    let entries = tuning.entries(bucket);
+    let steps: usize = entries.iter().map(|entry| entry.steps).sum();
+    assert_eq!(steps, tuning.buckets[bucket].keys.len());
+    let entry = entries.iter().find(|entry| entry.candidates.len() > 1).expect("there is a choice");
+    let (default, fastest) = (&entry.candidates[0].0, &entry.candidates[entry.candidates.len() - 1].0);
+    let lock = tuning.lock("a GPU", (13, 0));
+    assert_eq!(lock.problems[&entry.key].chosen, *fastest);
+    let chosen = BTreeMap::from([(entry.key.clone(), default.clone())]);
+    tuning.refine(bucket, Refined { chosen, default_us: 70.04, us: 65.0, timed: 9 });
+    let lock = tuning.lock("a GPU", (13, 0));
+    assert_eq!(lock.problems[&entry.key].chosen, *default);
+    assert_eq!(lock.graphs[&tuning.buckets[bucket].name], GraphTime { default_us: 70.0, us: 65.0, timed: 9 });
+    let again = tuning.entries(bucket).into_iter().find(|other| other.key == entry.key).expect("still there");
+    assert_eq!(again.fixed.as_ref(), Some(default));
+}
