@@ -42,7 +42,7 @@ struct Arguments {
 #[derive(Subcommand, Debug)]
 enum Command {
     Compile(compile::Arguments),
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
