@@ -100,7 +100,8 @@ impl Executor for Ones {
 
 #[test]
 fn decoding_allocates_nothing() {
-    let recipe = Recipe::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron")).expect("it is readable");
+    let recipe =
+        Recipe::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron")).expect("it is readable");
     let options = CompileOptions {
         prefill: Some(vec![16]),
         decode: Some(vec![1, 4]),

@@ -23,7 +23,7 @@ fn eval(folder: &Path, arguments: &[&str]) -> Value {
 
 /// -ln p of each token of a chunk but the first, by the logits that a run writes.
 fn surprises(folder: &Path, chunk: &[u32]) -> Vec<f64> {
-    let prompt = chunk.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let prompt = chunk[..chunk.len() - 1].iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let arguments = ["run", "tiny.ron", "--target", "cpu", "--max-new-tokens", "1", "--tokens", &prompt];
     done(&call(folder, b"", &[&arguments[..], &["--prompt-logits", "l.npy"]].concat()));
     let bytes = fs::read(folder.join("l.npy")).expect("it was written");

@@ -45,7 +45,10 @@ struct Arguments {
 enum Command {
     Compile(compile::Arguments),
     Run(Box<run::Arguments>),
+<<<<<<< HEAD
     Chat(chat::Arguments),
+=======
+>>>>>>> text-core
     Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
