@@ -45,10 +45,7 @@ struct Arguments {
 enum Command {
     Compile(compile::Arguments),
     Run(Box<run::Arguments>),
-<<<<<<< HEAD
     Chat(chat::Arguments),
-=======
->>>>>>> text-core
     Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
