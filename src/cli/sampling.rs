@@ -20,7 +20,7 @@ pub struct Sampling {
     /// Samples from tokens of at least P times the most likely one's probability
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     min_p: f32,
-    /// Random numbers are a function of this and of the position
+    /// Random numbers are a function of this, of a sequence's place in the input, and of the position
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 }
@@ -32,14 +32,10 @@ impl Sampling {
     /// A number out of range, as a fault of usage.
     pub fn params(&self) -> Result<SamplingParams> {
         let Sampling { temperature, top_k, top_p, min_p, seed } = *self;
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return usage(format!("--temperature: expected a number of at least 0, found {temperature}"));
+        let params = SamplingParams { temperature, top_k, top_p, min_p, seed };
+        match params.fault() {
+            Some((name, expected, found)) => usage(format!("--{name}: expected a number {expected}, found {found}")),
+            None => Ok(params),
         }
-        for (name, found) in [("--top-p", top_p), ("--min-p", min_p)] {
-            if !(0.0..=1.0).contains(&found) {
-                return usage(format!("{name}: expected a number from 0 to 1, found {found}"));
-            }
-        }
-        Ok(SamplingParams { temperature, top_k, top_p, min_p, seed })
     }
 }

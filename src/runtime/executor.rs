@@ -59,6 +59,16 @@ impl SamplingParams {
         ]
     }
 
+    /// The first number that is out of range: its name, what was expected of it, and what was found.
+    pub fn fault(self) -> Option<(&'static str, &'static str, f32)> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Some(("temperature", "of at least 0", self.temperature));
+        }
+        let shares = [("top-p", self.top_p), ("min-p", self.min_p)];
+        let bad = shares.into_iter().find(|(_, found)| !(0.0..=1.0).contains(found));
+        bad.map(|(name, found)| (name, "from 0 to 1", found))
+    }
+
     /// Reads what [`SamplingParams::to_row`] wrote.
     pub fn from_row(row: &[i32]) -> Self {
         SamplingParams {

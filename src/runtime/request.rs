@@ -119,16 +119,9 @@ pub enum RequestError {
 impl Request {
     /// Checks the sampling parameters, which need no plan.
     pub(super) fn check_sampling(&self) -> Result<(), RequestError> {
-        let SamplingParams { temperature, top_p, min_p, .. } = self.sampling;
-        let refuse = |name, expected, found| Err(RequestError::Sampling { id: self.id, name, expected, found });
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return refuse("temperature", "of at least 0", temperature);
+        match self.sampling.fault() {
+            Some((name, expected, found)) => Err(RequestError::Sampling { id: self.id, name, expected, found }),
+            None => Ok(()),
         }
-        for (name, found) in [("top-p", top_p), ("min-p", min_p)] {
-            if !(0.0..=1.0).contains(&found) {
-                return refuse(name, "from 0 to 1", found);
-            }
-        }
-        Ok(())
     }
 }

@@ -21,7 +21,7 @@ use crate::runtime::{Finished, Generator, Options, Request, RequestError, Sampli
 use crate::text::{Text, TextStream};
 
 /// Does it.
-pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<()> {
+pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, started: Instant) -> Result<()> {
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
@@ -43,7 +43,7 @@ pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<
     if let (Err(why), false) = (&text, arguments.text.stop.is_empty()) {
         return usage(format!("--stop: {why}"));
     }
-    let mut batch = Batch::new(file.hash(), reader(arguments, &file, &text), &mut lines, results);
+    let mut batch = Batch::new(file.hash(), reader(arguments, sampling, &file, &text), &mut lines, results);
     batch.plain = arguments.format == Some(Format::Text);
     batch.retry = arguments.batch.retry_errors;
     batch.captured = (arguments.logits.is_some() || arguments.prompt_logits.is_some()).then(Captured::default);
@@ -123,14 +123,12 @@ fn text(file: &PlanFile, model: Option<&Path>) -> Result<std::result::Result<Tex
     Ok(Text::find(&directory)?.ok_or_else(missing))
 }
 
-fn reader<'t>(arguments: &Arguments, file: &PlanFile, text: &'t std::result::Result<Text, String>) -> Reader<'t> {
-    let sampling = SamplingParams {
-        temperature: arguments.temperature,
-        top_k: arguments.top_k,
-        top_p: arguments.top_p,
-        min_p: arguments.min_p,
-        seed: arguments.seed,
-    };
+fn reader<'t>(
+    arguments: &Arguments,
+    sampling: SamplingParams,
+    file: &PlanFile,
+    text: &'t std::result::Result<Text, String>,
+) -> Reader<'t> {
     let Arguments { max_new_tokens, ignore_eos, .. } = *arguments;
     Reader {
         defaults: Defaults {

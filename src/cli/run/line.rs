@@ -101,7 +101,9 @@ impl Reader<'_> {
             min_p: line.min_p.unwrap_or(default.min_p),
             seed: line.seed.unwrap_or(default.seed.wrapping_add(place as u64)),
         };
-        check_sampling(&sampling)?;
+        if let Some((name, expected, found)) = sampling.fault() {
+            return Err(format!("{}: expected a number {expected}, found {found}", name.replace('-', "_")));
+        }
         let prompt = self.prompt(line)?;
         let stop = self.stop(line)?;
         let ignore_eos = line.ignore_eos.unwrap_or(self.defaults.ignore_eos);
@@ -175,19 +177,6 @@ fn parse(bytes: &[u8]) -> Result<Line, String> {
         let what = what.strip_suffix(&format!(" at line {} column {}", e.line(), e.column())).unwrap_or(&what);
         format!(", column {}: {what}", e.column())
     })
-}
-
-fn check_sampling(sampling: &SamplingParams) -> Result<(), String> {
-    let &SamplingParams { temperature, top_p, min_p, .. } = sampling;
-    if !(temperature.is_finite() && temperature >= 0.0) {
-        return Err(format!("temperature: expected a number of at least 0, found {temperature}"));
-    }
-    for (name, found) in [("top_p", top_p), ("min_p", min_p)] {
-        if !(0.0..=1.0).contains(&found) {
-            return Err(format!("{name}: expected a number from 0 to 1, found {found}"));
-        }
-    }
-    Ok(())
 }
 
 /// The name of a request, 16 hexadecimal digits: equal for the same plan, place, line and settings, and else different.
