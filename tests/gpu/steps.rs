@@ -15,7 +15,7 @@ use libtest_mimic::{Failed, Trial};
 use crate::models::{SHAPES, Shape, cpu, gpu, plan};
 
 /// A problem that has more candidates than this has some of them untested.
-const MOST_CANDIDATES: usize = 16;
+const MOST_CANDIDATES: usize = 17;
 
 fn options(dtype: DType) -> CompileOptions {
     CompileOptions {
@@ -89,7 +89,7 @@ fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Fa
 fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     let rounds = match std::env::var("LFM2C_CANDIDATES") {
         Ok(list) => list.split(',').map(|n| n.trim().parse()).collect::<Result<Vec<usize>, _>>()?,
-        Err(_) => (1..MOST_CANDIDATES).collect(),
+        Err(_) => (1..=MOST_CANDIDATES).collect(),
     };
     let mut seen = BTreeSet::new();
     for nth in rounds {
