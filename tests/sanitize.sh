@@ -22,7 +22,7 @@ one() {
 export -f one
 
 "$test" --list | sed -n 's/: test$//p' | grep '^candidates ' >"$logs/trials" || { cat "$logs/trials"; exit 1; }
-rounds=$(seq 1 17)
+rounds=$(seq 1 32)
 for tool in "${tools[@]}"; do
     while IFS= read -r trial; do for round in $rounds; do echo "$tool|$trial|$round"; done; done <"$logs/trials"
 done | xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {}
@@ -32,7 +32,7 @@ for tool in "${tools[@]}"; do
     while IFS= read -r trial; do
         all=$(grep -c " $tool|$trial\$" "$logs/codes") bad=$(grep " $tool|$trial\$" "$logs/codes" | grep -vc '^0 ')
         printf '%-10s %-22s %2d rounds, %d not clean\n' "$tool" "${trial#candidates }" "$all" "$bad"
-        [ "$all" = 17 ] && [ "$bad" = 0 ] || failed=1
+        [ "$all" = 32 ] && [ "$bad" = 0 ] || failed=1
     done <"$logs/trials"
 done
 [ $failed = 0 ] || grep -h '=========' "$logs"/*check* | grep -v -e COMPUTE-SANITIZER -e 'SUMMARY: 0' | sort | uniq -c | sort -rn | head -20
