@@ -5,6 +5,7 @@
 mod conversation;
 mod files;
 mod json;
+mod python;
 mod stream;
 mod template;
 mod time;
