@@ -5,6 +5,7 @@
 mod conversation;
 mod files;
 mod json;
+mod python;
 mod stream;
 mod template;
 mod time;
@@ -55,6 +56,8 @@ pub struct Text {
     after: Vec<u32>,
     /// Tokens that are no text.
     special: HashSet<u32>,
+    /// Tokens of a byte each, such as `<0xE4>`, where the decoder puts them together.
+    bytes: HashSet<u32>,
     stop_tokens: Vec<u32>,
 }
 
@@ -106,6 +109,7 @@ impl Text {
             after: vec![],
             special: decoder.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect(),
             stop_tokens: files.stop_tokens()?,
+            bytes: bytes(&tokenizer),
             tokenizer,
             names,
         };
@@ -207,6 +211,10 @@ impl Text {
     /// # Errors
     /// The tokenizer's decoder failed.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        // Some decoders expect a token.
+        if tokens.iter().all(|&token| self.is_special(token)) {
+            return Ok(String::new());
+        }
         let decoded = self.tokenizer.decode(tokens, true);
         decoded.map_err(|e| anyhow!("{}: cannot decode: {e}", self.directory.join(files::TOKENIZER).display()))
     }
@@ -229,6 +237,22 @@ impl Text {
     fn is_special(&self, token: u32) -> bool {
         self.special.contains(&token)
     }
+
+    /// Whether a token stands for a byte, and the text of a run of such tokens is known only at its end: it is no text at all
+    /// if any of it is no character.
+    fn is_byte(&self, token: u32) -> bool {
+        self.bytes.contains(&token)
+    }
+}
+
+/// Ids of the byte tokens of a tokenizer that falls back on them.
+fn bytes(tokenizer: &Tokenizer) -> HashSet<u32> {
+    // A decoder may be within others.
+    let decoder = tokenizer.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
+    if !decoder.is_some_and(|decoder| decoder.contains("\"ByteFallback\"")) {
+        return HashSet::new();
+    }
+    (0..=u8::MAX).filter_map(|byte| tokenizer.token_to_id(&format!("<0x{byte:02X}>"))).collect()
 }
 
 #[cfg(test)]
