@@ -176,7 +176,7 @@ struct AtWork<'t> {
     number: usize,
     place: usize,
     key: String,
-    id: Option<Value>,
+    id: Option<String>,
     max_new_tokens: usize,
     /// The text of its new tokens, where there is a tokenizer.
     stream: Option<TextStream<'t>>,
@@ -313,9 +313,6 @@ impl<R> Batch<'_, '_, R> {
 impl AtWork<'_> {
     fn head(&self) -> Map<String, Value> {
         let mut head = Map::new();
-        if let Some(id) = &self.id {
-            head.insert("id".into(), id.clone());
-        }
         head.insert("line".into(), self.number.into());
         head.insert("request".into(), self.key.clone().into());
         head
@@ -324,7 +321,16 @@ impl AtWork<'_> {
     fn error(&self, what: &str) -> String {
         let mut object = self.head();
         object.insert("error".into(), what.into());
-        Value::from(object).to_string()
+        self.named(object)
+    }
+
+    /// An object behind the line's own name, which is repeated as it was written.
+    fn named(&self, object: Map<String, Value>) -> String {
+        let text = Value::from(object).to_string();
+        match (&self.id, text.strip_prefix('{')) {
+            (Some(id), Some(rest)) => format!("{{\"id\":{id},{rest}"),
+            _ => text,
+        }
     }
 
     fn object(&mut self, finished: &Finished) -> Result<String> {
@@ -340,7 +346,7 @@ impl AtWork<'_> {
         object.insert("tokens".into(), finished.tokens.clone().into());
         object.insert("text".into(), text);
         object.insert("finish_reason".into(), finished.reason.to_string().into());
-        Ok(Value::from(object).to_string())
+        Ok(self.named(object))
     }
 }
 

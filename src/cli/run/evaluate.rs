@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Arguments, Format};
 use crate::cli::load;
-use crate::cli::output::print;
+use crate::cli::output::{print, same_file};
 use crate::cli::samples::file::{Answers, Inputs, run};
 use crate::cli::usage;
 use crate::plan::PlanFile;
@@ -50,12 +50,13 @@ struct Bad {
 
 /// Does it.
 pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
-    check_options(arguments)?;
+    check_options(arguments, input)?;
     let options = arguments.choices.options_for(&arguments.input_plan)?;
     let model = arguments.model.as_deref();
     let mut plans = vec![(&arguments.input_plan, load::plan(&arguments.input_plan, model, &options)?)];
     if let Some(path) = &arguments.batch.compare {
         plans.push((path, load::plan(path, model, &options)?));
+        check_models(&plans)?;
     }
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
@@ -82,8 +83,27 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check_options(arguments: &Arguments) -> Result<()> {
+/// Refuses plans of different models, whose times say nothing about each other.
+fn check_models(plans: &[(&PathBuf, PlanFile)]) -> Result<()> {
+    let [expected, found] = [0, 1].map(|index| &plans[index].1.manifest.model);
+    ensure!(
+        expected.config_hash == found.config_hash,
+        "--compare {}: expected a plan of the same model, `{}` with configuration {:.12}, found `{}` with configuration {:.12}",
+        plans[1].0.display(),
+        expected.name,
+        expected.config_hash,
+        found.name,
+        found.config_hash,
+    );
+    Ok(())
+}
+
+fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
     let batch = &arguments.batch;
+    let read = std::iter::once(input).chain(batch.validate.as_deref());
+    if let Some(path) = batch.output.as_deref().filter(|output| read.clone().any(|path| same_file(output, path))) {
+        return usage(format!("--output {}: expected another file than those that are read", path.display()));
+    }
     if batch.resume {
         return usage("--resume: expected --input FILE.jsonl, found samples; they run as a whole");
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::IgnoredAny;
 
 use crate::cli::output::print;
 use crate::cli::usage;
@@ -269,7 +269,7 @@ fn whole_lines(lines: &mut impl BufRead) -> std::io::Result<u64> {
         (before, whole) = (whole, whole + count);
         std::mem::swap(&mut last, &mut line);
     }
-    let torn = whole > 0 && serde_json::from_slice::<Value>(&last).is_err();
+    let torn = whole > 0 && serde_json::from_slice::<IgnoredAny>(&last).is_err();
     Ok(if torn { before } else { whole })
 }
 
