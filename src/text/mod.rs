@@ -92,15 +92,18 @@ impl Text {
         };
         let mut tokenizer = tokenizer().map_err(|e| anyhow!("{}: not a tokenizer: {e}", path.display()))?;
         let names = files.token_names();
+        let (described, further) = files.added_tokens()?;
+        let cannot =
+            |e| anyhow!("{}: cannot add its special tokens: {e}", directory.join(files::TOKENIZER_CONFIG).display());
+        tokenizer.add_tokens(described).map_err(cannot)?;
         let known = tokenizer.get_added_tokens_decoder();
         let special = |token: &String| known.values().any(|added| added.special && added.content == *token);
-        let named = names.values().filter_map(|name| name.as_str().map(str::to_owned));
+        let named = names.values().filter_map(|name| name.as_str().map(str::to_owned)).chain(further);
         let named: Vec<AddedToken> = named
             .filter(|token| tokenizer.token_to_id(token).is_some() && !special(token))
             .map(|token| AddedToken::from(token, true))
             .collect();
-        let added = tokenizer.add_special_tokens(named);
-        added.map_err(|e| anyhow!("{}: cannot name its special tokens: {e}", path.display()))?;
+        tokenizer.add_special_tokens(named).map_err(cannot)?;
         let decoder = tokenizer.get_added_tokens_decoder();
         let mut text = Text {
             directory: directory.to_owned(),
@@ -290,6 +293,20 @@ mod tests {
         let tokens = [&[1][..], &bpe("h"), &[2], &bpe("i")].concat();
         assert_eq!(text.decode(&tokens).expect("text"), "hi");
         assert_eq!(text.decode(&[]).expect("text"), "");
+    }
+
+    #[test]
+    fn the_configuration_says_which_tokens_are_special_too() {
+        let config = r#"{"added_tokens_decoder": {
+            "260": {"content": "<two>", "special": false},
+            "259": {"content": "<one>", "special": true, "lstrip": true},
+            "100": {"content": "a", "special": true}}, "extra_special_tokens": {"image": "b"}, "additional_special_tokens": ["c", 1]}"#;
+        let (_folder, text) = fixture::open(&[("tokenizer_config.json", config)]);
+        assert_eq!(text.encode_plain("x <one><two>").expect("text"), [&bpe("x")[..], &[259, 260]].concat());
+        assert_eq!(text.decode(&[&[259, 260][..], &bpe("abcd")].concat()).expect("text"), "<two>d");
+        let bad = [("tokenizer_config.json", r#"{"added_tokens_decoder": {"7": {"special": true}}}"#)];
+        let error = format!("{:#}", Text::open(fixture::folder(&bad).path()).err().expect("no content"));
+        assert!(error.contains("tokenizer_config.json: added_tokens_decoder: 7: missing field `content`"), "{error}");
     }
 
     #[test]
