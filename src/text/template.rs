@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
+use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::{Map, Value as Json};
 
@@ -55,7 +55,7 @@ impl Template {
         // Jinja knows one kind of line end.
         let source = without_generation_tags(&self.source.replace("\r\n", "\n").replace('\r', "\n"));
         let environment = environment()?;
-        let variables = json::value(&Json::Object(variables.clone()));
+        let variables = Value::from(Serde(variables));
         // minijinja panics where a list without items is reversed by `[::-1]`; that ends no batch and no conversation.
         let rendered = catch_unwind(AssertUnwindSafe(|| environment.render_str(&source, variables)));
         let rendered = rendered.unwrap_or_else(|_| {
