@@ -125,23 +125,14 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
-    let mut generator = Generator::new(&mut *executor, options)?;
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
     let requests = requests(arguments, sampling, &prompts, &file);
     let format = arguments.format.unwrap_or(Format::Text);
     let live = prompts.text && count == 1 && format == Format::Text;
     let mut texts = Texts::new(prompts.rules.as_ref(), count, &arguments.text.stop, live);
     let finished = generator.generate(requests, |id, token| texts.token(id, token))?;
-    let timing = Timing {
-        ready_seconds,
-        generate_seconds: begun.elapsed().as_secs_f64(),
-        statistics: generator.statistics().clone(),
-    };
+    let timing = Timing::new(ready_seconds, begun, generator.statistics());
     let results: Vec<std::result::Result<Finished, String>> =
         finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
@@ -167,7 +158,23 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
 }
 
+impl Timing {
+    /// Of a run that has just ended.
+    fn new(ready_seconds: f64, begun: Instant, statistics: &Statistics) -> Timing {
+        Timing { ready_seconds, generate_seconds: begun.elapsed().as_secs_f64(), statistics: statistics.clone() }
+    }
+}
+
 impl Arguments {
+    /// What the generator does besides.
+    fn generating(&self) -> Options {
+        Options {
+            chunk: self.chunk,
+            capture_logits: self.logits.is_some(),
+            capture_prompt_logits: self.prompt_logits.is_some(),
+        }
+    }
+
     fn graphs(&self) -> Graphs {
         if self.require_graphs { Graphs::Required } else { Graphs::Lazy }
     }

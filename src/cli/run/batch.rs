@@ -17,7 +17,7 @@ use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
-use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work, logits_table};
 use crate::text::{Text, TextStream};
 
 /// Does it.
@@ -73,20 +73,11 @@ fn generate<R: BufRead>(
 ) -> Result<()> {
     let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
     batch.bar.start();
-    let mut generator = Generator::new(&mut *executor, options)?;
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
     generator.run(batch)?;
-    let timing = Timing {
-        ready_seconds,
-        generate_seconds: begun.elapsed().as_secs_f64(),
-        statistics: generator.statistics().clone(),
-    };
+    let timing = Timing::new(ready_seconds, begun, generator.statistics());
     batch.bar.suspend(|| summary(file, &timing, &*executor));
     Ok(())
 }

@@ -32,7 +32,7 @@ fn run(input: &str, results: Results, retry: bool, seed: u64) -> Result<(usize, 
     batch.first = batch.read()?;
     let mut executor = mock();
     if batch.first.is_some() {
-        Generator::new(&mut executor, Options::default())?.run(&mut batch)?;
+        Generator::new(&mut executor, crate::runtime::Options::default())?.run(&mut batch)?;
     }
     batch.results.finish()?;
     Ok((batch.done, batch.failed))
