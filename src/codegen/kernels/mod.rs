@@ -39,6 +39,7 @@ mod tiles;
 #[cfg(test)]
 mod trial;
 mod weighted_sum;
+mod wgmma;
 
 pub use self::builder::{Builder, Specialised};
 pub use self::pattern::is_weight;
@@ -72,6 +73,7 @@ pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
     &tile::Tile,
+    &wgmma::Wgmma,
     &tile_fma::TileFma,
     &router::Router,
     &group_rows::GroupRows,
@@ -97,16 +99,19 @@ pub static TWINS: &[&dyn Twin] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("bulk.cuh", include_str!("../../../kernels/include/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
     ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
+    ("wgmma.cuh", include_str!("../../../kernels/include/wgmma.cuh")),
 ];
 
 /// A kernel with a configuration for a step.
