@@ -37,12 +37,11 @@ const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
     Shape { weights, rows, groups, resident }
 }
 
-const SHAPES: [Shape; 13] = [
+const SHAPES: [Shape; 12] = [
     shape(128, 256, 2, 1),
     shape(256, 128, 2, 1),
     shape(128, 192, 2, 1),
     shape(128, 128, 2, 1),
-    shape(128, 128, 2, 2),
     shape(128, 64, 2, 2),
     shape(128, 32, 2, 2),
     shape(128, 16, 2, 2),
@@ -129,7 +128,6 @@ impl Shape {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
             (2, 1, 64..) => Some(if gathers { (56, 224) } else { (40, 232) }),
-            (2, 2, 64..) => Some(if gathers { (40, 96) } else { (32, 104) }),
             _ => None,
         }
     }
