@@ -95,10 +95,10 @@ fn map_fault(change: impl FnOnce(&mut TensorMap, [u64; 2])) -> String {
     let matrix =
         |ty: &lfm2c::plan::TensorType| ty.1.len() == 2 && ty.0 == DType::F32 && ty.1[1] % 4 == 0 && ty.1[0] > 4;
     let fits = |step: &lfm2c::plan::Step| {
-        let read = program.semantics[step.op as usize].inputs.iter().position(matrix);
+        let read = program.semantics[step.op as usize].inputs.iter().position(matrix)? as u32;
         let launch = step.launch.as_ref()?;
-        let arg = launch.args.iter().position(|arg| *arg == Arg::Read(read? as u32))?;
-        Some((read? as u32, arg, launch.kernel as usize))
+        let arg = launch.args.iter().position(|arg| *arg == Arg::Read(read))?;
+        Some((read, arg, launch.kernel as usize))
     };
     let found = program.buckets[0].steps.iter().enumerate().find_map(|(i, step)| Some((i, fits(step)?)));
     let (at, (read, arg, kernel)) = found.expect("a step reads a matrix");
