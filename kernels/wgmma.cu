@@ -4,17 +4,20 @@
 //
 // Tiles are BM rows of w by up to BN rows of x, the product's operands swapped: w's rows are the 64 of an instruction, x's rows its
 // columns, of which there may be any multiple of eight, so that groups of any size waste little. A block takes tiles blockIdx.x,
-// blockIdx.x + gridDim.x, ... of the list in parts.cuh. Its last four warps copy, the others multiply: 64 or 128 rows of w for each
-// four of them. K goes by in steps of 64 through a ring of STAGES buffers: BM rows of w, then BN of x, 128 bytes each, as wgmma.cuh
-// says. w comes as one box of its tensor map; x as boxes of BOX rows, or where it is gathered by copies of 16 bytes.
+// blockIdx.x + gridDim.x, ... of the list in parts.cuh. Its first warps multiply, 64 or 128 rows of w for each four of them; of the
+// last four, COPIERS copy and FINISHERS, if any, finish. K goes by in steps of 64 through a ring of STAGES buffers: BM rows of w, then
+// BN of x, 128 bytes each, as wgmma.cuh says. w comes as one box of its tensor map; x as boxes of BOX rows, or where it is gathered by
+// copies of 16 bytes.
 //
 // A buffer's barrier `full` ends a phase when its bytes and copies are there, `empty` when each multiplying warp has arrived, which
 // it does after the products that read the buffer are done. Copies of 16 bytes are not made by the unit that the products read with
 // (they are of the generic proxy): each multiplying thread, having seen the barrier, fences before its products. Boxes need no fence.
 //
-// Results go through shared memory, PIECE rows at a time, four warps by themselves: they hold columns of x's rows, and memory wants
-// rows. There are two such buffers, taken in turn, and one barrier after writing: a thread that writes into a buffer again has passed
-// the barrier of the piece between, and so have all, after reading that buffer.
+// Results go through shared memory, PIECE rows at a time for each four multiplying warps: these hold columns of x's rows, and memory
+// wants rows. Without finishers they finish a piece themselves. There are then two buffers, taken in turn, and one barrier after
+// writing: a thread that writes into a buffer again has passed the barrier of the piece between, and so have all, after reading that
+// buffer. With finishers a piece is a whole tile, in one buffer, which FILLED hands over and DRAINED hands back, while the next tile
+// is multiplied; the block's last tile is finished by those who multiplied it.
 //
 // Which instructions add up an element, and in which order, depends on K alone.
 
@@ -24,6 +27,7 @@ constexpr int BK = 64, ROW_BYTES = BK * 2, K_TILES = (K + BK - 1) / BK, K_STEPS 
 constexpr int W_BYTES = BM * ROW_BYTES, STAGE_BYTES = W_BYTES + BN * ROW_BYTES;
 constexpr int COLUMN_TILES = (N + BM - 1) / BM;
 constexpr int GROUP_THREADS = 128, MULTIPLIERS = THREADS / GROUP_THREADS - 1;
+constexpr int COPY_THREADS = COPIERS * 32, FINISH_THREADS = FINISHERS * 32;
 constexpr int WM = BM / MULTIPLIERS, MT = WM / 64;
 static_assert(WM * MULTIPLIERS == BM && MT * 64 == WM, "whole instructions");
 static_assert(K % 8 == 0 && N % (8 * HALVES) == 0 && BN % UNIT == 0 && UNIT % 8 == 0 && BN % 16 == 0, "whole chunks");
@@ -31,12 +35,15 @@ static_assert(K % 8 == 0 && N % (8 * HALVES) == 0 && BN % UNIT == 0 && UNIT % 8 
 #include "parts.cuh"
 
 // A buffer of results: PIECE rows of the WM columns that four warps have, with room between rows against bank conflicts.
-constexpr int OUT_ROW = WM + 16 / (int)sizeof(P), OUT_BYTES = PIECE * OUT_ROW * (int)sizeof(P);
-constexpr int OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + MULTIPLIERS * 2 * OUT_BYTES;
+constexpr int OUT_ROW = WM + 16 / (int)sizeof(P), OUT_BYTES = PIECE * OUT_ROW * (int)sizeof(P), OUT_BUFFERS = FINISHERS ? 1 : 2;
+constexpr int OUT_PIECE = PIECE * OUT_ROW;
+constexpr int OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + MULTIPLIERS * OUT_BUFFERS * OUT_BYTES;
 constexpr int PARTS_AT = BARRIERS_AT + STAGES * 16;
-// Vectors of four columns of the result: in a row, and for each thread in a piece.
-constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR, THREAD_VECTORS = PIECE * ROW_VECTORS / GROUP_THREADS;
-static_assert(PIECE % 16 == 0 && BN % PIECE == 0 && PIECE * ROW_VECTORS % GROUP_THREADS == 0, "whole pieces");
+static_assert(COPIERS + FINISHERS <= 4 && PIECE % 16 == 0 && BN % PIECE == 0 && (FINISHERS == 0 || PIECE == BN), "whole pieces");
+// Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once.
+constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR, AT_ONCE = 4;
+// The first of the barriers of each four warps: their own, then those of them and the finishers.
+constexpr int OWN = 1, FILLED = OWN + MULTIPLIERS, DRAINED = FILLED + MULTIPLIERS;
 
 // Position in the ring, and whether it goes around for an odd time.
 struct Cursor {
@@ -113,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            barrier_make(full + s, GATHERED ? 1 + GROUP_THREADS : 1);
+            barrier_make(full + s, GATHERED ? 1 + COPY_THREADS : 1);
             barrier_make(empty + s, MULTIPLIERS * 4);
         }
         barriers_made();
@@ -133,23 +140,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
     const int tiles = parts->before[GROUPS] * COLUMN_TILES;
     int group = 0;
     Cursor at = {0, 0};
+    P* const out = (P*)(shared + OUT_AT);
+
+    // Finishes the rows of a tile from `row0` on that are in a buffer, the columns of four multiplying warps: `threads` threads.
+    auto finish = [&](const P* from, const Tile& tile, int mine, int row0, int thread, int threads) {
+        const int count = min(tile.end - tile.first - row0, PIECE) * ROW_VECTORS;
+        const int column0 = (tile.column * BM + mine * WM) / HALVES;
+        for (int begin = thread; begin < count; begin += threads * AT_ONCE) {
+            // All loads before the stores, which might be to what is loaded.
+            Operands<VECTOR> operands[AT_ONCE];
+            Pack<P, VECTOR> values[AT_ONCE][HALVES];
+            i64 row[AT_ONCE];
+            int column[AT_ONCE];
+            bool valid[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                const int vector = begin + i * threads, inside = vector % ROW_VECTORS * VECTOR;
+                row[i] = tile.first + row0 + vector / ROW_VECTORS, column[i] = column0 + inside;
+                valid[i] = vector < count && (N % BM == 0 || column[i] < Y_COLUMNS);
+                if (!valid[i]) continue;
+                operands[i] = OPERANDS(VECTOR, row[i], column[i]);
+                const P* place = from + vector / ROW_VECTORS * OUT_ROW + (HALVES == 2 ? inside / 8 * 16 + inside % 8 : inside);
+#pragma unroll
+                for (int half = 0; half < HALVES; half++) values[i][half] = *(const Pack<P, VECTOR>*)(place + half * 8);
+            }
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) {
+                if (!valid[i]) continue;
+                Pack<Y, VECTOR> made;
+#pragma unroll
+                for (int c = 0; c < VECTOR; c++)
+                    made.at[c] = from_f32<Y>(finished(to_f32(values[i][0].at[c]), to_f32(values[i][HALVES - 1].at[c]), operands[i], c));
+                *(Pack<Y, VECTOR>*)(y + row[i] * Y_COLUMNS + column[i]) = made;
+            }
+        }
+    };
 
     if (warp >= MULTIPLIERS * 4) {
 #if MANY_REGISTERS
         registers_release<COPY_REGISTERS>();
 #endif
+        if (warp >= MULTIPLIERS * 4 + COPIERS) {
+            wait_for_previous();
+            const int finisher = (int)threadIdx.x - MULTIPLIERS * GROUP_THREADS - COPY_THREADS;
+            if (finisher < FINISH_THREADS)
+                for (int index = (int)blockIdx.x; index + (int)gridDim.x < tiles; index += (int)gridDim.x) {
+                    const Tile tile = find_tile(parts, index, group);
+                    for (int mine = 0; mine < MULTIPLIERS; mine++) {
+                        warps_sync(FILLED + mine, GROUP_THREADS + FINISH_THREADS);
+                        finish(out + mine * OUT_PIECE, tile, mine, 0, finisher, FINISH_THREADS);
+                        warps_arrive(DRAINED + mine, GROUP_THREADS + FINISH_THREADS);
+                    }
+                }
+            return;
+        }
 #if GATHERED
+        // Eight threads copy a row; each thread copies the same chunk of rows that are ROUND apart.
+        constexpr int ROUND = COPY_THREADS / 8;
         const int chunk = thread % 8, row0 = thread / 8;
         const u32 copy_to = W_BYTES + row0 * ROW_BYTES + ((chunk ^ (row0 % 8)) << 4);
         for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
             const Tile tile = find_tile(parts, index, group);
             if (tile.group == EXPERTS) break;
             // Where the thread's rows are in x, in sixteens of bytes; beyond the group's end, the last row again.
-            u32 from[BN / 16];
+            u32 from[BN / ROUND];
 #pragma unroll
-            for (int i = 0; i < BN / 16; i++)
-                if (i * 16 < tile.count)
-                    from[i] = (u32)(load_fresh(pairs + min(tile.first + row0 + i * 16, tile.end - 1)) / PER_TOKEN) * (K / 8);
+            for (int i = 0; i < BN / ROUND; i++)
+                if (i * ROUND < tile.count)
+                    from[i] = (u32)(load_fresh(pairs + min(tile.first + row0 + i * ROUND, tile.end - 1)) / PER_TOKEN) * (K / 8);
 #pragma unroll 1
             for (int k = 0; k < K_TILES; k++) {
                 barrier_wait(empty + at.stage, at.odd ^ 1);
@@ -161,9 +219,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
                 const u32 position = k * 8 + chunk;
                 const bool valid = K % BK == 0 || position < K / 8;
 #pragma unroll
-                for (int i = 0; i < BN / 16; i++)
-                    if (i * 16 < tile.count)
-                        copy_async(buffer + copy_to + i * 16 * ROW_BYTES,
+                for (int i = 0; i < BN / ROUND; i++)
+                    if (i * ROUND < tile.count)
+                        copy_async(buffer + copy_to + i * ROUND * ROW_BYTES,
                                    (const u8*)x + ((u64)(from[i] + (valid ? position : 0)) << 4), valid);
                 barrier_arrive_copies(full + at.stage);
                 at.next();
@@ -213,8 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         registers_take<PRODUCT_REGISTERS>();
 #endif
         wait_for_previous();
-        const int mine = warp / 4, lane = (int)lane_id();
-        P* const out = (P*)(shared + OUT_AT + mine * 2 * OUT_BYTES);
+        const int mine = warp / 4;
         int which = 0;
         float d[MT][BN / 2];
         for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
@@ -232,41 +289,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
 #pragma unroll
                 for (int i = 0; i < BN / 2; i++) pin(d[m][i]);
 
-            const int height = tile.end - tile.first, column0 = (tile.column * BM + mine * WM) / HALVES;
+            const bool last = FINISHERS == 0 || index + (int)gridDim.x >= tiles;
 #pragma unroll
             for (int piece = 0; piece < BN / PIECE; piece++) {
-                if (piece * PIECE >= height) break;
-                P* const buffer = out + which * (OUT_BYTES / (int)sizeof(P));
+                if (piece * PIECE >= tile.end - tile.first) break;
+                P* const to = out + mine * OUT_BUFFERS * OUT_PIECE + (FINISHERS ? 0 : which * OUT_PIECE);
                 which ^= 1;
+                if (FINISHERS && index >= (int)gridDim.x) warps_sync(DRAINED + mine, GROUP_THREADS + FINISH_THREADS);
 #pragma unroll
-                for (int m = 0; m < MT; m++)
+                for (int j = 0; j < PIECE / 8; j += 2)
+                    if (piece * PIECE + j * 8 < tile.end - tile.first)
 #pragma unroll
-                    for (int j = 0; j < PIECE / 8; j += 2)
-                        put_sixteen(buffer + j * 8 * OUT_ROW + m * 64 + warp % 4 * 16, d[m] + (piece * (PIECE / 8) + j) * 4);
-                warpgroup_sync(1 + mine);
-                // All loads of a piece before its stores, which might be to what is loaded.
-                Pack<Y, VECTOR> made[THREAD_VECTORS];
-#pragma unroll
-                for (int i = 0; i < THREAD_VECTORS; i++) {
-                    const int vector = i * GROUP_THREADS + thread;
-                    const int row = vector / ROW_VECTORS, inside = vector % ROW_VECTORS * VECTOR, column = column0 + inside;
-                    const int place = row * OUT_ROW + (HALVES == 2 ? inside / 8 * 16 + inside % 8 : inside);
-                    if (piece * PIECE + row < height && (N % BM == 0 || column < Y_COLUMNS)) {
-                        const auto first = *(const Pack<P, VECTOR>*)(buffer + place);
-                        const auto second = *(const Pack<P, VECTOR>*)(buffer + place + (HALVES == 2 ? 8 : 0));
-                        const i64 y_row = tile.first + piece * PIECE + row;
-#pragma unroll
-                        for (int c = 0; c < VECTOR; c++)
-                            made[i].at[c] =
-                                from_f32<Y>(EPILOGUE(to_f32(first.at[c]), to_f32(second.at[c]), y_row, (column + c)));
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < THREAD_VECTORS; i++) {
-                    const int vector = i * GROUP_THREADS + thread;
-                    const int row = vector / ROW_VECTORS, column = column0 + vector % ROW_VECTORS * VECTOR;
-                    if (piece * PIECE + row < height && (N % BM == 0 || column < Y_COLUMNS))
-                        *(Pack<Y, VECTOR>*)(y + (i64)(tile.first + piece * PIECE + row) * Y_COLUMNS + column) = made[i];
+                        for (int m = 0; m < MT; m++)
+                            put_sixteen(to + j * 8 * OUT_ROW + m * 64 + warp % 4 * 16, d[m] + (piece * (PIECE / 8) + j) * 4);
+                if (last) {
+                    warps_sync(OWN + mine, GROUP_THREADS);
+                    finish(to, tile, mine, piece * PIECE, thread, GROUP_THREADS);
+                } else {
+                    warps_arrive(FILLED + mine, GROUP_THREADS + FINISH_THREADS);
                 }
             }
         }

@@ -74,9 +74,13 @@ template <int N> __device__ __forceinline__ void registers_take() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// A barrier of one warpgroup; 0 is the block's.
-__device__ __forceinline__ void warpgroup_sync(int barrier) {
-    asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+// Barriers of some of a block's warps, by number; 0 is the block's. Those that arrive go on at once, and what they wrote to memory
+// is visible to those that sync, once so many threads have done one or the other.
+__device__ __forceinline__ void warps_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void warps_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements, transposed: where a lane has elements (g, 2t) and (g, 2t + 1) of matrix m in

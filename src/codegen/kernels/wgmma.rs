@@ -24,27 +24,36 @@ const BOX: u64 = 64;
 /// Candidates that are worth a try.
 const MOST_CANDIDATES: usize = 8;
 
-/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor.
+/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, and whether
+/// other warps finish a tile while the next is multiplied.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
     weights: u64,
     rows: u64,
     groups: u64,
     resident: u64,
+    apart: bool,
 }
 
 const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident }
+    Shape { weights, rows, groups, resident, apart: false }
 }
 
-const SHAPES: [Shape; 12] = [
+const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { weights, rows, groups, resident, apart: true }
+}
+
+const SHAPES: [Shape; 15] = [
     shape(128, 256, 2, 1),
+    apart(128, 256, 2, 1),
     shape(256, 128, 2, 1),
+    apart(256, 128, 2, 1),
     shape(128, 192, 2, 1),
+    apart(128, 192, 2, 1),
     shape(128, 128, 2, 1),
+    apart(128, 128, 2, 1),
     shape(128, 64, 2, 2),
     shape(128, 32, 2, 2),
-    shape(128, 16, 2, 2),
     shape(64, 256, 1, 1),
     shape(64, 128, 1, 2),
     shape(64, 64, 1, 2),
@@ -114,12 +123,24 @@ impl Shape {
         let groups = if matches!(product.form, Form::Grouped { .. }) { product.experts + 1 } else { 1 };
         let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
         let stage = self.stage_bytes() + 16;
-        [(64 / bytes).min(self.rows), 16].into_iter().find_map(|piece| {
-            let results = self.groups * 2 * piece * (self.weights / self.groups * bytes + 16);
+        let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
+        pieces.into_iter().find_map(|piece| {
+            let buffers = if self.apart { 1 } else { 2 };
+            let results = self.groups * buffers * piece * (self.weights / self.groups * bytes + 16);
             let fixed = results + 2 * (groups + 1) * 4;
             let stages = (most.checked_sub(fixed)? / stage).min(MOST_STAGES);
             (stages >= FEWEST_STAGES).then_some((stages, piece, stages * stage + fixed))
         })
+    }
+
+    /// Warps that copy, and that finish.
+    fn warps(&self, gathers: bool) -> (u64, u64) {
+        match (self.apart, gathers) {
+            (true, true) => (2, 2),
+            (true, false) => (1, 3),
+            (false, true) => (4, 0),
+            (false, false) => (1, 0),
+        }
     }
 
     /// Registers of copying and of multiplying threads, where a multiplying one needs more than there are for each: together no
@@ -127,6 +148,7 @@ impl Shape {
     fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
+            (2, 1, 64..) if self.apart => Some((104, 200)),
             (2, 1, 64..) => Some(if gathers { (56, 224) } else { (40, 232) }),
             _ => None,
         }
@@ -143,6 +165,7 @@ impl Shape {
         if wasteful || tiles > i32::MAX as u64 {
             return None;
         }
+        let (copiers, finishers) = self.warps(gathers(product));
         let once = rows_together(product) <= self.rows as f64;
         let mut builder = Builder::new(problem);
         let constants = [
@@ -155,6 +178,8 @@ impl Shape {
             ("STAGES", stages),
             ("RESIDENT", self.resident),
             ("PIECE", piece),
+            ("COPIERS", copiers),
+            ("FINISHERS", finishers),
             ("BAND", (2048 / self.rows).max(1)),
         ];
         for (name, value) in constants {
@@ -177,8 +202,10 @@ impl Shape {
             false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
         };
         product.declare_rest(&mut builder);
+        product.epilogue.declare_vectors(&mut builder);
         let blocks = tiles.min(PROCESSORS * self.resident);
-        let config = format!("tile={}x{} stages={stages} blocks={}", self.weights, self.rows, self.resident);
+        let apart = if self.apart { " apart" } else { "" };
+        let config = format!("tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
@@ -195,12 +222,20 @@ impl Shape {
         let tiles = groups * parts * columns;
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
         // An instruction reads the weight's 64 rows and those of x while it multiplies.
-        let rate = 5.0e12 * (rows / (rows + 32.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
+        let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
         let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
         let cache = tiles * (weights + rows) * k * 2.0 / 5.5e12;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
         let fill = (tiles / PROCESSORS as f64).min(1.0);
-        arithmetic.max(cache / fill).max(memory / fill) + each * 1.5e-6 / self.resident as f64
+        // What follows the products, beside them if it is left to others but for a block's last tile.
+        let finish = match (product.halves(), product.epilogue.reads()) {
+            (2, _) => 5e-6,
+            (_, true) => 3e-6,
+            _ => 1.5e-6,
+        };
+        let finish = finish * weights * rows / 32768.0;
+        let after = if self.apart { finish + each * 0.7e-6 } else { finish * each };
+        arithmetic.max(cache / fill).max(memory / fill) + after + each * 0.5e-6
     }
 }
 
@@ -300,7 +335,10 @@ mod tests {
                 let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
                 let product = matched(&problem).expect("a product");
                 for shape in SHAPES {
-                    let (stages, piece, shared) = shape.memory(&product, y.bytes()).expect("there is room");
+                    let Some((stages, piece, shared)) = shape.memory(&product, y.bytes()) else {
+                        assert!(y == DType::F32 && shape.apart, "{shape:?}");
+                        continue;
+                    };
                     assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
                     assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
                     let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
