@@ -12,14 +12,14 @@
 // chunk of a matrix each warp leaves its sums; one barrier for each item later, one thread for each element of y adds them up,
 // by warp, then over SUBS, and finishes it while the others go on.
 //
-// No warp only copies: the last one to be done with a slot starts the copies of the unit that is next there. So a slot is
-// filled again as soon as it can be, nobody waits for a turn, and the first units of a block are on their way before the
-// kernels before this one are done, unless a routing chooses them.
+// No warp only copies. The last one to be done with a slot starts the copies of the unit that is next there; after the last
+// unit of an item it is the last warp, behind the barrier. So nobody waits for a turn, and the first units of a block are on
+// their way before the kernels before this one are done, unless a routing chooses them.
 //
-// Races: a slot is written when all warps have counted up after reading it, and read after its barrier's phase. Sums lie in
-// two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x are staged between
-// barriers. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor on
-// their number.
+// Races: a slot is written when all warps have counted up, or met, after reading it, and read after its barrier's phase. Sums
+// lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x are staged
+// between barriers. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor
+// on their number.
 //
 // Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
 // SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
@@ -31,11 +31,12 @@ constexpr int TILE = 8, TILES = N / TILE, OUT = TILE / HALVES, UNITS = SUBS * CH
 constexpr int SPAN = 32, STEPS = (CHUNK + WARPS * SPAN - 1) / (WARPS * SPAN);
 // Whether every step of every warp is inside its unit.
 constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * WARPS * SPAN;
+static_assert(COLUMNS * OUT <= THREADS);
 // Sums of an item, and bytes of a slot.
 constexpr int SUMS = SUBS * WARPS * WIDTH * TILE, SLOT = TILE * LINE;
 
 struct Multiply {
-    static constexpr int LOADS = 1, CHAINS = 4;
+    static constexpr int LOADS = 1, CHAINS = STEPS > 4 ? 4 : 2;
     float sums[CHAINS][4];
 
     static __device__ __forceinline__ int lane_row() { return lane_id() / 4; }
@@ -77,10 +78,15 @@ struct Multiply {
     // Leaves the warp's sums, in lines of a tile for each row of x.
     __device__ __forceinline__ void store(float* to, int count) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = lane_row() + i / 2 * 8, column = lane_id() % 4 * 2 + i % 2;
-            float sum = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-            if (row < count) to[row * TILE + column] = sum;
+        for (int half = 0; half < (COLUMNS > 8 ? 2 : 1); half++) {
+            int row = lane_row() + half * 8, column = lane_id() % 4 * 2, i = half * 2;
+            Pack<float, 2> sum;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                sum.at[e] = sums[0][i + e] + sums[1][i + e];
+                if (CHAINS == 4) sum.at[e] += sums[CHAINS - 2][i + e] + sums[CHAINS - 1][i + e];
+            }
+            if (row < count) *(Pack<float, 2>*)(to + row * TILE + column) = sum;
         }
     }
 };
@@ -109,8 +115,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     };
 
     int first = 0, last = 0;
-    // Starts the copies of a unit of the run: one thread.
+    // Starts the copies of a unit of the run, if there is one: a warp, one lane of it.
     auto fill = [&](int unit) {
+        if (unit >= (last - first) * UNITS || !elected()) return;
         int item = first + unit / UNITS, part = unit % UNITS, column = part % CHUNKS * CHUNK, expert = 0;
         if (ROUTED) expert = groups[item / TILES * SUBS + part / CHUNKS].expert;
         u64* barrier = full + unit % SLOTS;
@@ -127,8 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         u32 items = count * TILES, each = items / gridDim.x, longer = items % gridDim.x;
         first = each * blockIdx.x + min(blockIdx.x, longer);
         last = first + each + (blockIdx.x < longer ? 1 : 0);
-        for (int unit = warp_id(); unit < min(SLOTS, (last - first) * UNITS); unit += WARPS)
-            if (lane_id() == 0) fill(unit);
+        for (int unit = warp_id(); unit < SLOTS; unit += WARPS) fill(unit);
     };
 
     if (threadIdx.x == 0) {
@@ -146,49 +152,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     if (ROUTED) start(LIST);
 
     Multiply product;
-    const int units = (last - first) * UNITS;
     int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;
     for (int item = first; item < last; item++, buffer ^= 1) {
         const int group = item / TILES, tile = item % TILES;
-        const Group rows = groups[group * SUBS];
-        const i64 y_row = WEIGHTED ? group : rows.first;
-        const int outs = rows.count * OUT;
+        const Group* const entry = groups + group * SUBS;
+        const int count = entry->count, outs = count * OUT;
         if (group / SHARING != staged_key) {
             // Every warp is done with the rows staged before.
             if (staged_key >= 0) __syncthreads();
             staged_key = group / SHARING;
-            stage(staged, rows.first, rows.count * STAGED_SUBS, 0, tile == 0);
+            stage(staged, entry->first, count * STAGED_SUBS, 0, tile == 0);
             __syncthreads();
         }
         // Loads what the epilogue will need.
         float touched = 0;
-        if ((int)threadIdx.x < outs) {
-            int o = threadIdx.x;
-            touched = EPILOGUE(0.0f, 0.0f, y_row + o / OUT, tile * OUT + o % OUT);
-        }
+        const i64 y_row = (WEIGHTED ? group : entry->first) + threadIdx.x / OUT;
+        const int column = threadIdx.x / OUT, out = threadIdx.x % OUT;
+        if ((int)threadIdx.x < outs) touched = EPILOGUE(0.0f, 0.0f, y_row, tile * OUT + out);
 
         float* const sums = partial + buffer * SUMS;
         for (int sub = 0; sub < SUBS; sub++) {
             const S* x = staged + sub % STAGED_SUBS * PITCH;
-            const bool live = !ROUTED || groups[group * SUBS + sub].expert >= 0;
+            const bool live = !ROUTED || entry[sub].expert >= 0;
             product.clear();
 #pragma unroll 1
-            for (int column = 0; column < K; column += CHUNK) {
+            for (int from = 0; from < K; from += CHUNK) {
                 barrier_wait(full + at, odd);
-                if (live) product.multiply(slots + at * SLOT, x + column, rows.count, min(CHUNK, K - column));
-                __syncwarp();
-                if (lane_id() == 0 && count_up(done + at) % WARPS == WARPS - 1 && unit + SLOTS < units) fill(unit + SLOTS);
-                __syncwarp();
+                if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
+                if (UNITS > 1 && (unit + 1) % UNITS != 0) {
+                    __syncwarp();
+                    u32 before = 0;
+                    if (elected()) before = count_up(done + at);
+                    if (__any_sync(ALL_LANES, before % WARPS == WARPS - 1)) fill(unit + SLOTS);
+                }
                 unit++;
                 if (++at == SLOTS) {
                     at = 0;
                     odd ^= 1;
                 }
             }
-            product.store(sums + (sub * WARPS + warp_id()) * (WIDTH * TILE), rows.count);
+            product.store(sums + (sub * WARPS + warp_id()) * (WIDTH * TILE), count);
         }
         asm volatile("" ::"f"(touched));
         __syncthreads();
+        if (warp_id() == WARPS - 1) fill(unit - 1 + SLOTS);
 
         auto total = [&](int sub, int column, int row) {
             float sum = 0;
@@ -196,20 +203,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             for (int g = 0; g < WARPS; g++) sum += sums[((sub * WARPS + g) * WIDTH + column) * TILE + row];
             return sum;
         };
-        for (int o = threadIdx.x; o < outs; o += THREADS) {
-            int column = o / OUT, out = o % OUT;
+        if ((int)threadIdx.x < outs) {
             float v0 = 0, v1 = 0;
             if (WEIGHTED) {
                 for (int sub = 0; sub < SUBS; sub++) {
-                    const Group& entry = groups[group * SUBS + sub];
                     float part = rounded<P>(total(sub, 0, out));
-                    if (entry.expert >= 0) v0 = __fadd_rn(v0, __fmul_rn(entry.weight, part));
+                    if (entry[sub].expert >= 0) v0 = __fadd_rn(v0, __fmul_rn(entry[sub].weight, part));
                 }
-            } else if (rows.expert >= 0) {
+            } else if (!ROUTED || entry->expert >= 0) {
                 v0 = total(0, column, out);
                 if (HALVES == 2) v1 = total(0, column, out + OUT);
             }
-            finish(v0, v1, y_row + column, tile * OUT + out);
+            finish(v0, v1, y_row, tile * OUT + out);
         }
     }
     // Rows of no group.

@@ -29,6 +29,13 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 odd) {
     } while (!done);
 }
 
+// True in one lane, the same one each time, of a warp whose lanes all call it.
+__device__ __forceinline__ bool elected() {
+    u32 is;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is));
+    return is;
+}
+
 // Starts a copy of bytes, addresses and count of which sixteen divides. What is read only ONCE need not stay in the L2 cache.
 template <bool ONCE> __device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
     if constexpr (ONCE) {

@@ -24,6 +24,7 @@ __device__ __forceinline__ int all_rows(Group* groups, int rows) {
 
 // Each pair of a row and an expert by itself.
 __device__ __forceinline__ int each_pair(Group* groups, const int* experts, int pairs) {
+#pragma unroll 1
     for (int p = threadIdx.x; p < pairs; p += THREADS) groups[p] = Group{load_fresh(experts + p), p, 1, 0};
     __syncthreads();
     return pairs;
@@ -31,6 +32,7 @@ __device__ __forceinline__ int each_pair(Group* groups, const int* experts, int 
 
 // Each row with its SUBS experts and their weights.
 __device__ __forceinline__ int each_row(Group* groups, const int* experts, const float* weights, int rows) {
+#pragma unroll 1
     for (int p = threadIdx.x; p < rows * SUBS; p += THREADS)
         groups[p] = Group{load_fresh(experts + p), p, 1, __int_as_float(load_fresh((const int*)weights + p))};
     __syncthreads();

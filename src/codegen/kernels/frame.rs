@@ -24,7 +24,7 @@ const MOST_PAIRS: u64 = 512;
 const SHARED_BY_TWO: u64 = 110 << 10;
 
 /// Most shared memory of a block.
-pub const MOST_SHARED: u64 = 200 << 10;
+const MOST_SHARED: u64 = 200 << 10;
 
 /// How warps multiply.
 #[derive(Clone, Copy, PartialEq, Debug)]
