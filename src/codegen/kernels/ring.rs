@@ -43,18 +43,18 @@ impl Twin for Ring {
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
         let Some(product) = Product::of(problem).filter(|product| fits(problem, product)) else { return vec![] };
-        let even = |shape: &&Shape| shape.chunk(product.k).is_multiple_of(shape.warps * SPAN);
-        let some_even = SHAPES.iter().any(|shape| even(&shape));
-        let mut found: Vec<Specialised> = vec![];
-        for shape in SHAPES.iter().filter(|shape| even(shape) || !some_even) {
+        // Shapes that give each warp as much as the others, if there are any.
+        let mut found: Vec<(bool, Specialised)> = vec![];
+        for shape in SHAPES {
             if let Some(specialised) = specialise(problem, &product, shape)
-                && found.iter().all(|known| known.config != specialised.config)
+                && found.iter().all(|(_, known)| known.config != specialised.config)
             {
-                found.push(specialised);
+                found.push((shape.chunk(product.k).is_multiple_of(shape.warps * SPAN), specialised));
             }
         }
-        found.truncate(MOST);
-        found
+        let some_even = found.iter().any(|(even, _)| *even);
+        found.retain(|(even, _)| *even || !some_even);
+        found.into_iter().map(|(_, specialised)| specialised).take(MOST).collect()
     }
 }
 
@@ -69,12 +69,12 @@ struct Shape {
     columns: u64,
     /// Blocks on an SM.
     per_sm: u64,
-    /// Whether rows that are adjacent in memory are copied as one.
-    joined: bool,
+    /// Whether rows are copied each by itself, though they are adjacent.
+    apart: bool,
 }
 
 const fn shape(warps: u64, slots: u64, columns: u64, per_sm: u64) -> Shape {
-    Shape { warps, slots, columns, per_sm, joined: false }
+    Shape { warps, slots, columns, per_sm, apart: false }
 }
 
 impl Shape {
@@ -93,11 +93,12 @@ const SHAPES: &[Shape] = &[
     shape(8, 3, 2048, 1),
     shape(8, 2, 2048, 3),
     shape(4, 2, 2048, 2),
-    Shape { joined: true, ..shape(8, 2, 2048, 2) },
+    Shape { apart: true, ..shape(8, 2, 2048, 2) },
     shape(4, 3, 1024, 2),
     shape(4, 4, 1024, 2),
     shape(8, 6, 1024, 1),
     shape(8, 2, 1024, 1),
+    shape(4, 2, 1024, 2),
 ];
 
 /// Whether the kernel can run a product.
@@ -122,16 +123,17 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let chunk = shape.chunk(k);
     let chunks = k.div_ceil(chunk);
     let run = match block {
-        _ if !shape.joined || chunk != k => 1,
+        _ if chunk != k => 1,
         None => TILE,
         Some(block) if block % (TILE / 2) == 0 => TILE / 2,
         Some(_) => 1,
     };
-    if shape.joined && run == 1 {
+    // Copies of whole lines of the cache.
+    let line = if run > 1 { 2 * k } else { (2 * chunk).next_multiple_of(128) };
+    if shape.apart && run == 1 {
         return None;
     }
-    // Two rows that lie apart by an odd number of 64 bytes share no banks.
-    let line = if run > 1 { 2 * chunk } else { (2 * chunk).next_multiple_of(128) + 64 };
+    let run = if shape.apart { 1 } else { run };
 
     let items = list.groups * (n / TILE);
     let rounds = items.div_ceil((SMS * shape.per_sm).min(items));
@@ -186,8 +188,8 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
         builder.constant(name, value);
     }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
-    if run > 1 {
-        config += &format!(" run={run}");
+    if shape.apart {
+        config += " apart";
     }
     if matches!(product.routing, Routing::Grouped { .. }) {
         config += &format!(" columns={columns}");
