@@ -100,7 +100,8 @@ impl Executor for Ones {
 
 #[test]
 fn decoding_allocates_nothing() {
-    let recipe = Recipe::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron")).expect("it is readable");
+    let recipe =
+        Recipe::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron")).expect("it is readable");
     let options = CompileOptions {
         prefill: Some(vec![16]),
         decode: Some(vec![1, 4]),
@@ -120,7 +121,7 @@ fn decoding_allocates_nothing() {
             prompt: vec![1; 10 + id as usize],
             max_new_tokens: 100,
             eos: vec![2],
-            sampling: SamplingParams::default(),
+            ..Request::default()
         });
         let (mut seen, mut counts) = (0, Vec::with_capacity(100));
         let on_token = |id, _| {

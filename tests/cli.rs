@@ -272,7 +272,7 @@ fn tuning_needs_a_gpu() {
         fails(at, 2, &[&tune[..], wrong].concat());
     }
     // Told before anything else.
-    std::fs::write(at.join("demo.lock.ron"), "(version: 1, gpu: 5)").expect("it is written");
+    std::fs::write(at.join("demo.lock.ron"), "(version: 2, gpu: 5)").expect("it is written");
     let errors = fails(at, 1, &tune);
     assert!(errors.contains("demo.lock.ron") && errors.contains("line 1, column"), "{errors}");
     std::fs::remove_file(at.join("demo.lock.ron")).expect("it was written");

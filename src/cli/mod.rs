@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_fusion;
+mod chat;
 mod compile;
 mod completions;
 mod diff;
@@ -17,6 +18,7 @@ mod profile;
 mod progress;
 mod run;
 mod samples;
+mod sampling;
 mod table;
 mod text;
 mod tune;
@@ -42,7 +44,8 @@ struct Arguments {
 #[derive(Subcommand, Debug)]
 enum Command {
     Compile(compile::Arguments),
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
+    Chat(chat::Arguments),
     Eval(eval::Arguments),
     Dot(dot::Arguments),
     Inspect(inspect::Arguments),
@@ -71,6 +74,7 @@ pub fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
+        Command::Chat(arguments) => chat::execute(&arguments),
         Command::Eval(arguments) => eval::execute(&arguments),
         Command::Dot(arguments) => dot::execute(&arguments),
         Command::Inspect(arguments) => inspect::execute(&arguments),

@@ -21,6 +21,7 @@ use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
 use crate::cli::load::{self, Choices, Device, has_extension};
 use crate::cli::output::note;
+use crate::cli::sampling::Sampling;
 use crate::cli::table::{regions, size};
 use crate::cli::{text, usage};
 use crate::plan::PlanFile;
@@ -68,21 +69,8 @@ pub struct Arguments {
     /// Rows of a prompt in one step, at the most
     #[arg(long, value_name = "N")]
     chunk: Option<usize>,
-    /// Divides the logits; 0 always takes the most likely token
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
-    temperature: f32,
-    /// Samples from the K most likely tokens; 0 for all
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    top_k: u32,
-    /// Samples from the fewest tokens whose probabilities reach P
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
-    top_p: f32,
-    /// Samples from tokens of at least P times the most likely one's probability
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    min_p: f32,
-    /// Random numbers are a function of this, a sequence's place in the input, and the position
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    seed: u64,
+    #[command(flatten)]
+    sampling: Sampling,
     /// Writes the logits of every position of a single prompt, float32 [prompt length, vocab]
     #[arg(long, value_name = "FILE.npy")]
     prompt_logits: Option<PathBuf>,
@@ -117,6 +105,7 @@ struct Timing {
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     check_options(arguments)?;
+    let sampling = arguments.sampling.params()?;
     match &arguments.batch.input {
         Some(input) if has_extension(input, "bin") => {
             if let Some(option) = arguments.text.given() {
@@ -124,7 +113,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             }
             return evaluate::execute(arguments, input);
         }
-        Some(input) => return batch::execute(arguments, input, started),
+        Some(input) => return batch::execute(arguments, sampling, input, started),
         None => {}
     }
     let model = arguments.model.as_deref();
@@ -136,23 +125,14 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
-    let mut generator = Generator::new(&mut *executor, options)?;
-    let requests = requests(arguments, &prompts, &file);
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
+    let requests = requests(arguments, sampling, &prompts, &file);
     let format = arguments.format.unwrap_or(Format::Text);
     let live = prompts.text && count == 1 && format == Format::Text;
     let mut texts = Texts::new(prompts.rules.as_ref(), count, &arguments.text.stop, live);
     let finished = generator.generate(requests, |id, token| texts.token(id, token))?;
-    let timing = Timing {
-        ready_seconds,
-        generate_seconds: begun.elapsed().as_secs_f64(),
-        statistics: generator.statistics().clone(),
-    };
+    let timing = Timing::new(ready_seconds, begun, generator.statistics());
     let results: Vec<std::result::Result<Finished, String>> =
         finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
@@ -178,7 +158,23 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
 }
 
+impl Timing {
+    /// Of a run that has just ended.
+    fn new(ready_seconds: f64, begun: Instant, statistics: &Statistics) -> Timing {
+        Timing { ready_seconds, generate_seconds: begun.elapsed().as_secs_f64(), statistics: statistics.clone() }
+    }
+}
+
 impl Arguments {
+    /// What the generator does besides.
+    fn generating(&self) -> Options {
+        Options {
+            chunk: self.chunk,
+            capture_logits: self.logits.is_some(),
+            capture_prompt_logits: self.prompt_logits.is_some(),
+        }
+    }
+
     fn graphs(&self) -> Graphs {
         if self.require_graphs { Graphs::Required } else { Graphs::Lazy }
     }
@@ -187,22 +183,13 @@ impl Arguments {
 /// Refuses numbers that no plan could use.
 fn check_options(arguments: &Arguments) -> Result<()> {
     arguments.text.check()?;
-    let Arguments { temperature, top_p, min_p, .. } = *arguments;
     if arguments.chunk == Some(0) {
         return usage("--chunk: expected at least 1 row, found 0; leave it out to run prompts whole");
-    }
-    if !(temperature.is_finite() && temperature >= 0.0) {
-        return usage(format!("--temperature: expected a number of at least 0, found {temperature}"));
-    }
-    for (name, found) in [("--top-p", top_p), ("--min-p", min_p)] {
-        if !(0.0..=1.0).contains(&found) {
-            return usage(format!("{name}: expected a number from 0 to 1, found {found}"));
-        }
     }
     Ok(())
 }
 
-fn requests(arguments: &Arguments, prompts: &Prompts, file: &PlanFile) -> Vec<Request> {
+fn requests(arguments: &Arguments, sampling: SamplingParams, prompts: &Prompts, file: &PlanFile) -> Vec<Request> {
     let eos = if arguments.ignore_eos { vec![] } else { text::stop_tokens(file, prompts.rules.as_ref()) };
     (0..)
         .zip(&prompts.tokens)
@@ -211,13 +198,8 @@ fn requests(arguments: &Arguments, prompts: &Prompts, file: &PlanFile) -> Vec<Re
             prompt: prompt.clone(),
             max_new_tokens: arguments.max_new_tokens,
             eos: eos.clone(),
-            sampling: SamplingParams {
-                temperature: arguments.temperature,
-                top_k: arguments.top_k,
-                top_p: arguments.top_p,
-                min_p: arguments.min_p,
-                seed: arguments.seed.wrapping_add(id),
-            },
+            sampling: SamplingParams { seed: sampling.seed.wrapping_add(id), ..sampling },
+            session: None,
         })
         .collect()
 }

@@ -6,12 +6,12 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::cli::load::{self, Device};
-use crate::cli::output::note;
+use crate::cli::output::{note, same_file};
 use crate::cli::run::write_answers;
-use crate::cli::usage;
+use crate::cli::{text, usage};
 use crate::codegen::CompileOptions;
 use crate::runtime::cuda::Graphs;
 use crate::runtime::sampling::uniform;
@@ -37,6 +37,9 @@ pub struct Arguments {
     /// Random tokens are a function of this
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
+    /// Takes the tokens of a text, sample after sample, `-` for standard input; needs a tokenizer
+    #[arg(long, value_name = "FILE", conflicts_with = "seed")]
+    text: Option<PathBuf>,
     /// Where the samples go
     #[arg(short, long, value_name = "FILE.bin")]
     output: PathBuf,
@@ -56,12 +59,34 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             return usage(format!("{name}: expected a number from 1 to {}, found {found}", i32::MAX));
         }
     }
+    if arguments.text.as_deref().is_some_and(|text| same_file(text, &arguments.output)) {
+        return usage(format!("--output {}: expected another file than the text", arguments.output.display()));
+    }
+    if arguments.answers.as_deref() == Some(&arguments.output) {
+        return usage(format!("--answers {}: expected another file than --output", arguments.output.display()));
+    }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &CompileOptions::default())?;
     let vocab = file.manifest.model.vocab;
-    let tokens = (0..count as u64 * length as u64).map(|i| random(arguments.seed, i, vocab));
-    write(&arguments.output, [count, length], tokens)?;
-    note(format_args!("{}: {count} samples of {length} random tokens", arguments.output.display()));
+    let kind = match &arguments.text {
+        Some(path) => {
+            let tokens = text::open(&file, model)?.encode_plain(&text::read(path)?)?;
+            let found = tokens.len();
+            ensure!(
+                found as u64 >= count as u64 * length as u64,
+                "{}: expected a text of at least {count} x {length} tokens, found {found}; take fewer or shorter samples",
+                path.display()
+            );
+            write(&arguments.output, [count, length], tokens.into_iter().take(count * length))?;
+            "tokens of the text"
+        }
+        None => {
+            let tokens = (0..count as u64 * length as u64).map(|i| random(arguments.seed, i, vocab));
+            write(&arguments.output, [count, length], tokens)?;
+            "random tokens"
+        }
+    };
+    note(format_args!("{}: {count} samples of {length} {kind}", arguments.output.display()));
     if let Some(answers) = &arguments.answers {
         let mut executor = load::prepared_executor(&file, model, arguments.device, Graphs::Lazy)?;
         let mut inputs = file::Inputs::open(&arguments.output)?;

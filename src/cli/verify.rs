@@ -13,7 +13,7 @@ use crate::cli::table::table;
 use crate::cli::usage;
 use crate::plan::DType;
 use crate::runtime::cuda::Graphs;
-use crate::runtime::{Executor, Generator, Options, Request, SamplingParams};
+use crate::runtime::{Executor, Generator, Options, Request};
 
 /// Run a plan on a golden file's prompts and compare logits and greedy tokens.
 ///
@@ -123,8 +123,7 @@ fn compare(executor: &mut dyn Executor, golden: &Golden, chunk: Option<usize>) -
         id: 0,
         prompt: golden.ids.clone(),
         max_new_tokens: golden.greedy.as_ref().map_or(0, Vec::len),
-        eos: vec![],
-        sampling: SamplingParams::default(),
+        ..Request::default()
     };
     let results = generator.generate(vec![request], |_, _| ControlFlow::Continue(()))?;
     let Some(finished) = results.into_iter().next() else { bail!("the run gave no result") };

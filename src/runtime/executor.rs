@@ -59,6 +59,16 @@ impl SamplingParams {
         ]
     }
 
+    /// The first number that is out of range: its name, what was expected of it, and what was found.
+    pub fn fault(self) -> Option<(&'static str, &'static str, f32)> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Some(("temperature", "of at least 0", self.temperature));
+        }
+        let shares = [("top-p", self.top_p), ("min-p", self.min_p)];
+        let bad = shares.into_iter().find(|(_, found)| !(0.0..=1.0).contains(found));
+        bad.map(|(name, found)| (name, "from 0 to 1", found))
+    }
+
     /// Reads what [`SamplingParams::to_row`] wrote.
     pub fn from_row(row: &[i32]) -> Self {
         SamplingParams {
@@ -107,8 +117,8 @@ pub trait Executor {
     /// The device failed.
     fn set_sampling(&mut self, slot: u32, params: SamplingParams) -> Result<()>;
 
-    /// Says that a new sequence begins in a slot, which tokens end it, and the position of its last row. Once it has chosen
-    /// one of the tokens or run that row, a device may turn its further rows into padding, whose tokens are -1; an executor
+    /// Says that a sequence begins in a slot, which tokens end it, and the position of its last row. Its first row is at position
+    /// 0, or where it goes on with what rows of the slot have written; the token of that row is known. Once it has chosen one of the tokens or run that row, a device may turn its further rows into padding, whose tokens are -1; an executor
     /// may as well run them, because nobody looks at their results.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::Executor;
-use super::request::{FinishReason, Finished, Request, RequestError};
+use super::request::{FinishReason, Finished, Request, RequestError, Session};
 use super::scheduler::{Scheduler, Step};
 use super::statistics::Statistics;
 use crate::plan::{Bucket, Phase};
@@ -20,7 +20,7 @@ pub struct Options {
     pub chunk: Option<usize>,
     /// Keeps the logits that each new token was chosen from.
     pub capture_logits: bool,
-    /// Keeps the logits of every prompt position.
+    /// Keeps the logits of every prompt position that runs: of all, but those that a session had in the pool.
     pub capture_prompt_logits: bool,
 }
 
@@ -134,6 +134,21 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         })
     }
 
+    /// Forgets a session: its slot and its pages are free.
+    pub fn forget(&mut self, session: Session) {
+        self.scheduler.forget(session);
+    }
+
+    /// Slots and pages that are free; sessions keep theirs.
+    pub fn free(&self) -> (usize, usize) {
+        self.scheduler.free()
+    }
+
+    /// Prompt and new tokens that one sequence can have together.
+    pub fn most_positions(&self) -> usize {
+        self.scheduler.most_positions()
+    }
+
     /// What has run so far.
     pub fn statistics(&self) -> &Statistics {
         &self.statistics
@@ -144,7 +159,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     /// A sequence's tokens come in order and do not depend on the lookahead; how those of several mix does.
     ///
     /// # Errors
-    /// The executor failed. A request that the plan cannot serve is an error in its place, and the others run.
+    /// The executor failed, and all sessions are forgotten. A request that the plan cannot serve is an error in its place, and
+    /// the others run; what its session holds stays.
     pub fn generate(
         &mut self,
         requests: Vec<Request>,
@@ -182,6 +198,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             return Some(self.scheduler.check(&request).map(|()| Finished {
                 id: request.id,
                 prompt_tokens: request.prompt.len(),
+                kept_rows: 0,
+                lost_rows: 0,
                 tokens: Vec::new(),
                 reason: FinishReason::Length,
                 logits: Vec::new(),
@@ -218,6 +236,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 let finished = Finished {
                     id: sequence.id,
                     prompt_tokens: sequence.prompt_tokens,
+                    kept_rows: sequence.kept,
+                    lost_rows: sequence.lost,
                     tokens: sequence.tokens.split_off(sequence.prompt_tokens),
                     reason,
                     logits,
@@ -251,10 +271,14 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         }
     }
 
-    /// Admits what fits and enqueues steps, as many as may be in flight.
+    /// Admits what fits, refuses what never will, and enqueues steps, as many as may be in flight.
     fn enqueue<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
         loop {
             self.admit(feed)?;
+            while let Some((index, error)) = self.scheduler.refuse() {
+                feed.work.finished(index, Err(error))?;
+                self.admit(feed)?;
+            }
             let idle = self.scheduler.in_flight() == 0;
             let Some(step) = self.scheduler.next_step() else { return Ok(()) };
             if idle {
@@ -334,5 +358,7 @@ pub fn logits_table<'f>(
     table
 }
 
+#[cfg(test)]
+mod session_tests;
 #[cfg(test)]
 mod tests;

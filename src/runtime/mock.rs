@@ -8,15 +8,20 @@ use std::collections::VecDeque;
 use anyhow::{Context, Result, bail};
 
 use super::{Batch, Executor, PENDING, SamplingParams};
-use crate::plan::{Bucket, DType, Limits, Manifest, Model, Phase, Pool, Program, Region, Target, WeightSource};
+use crate::plan::{
+    Bucket, DType, Instr, Limits, Manifest, Model, Op, Phase, Pool, Program, Region, Semantic, Slot, Target,
+    TensorType, WeightSource,
+};
 
 /// Vocabulary of the mock model.
 pub const VOCAB: u64 = 13;
 
-const RING: usize = 8;
+/// Columns of a slot's ring, and how many positions a row looks at in it, its own among them.
+pub const RING: usize = 8;
+const TAPS: usize = 3;
 const EMPTY: (i32, i32) = (-1, -1);
 
-/// A manifest with nothing but limits and buckets.
+/// A manifest with nothing but limits, buckets, and a convolution that no step is of.
 pub fn manifest(
     max_sequences: u64,
     max_context: u64,
@@ -26,7 +31,16 @@ pub fn manifest(
 ) -> Manifest {
     let region = Region { offset: 0, bytes: 0 };
     let pool = Pool { weights: region, state: region, arena: region, io: region };
-    let program = Program { pool, weights: vec![], states: vec![], io: vec![], semantics: vec![], buckets };
+    let conv = Semantic {
+        name: "conv".into(),
+        inputs: [vec![1, 1], vec![1, TAPS as u64], vec![max_sequences, RING as u64, 1], vec![1], vec![1]]
+            .map(|shape| TensorType(DType::F32, shape))
+            .to_vec(),
+        outputs: vec![TensorType(DType::F32, vec![1, 1])],
+        temps: vec![],
+        body: vec![Instr(Op::Conv1dCausal, (0..5).map(Slot::In).collect(), vec![Slot::Out(0)])],
+    };
+    let program = Program { pool, weights: vec![], states: vec![], io: vec![], semantics: vec![conv], buckets };
     Manifest {
         compiler: "test".into(),
         model: Model {
@@ -77,7 +91,7 @@ fn mix(hash: u64, value: u64) -> u64 {
 /// What the model makes of a history: the last row's logits.
 pub fn logits_after(tokens: &[u32]) -> Vec<f32> {
     let hash = tokens.iter().fold(7, |hash, &token| mix(hash, u64::from(token)));
-    logits_of(tokens.iter().rev().take(3).fold(hash, |hash, &token| mix(hash, u64::from(token))))
+    logits_of(tokens.iter().rev().take(TAPS).fold(hash, |hash, &token| mix(hash, u64::from(token))))
 }
 
 fn logits_of(hash: u64) -> Vec<f32> {
@@ -103,8 +117,8 @@ struct Place {
     ring: [(i32, i32); RING],
     eos: Vec<u32>,
     last_position: i32,
-    /// Position of the row that must come next.
-    next: i32,
+    /// Position of the row that must come next; none before a sequence's first, which may go on with what the slot holds.
+    next: Option<i32>,
     /// The token chosen last.
     last: Option<i32>,
     /// Whether a token that ends the sequence was chosen.
@@ -187,9 +201,9 @@ impl Mock {
     fn run_share(&mut self, slot: usize, positions: &[i32], tokens: &[i32]) -> Vec<Vec<f32>> {
         let (first, count) = (positions[0], positions.len() as i32);
         let place = &mut self.places[slot];
-        assert_eq!(first, place.next, "slot {slot}: its next row");
-        place.next += count;
-        assert!(place.next <= place.last_position + 1, "slot {slot}: rows past {}", place.last_position);
+        assert_eq!(first, place.next.unwrap_or(first), "slot {slot}: its next row");
+        place.next = Some(first + count);
+        assert!(first + count <= place.last_position + 1, "slot {slot}: rows past {}", place.last_position);
         assert!(count == 1 || !tokens.contains(&PENDING), "slot {slot}: a pending token among {count} rows");
         if self.stops && place.ended {
             return vec![vec![0.0; VOCAB as usize]; positions.len()];
@@ -205,7 +219,7 @@ impl Mock {
                 assert_eq!(found, at, "slot {slot} at position {position}");
                 hash = mix(hash, token as u64);
             }
-            for at in (0..=position).rev().take(3) {
+            for at in (0..=position).rev().take(TAPS) {
                 let column = self.places[slot].ring[at as usize % RING];
                 let (found, token) = if at >= first { (at, tokens[(at - first) as usize]) } else { column };
                 assert_eq!(found, at, "ring of slot {slot} at position {position}");
@@ -288,7 +302,7 @@ impl Executor for Mock {
     fn set_stops(&mut self, slot: u32, eos: &[u32], last_position: u32) -> Result<()> {
         let place = &mut self.places[slot as usize];
         (place.eos, place.last_position) = (eos.to_vec(), last_position as i32);
-        (place.next, place.last, place.ended) = (0, None, false);
+        (place.next, place.last, place.ended) = (None, None, false);
         Ok(())
     }
 

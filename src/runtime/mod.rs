@@ -24,7 +24,7 @@ pub mod workload;
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, PENDING, SamplingParams};
 pub use generate::{Generator, Options, Work, logits_table};
-pub use request::{FinishReason, Finished, Request, RequestError};
+pub use request::{FinishReason, Finished, Request, RequestError, Session};
 pub use scheduler::Scheduler;
 pub use score::{Scored, score};
 pub use statistics::{BucketStatistics, PhaseStatistics, Statistics};

@@ -63,6 +63,11 @@ impl FreeList {
         Some(index as u32 * 64 + bit)
     }
 
+    /// Takes all back.
+    pub fn free_all(&mut self) {
+        *self = FreeList::new(self.total as u32);
+    }
+
     /// Gives a taken number back. One that is free already, or out of range, is left as it is.
     pub fn give_back(&mut self, number: u32) {
         let bit = 1u64 << (number % 64);
@@ -127,6 +132,25 @@ impl Pages {
         self.list.take(self.needed(positions))
     }
 
+    /// Makes a sequence's pages hold so many positions: takes the lowest free ones for those that it has no pages for, or
+    /// gives back those that it has too many. False, and nothing has changed, if too few are free.
+    pub fn resize(&mut self, pages: &mut Vec<u32>, positions: usize) -> bool {
+        let needed = self.needed(positions);
+        if needed <= pages.len() {
+            self.release(&pages.split_off(needed));
+            return true;
+        }
+        let more = self.list.take(needed - pages.len());
+        let enough = more.is_some();
+        pages.extend(more.into_iter().flatten());
+        enough
+    }
+
+    /// Takes all back.
+    pub fn free_all(&mut self) {
+        self.list.free_all();
+    }
+
     /// Gives pages back.
     pub fn release(&mut self, pages: &[u32]) {
         pages.iter().for_each(|&page| self.list.give_back(page));
@@ -168,6 +192,23 @@ mod tests {
         assert_eq!(pages.reserve(1), None);
         pages.release(&[0]);
         assert_eq!(pages.reserve(16), Some(vec![0]));
+    }
+
+    #[test]
+    fn pages_of_a_sequence_grow_and_shrink() {
+        let mut pages = Pages::new(&limits(64, 16)).unwrap();
+        let mut own = pages.reserve(20).unwrap();
+        assert!(pages.resize(&mut own, 32) && own == [0, 1]);
+        let other = pages.reserve(1).unwrap();
+        assert!(pages.resize(&mut own, 33) && own == [0, 1, 3]);
+        assert!(!pages.resize(&mut own, 49) && own == [0, 1, 3], "no page is free");
+        pages.release(&other);
+        assert!(pages.resize(&mut own, 16) && own == [0]);
+        assert_eq!(pages.free(), 3);
+        assert!(pages.resize(&mut own, 0) && own.is_empty());
+        pages.reserve(64).unwrap();
+        pages.free_all();
+        assert_eq!(pages.free(), 4);
     }
 
     #[test]

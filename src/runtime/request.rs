@@ -6,12 +6,22 @@ use thiserror::Error;
 
 use super::SamplingParams;
 
+/// A conversation of several requests, by a number of the caller's.
+///
+/// Each request of a session has the whole conversation as its prompt. The pool keeps the rows of the last one, and those that
+/// the next one's prompt begins with are not run again. A session changes no result, only how many rows run: a prompt that
+/// differs from what the pool holds runs from there on, or, where too much is cut away for the convolutions' state to be
+/// there still, from its beginning. Between requests a session keeps its slot and its pages, until
+/// [`Generator::forget`](super::Generator::forget).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Session(pub u64);
+
 /// One sequence to generate.
 ///
 /// Prompt and new tokens together must be at most the plan's `max_context`, and pages are reserved for that sum. Strictly
 /// the last new token needs no position, because it is never run; it counts all the same, so that the limit does not
 /// depend on how a sequence ends, and so that a sequence can be continued.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, Default, PartialEq, Debug)]
 pub struct Request {
     /// The caller's name for it. Results come in the order of the requests, so ids need not be unique.
     pub id: u64,
@@ -23,6 +33,8 @@ pub struct Request {
     pub eos: Vec<u32>,
     /// How tokens are chosen.
     pub sampling: SamplingParams,
+    /// The session that it goes on with or begins; without one, nothing is kept when it ends.
+    pub session: Option<Session>,
 }
 
 /// Why a sequence ended.
@@ -53,6 +65,10 @@ pub struct Finished {
     pub id: u64,
     /// Length of its prompt.
     pub prompt_tokens: usize,
+    /// Rows of its prompt that its session had in the pool: they did not run.
+    pub kept_rows: usize,
+    /// Rows of its prompt that its session had in the pool and that ran all the same, because too much was cut away.
+    pub lost_rows: usize,
     /// The new tokens, with the one that ended it.
     pub tokens: Vec<u32>,
     /// Why it ended.
@@ -88,6 +104,13 @@ pub enum RequestError {
          {pages}, found {prompt} + {new} tokens; ask for fewer new tokens or compile the plan with a larger --kv-tokens"
     )]
     TooManyPages { id: u64, prompt: usize, new: usize, needed: usize, page_tokens: usize, pages: usize },
+    /// Sessions hold the pages or slots that it needs, and nothing else runs.
+    #[error(
+        "request {id}: expected a slot and {needed} more pages for prompt and new tokens, found {slots} free slots and {pages} \
+         free pages beside {others} other sessions; end one of these, ask for fewer new tokens, or compile the plan with a \
+         larger --max-sequences and --kv-tokens"
+    )]
+    NoRoom { id: u64, needed: usize, pages: usize, slots: usize, others: usize },
     /// A sampling parameter out of range.
     #[error("request {id}: {name}: expected a number {expected}, found {found}; change --{name}")]
     Sampling { id: u64, name: &'static str, expected: &'static str, found: f32 },
@@ -96,16 +119,9 @@ pub enum RequestError {
 impl Request {
     /// Checks the sampling parameters, which need no plan.
     pub(super) fn check_sampling(&self) -> Result<(), RequestError> {
-        let SamplingParams { temperature, top_p, min_p, .. } = self.sampling;
-        let refuse = |name, expected, found| Err(RequestError::Sampling { id: self.id, name, expected, found });
-        if !(temperature.is_finite() && temperature >= 0.0) {
-            return refuse("temperature", "of at least 0", temperature);
+        match self.sampling.fault() {
+            Some((name, expected, found)) => Err(RequestError::Sampling { id: self.id, name, expected, found }),
+            None => Ok(()),
         }
-        for (name, found) in [("top-p", top_p), ("min-p", min_p)] {
-            if !(0.0..=1.0).contains(&found) {
-                return refuse(name, "from 0 to 1", found);
-            }
-        }
-        Ok(())
     }
 }

@@ -32,8 +32,23 @@
 //! at once, all the same: an executor does everything in the order of the calls ([`Executor`](super::Executor)), so the
 //! rows in flight run before anything of the next sequence there, which begins at position 0 and reads nothing that it
 //! has not written.
+//!
+//! **Sessions.** A sequence with a [`Session`](super::Session) keeps its slot and the pages of its rows when it ends, until
+//! [`Scheduler::forget`]. The session's next request has the whole conversation as its prompt, and waits until the one before
+//! has ended. It is admitted to the same slot, keeps the pages and gets the lowest free ones for the rest. Of its prompt, the
+//! rows that it shares with what the slot holds are not planned, so it begins at the first position where the two differ;
+//! at the latest at the prompt's last row, which has to choose. The token chosen last was never run: it is among the rows of the
+//! next prompt. So a session changes which rows run, and no result.
+//!
+//! Cutting a sequence back leaves rows behind it, as do steps that were in flight when it ended. Attention never looks at
+//! them. But in a convolution's ring they stand where earlier columns were: a sequence goes on at a position only if the
+//! columns before it are still there, whatever may have been written since position 0 was; else it begins at position 0.
+//!
+//! Sessions that have ended wait for nobody: a request that can be admitted only when a session is forgotten is refused as soon
+//! as no sequence is left in a slot ([`Scheduler::refuse`]).
 
 mod sequence;
+mod session;
 mod step;
 
 use std::collections::VecDeque;
@@ -42,6 +57,7 @@ use std::ops::ControlFlow;
 use anyhow::{Context, Result, ensure};
 
 pub use self::sequence::Sequence;
+use self::session::{Held, Reuse, reach};
 pub use self::step::{Share, Step};
 use super::buckets::{Buckets, i32_size};
 use super::pages::{FreeList, Pages};
@@ -62,6 +78,10 @@ pub struct Scheduler {
     sequences: Vec<Option<Sequence>>,
     /// Slots in use, in the order of admission.
     order: Vec<u32>,
+    /// Sessions without a sequence in their slots.
+    held: Vec<Held>,
+    /// How far a sequence may be cut back; see [`reach`].
+    reach: usize,
     /// Slot from which the decode round goes on; `None` between rounds.
     round: Option<u32>,
     /// Of the last planned step.
@@ -103,6 +123,8 @@ impl Scheduler {
             queue: VecDeque::new(),
             sequences: Vec::new(),
             order: Vec::new(),
+            held: Vec::new(),
+            reach: reach(program),
             round: None,
             // Nothing decodes at first, so this only says that no prefill step came before.
             phase: Phase::Decode,
@@ -151,21 +173,46 @@ impl Scheduler {
     pub fn admit(&mut self) -> Option<&Sequence> {
         let (_, request) = self.queue.front()?;
         let positions = request.prompt.len() + request.max_new_tokens;
-        if self.slots.free() == 0 {
-            return None;
-        }
-        let pages = self.pages.reserve(positions)?;
-        let slot = self.slots.take_one()?;
-        let (index, Request { id, prompt, max_new_tokens, eos, sampling }) = self.queue.pop_front()?;
-        let (prompt_tokens, mut tokens) = (prompt.len(), prompt);
+        let held = self.held.iter().position(|held| Some(held.session) == request.session);
+        let (slot, pages, written, Reuse { kept, lost }) = if let Some(at) = held {
+            if !self.pages.resize(&mut self.held[at].pages, positions) {
+                return None;
+            }
+            let held = self.held.remove(at);
+            let reuse = held.reuse(&request.prompt, self.reach);
+            (held.slot, held.pages, if reuse.kept > 0 { held.written } else { 0 }, reuse)
+        } else {
+            let running = self.sequences().any(|other| other.session.is_some() && other.session == request.session);
+            if running || self.slots.free() == 0 {
+                return None;
+            }
+            let pages = self.pages.reserve(positions)?;
+            (self.slots.take_one()?, pages, 0, Reuse { kept: 0, lost: 0 })
+        };
+        let (index, Request { id, prompt, max_new_tokens, eos, sampling, session }) = self.queue.pop_front()?;
+        let (prompt_tokens, mut tokens, position) = (prompt.len(), prompt, kept);
         tokens.reserve_exact(max_new_tokens);
         self.order.push(slot);
         let place = slot as usize;
         if self.sequences.len() <= place {
             self.sequences.resize(place + 1, None);
         }
-        let sequence =
-            Sequence { index, id, slot, pages, tokens, prompt_tokens, position: 0, max_new_tokens, eos, sampling };
+        let sequence = Sequence {
+            index,
+            id,
+            slot,
+            pages,
+            tokens,
+            prompt_tokens,
+            position,
+            max_new_tokens,
+            eos,
+            sampling,
+            session,
+            kept,
+            lost,
+            written,
+        };
         Some(self.sequences[place].insert(sequence))
     }
 
@@ -258,7 +305,7 @@ impl Scheduler {
 
     /// Takes the tokens chosen by the oldest step in flight, one for each of its rows with logits. `on_token` sees each
     /// token of a sequence that has not ended, and may stop it; `on_end` gets the sequences that have ended, whose slots and
-    /// pages are free by then.
+    /// pages are free by then, or their sessions'.
     ///
     /// # Errors
     /// No step is in flight, or the tokens are not as many as the rows, or not of the vocabulary; nothing has changed then.
@@ -291,7 +338,7 @@ impl Scheduler {
                 }
             }
             if let Some(reason) = reason
-                && let Some(sequence) = self.release(share.slot)
+                && let Some(sequence) = self.end(share.slot)
             {
                 on_end(sequence, reason);
             }
@@ -311,28 +358,42 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets all sequences, requests and steps, as after an executor has failed.
+    /// Forgets all sequences, sessions, requests and steps, as after an executor has failed.
     pub fn clear(&mut self) {
         self.queue.clear();
         self.round = None;
         self.phase = Phase::Decode;
         self.spare.extend(self.planned.drain(..));
         for slot in std::mem::take(&mut self.order) {
-            self.release(slot);
+            self.sequences[slot as usize].take();
         }
+        self.held.clear();
+        self.slots.free_all();
+        self.pages.free_all();
     }
 
-    fn release(&mut self, slot: u32) -> Option<Sequence> {
-        let sequence = self.sequences[slot as usize].take()?;
+    /// Takes a sequence out of its slot, which is free then or held by its session.
+    fn end(&mut self, slot: u32) -> Option<Sequence> {
+        let mut sequence = self.sequences[slot as usize].take()?;
         self.order.retain(|&other| other != slot);
-        self.slots.give_back(slot);
-        self.pages.release(&sequence.pages);
         for share in self.planned.iter_mut().flat_map(|step| &mut step.shares) {
             share.dropped |= share.slot == slot;
+        }
+        if let Some(session) = sequence.session {
+            let tokens = sequence.tokens[..sequence.rows_run()].to_vec();
+            let written = sequence.written.max(sequence.position);
+            let mut pages = std::mem::take(&mut sequence.pages);
+            self.pages.resize(&mut pages, tokens.len());
+            self.held.push(Held { session, slot, pages, tokens, written });
+        } else {
+            self.slots.give_back(slot);
+            self.pages.release(&sequence.pages);
         }
         Some(sequence)
     }
 }
 
+#[cfg(test)]
+mod session_tests;
 #[cfg(test)]
 mod tests;

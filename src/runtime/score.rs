@@ -41,7 +41,8 @@ pub fn score<E: Executor + ?Sized>(
             && let Some((index, prompt)) = prompts.next()
         {
             let (max_new_tokens, eos, sampling) = (0, vec![], SamplingParams::default());
-            scheduler.submit(index, Request { id: index as u64, prompt, max_new_tokens, eos, sampling })?;
+            scheduler
+                .submit(index, Request { id: index as u64, prompt, max_new_tokens, eos, sampling, session: None })?;
             scorer.admit(&mut scheduler, executor)?;
         }
         scorer.admit(&mut scheduler, executor)?;

@@ -7,25 +7,17 @@ use lfm2c::ir::DType;
 use lfm2c::plan::PlanFile;
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::workload::random_batch;
-use lfm2c::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams};
+use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, gpu, plan};
+use crate::models::{SHAPES, gpu, plan, small};
 
 /// Replays of one step, each over the same state: prompt rows that go on move the convolution's ring, so it is filled anew.
 const REPLAYS: usize = 1000;
 
 /// One bucket a phase, so that a sequence has the same kernels alone and in company.
 fn options(dtype: DType) -> CompileOptions {
-    CompileOptions {
-        dtype: Some(dtype),
-        prefill: Some(vec![64]),
-        decode: Some(vec![8]),
-        max_sequences: Some(8),
-        max_context: Some(256),
-        kv_tokens: Some(2048),
-        ..CompileOptions::default()
-    }
+    small(&[64], &[8], dtype)
 }
 
 pub fn trials() -> Vec<Trial> {
@@ -67,7 +59,7 @@ fn prompts(vocab: u32) -> Vec<Vec<u32>> {
 }
 
 fn request(prompt: &[u32], new: usize) -> Request {
-    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens: new, eos: vec![], sampling: SamplingParams::default() }
+    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens: new, ..Request::default() }
 }
 
 fn run(executor: &mut CudaExecutor, requests: Vec<Request>, logits: bool) -> Result<Vec<Finished>, Failed> {

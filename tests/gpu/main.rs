@@ -5,6 +5,7 @@
 
 mod bits;
 mod models;
+mod sessions;
 mod steps;
 mod tune;
 
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = vec![];
     trials.extend(steps::trials());
     trials.extend(bits::trials());
+    trials.extend(sessions::trials());
     trials.extend(tune::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

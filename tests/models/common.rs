@@ -15,7 +15,7 @@ use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::weights::Origin;
 use lfm2c::runtime::weights::{self, Checkpoint};
-use lfm2c::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams};
+use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use safetensors::SafeTensors;
 
 /// A prompt with what the reference computed for it.
@@ -141,7 +141,7 @@ fn with_origin(file: &PlanFile, directory: Option<&Path>, load: impl FnOnce(Orig
 
 /// A greedy request that ignores the end of the sequence.
 pub fn request(prompt: &[u32], max_new_tokens: usize) -> Request {
-    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens, eos: vec![], sampling: SamplingParams::default() }
+    Request { id: 0, prompt: prompt.to_vec(), max_new_tokens, ..Request::default() }
 }
 
 /// Runs requests together; each must succeed.

@@ -17,11 +17,11 @@ use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
-use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work, logits_table};
 use crate::text::{Text, TextStream};
 
 /// Does it.
-pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<()> {
+pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, started: Instant) -> Result<()> {
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
@@ -43,7 +43,7 @@ pub fn execute(arguments: &Arguments, input: &Path, started: Instant) -> Result<
     if let (Err(why), false) = (&text, arguments.text.stop.is_empty()) {
         return usage(format!("--stop: {why}"));
     }
-    let mut batch = Batch::new(file.hash(), reader(arguments, &file, &text), &mut lines, results);
+    let mut batch = Batch::new(file.hash(), reader(arguments, sampling, &file, &text), &mut lines, results);
     batch.plain = arguments.format == Some(Format::Text);
     batch.retry = arguments.batch.retry_errors;
     batch.captured = (arguments.logits.is_some() || arguments.prompt_logits.is_some()).then(Captured::default);
@@ -73,20 +73,11 @@ fn generate<R: BufRead>(
 ) -> Result<()> {
     let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
     batch.bar.start();
-    let mut generator = Generator::new(&mut *executor, options)?;
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
     generator.run(batch)?;
-    let timing = Timing {
-        ready_seconds,
-        generate_seconds: begun.elapsed().as_secs_f64(),
-        statistics: generator.statistics().clone(),
-    };
+    let timing = Timing::new(ready_seconds, begun, generator.statistics());
     batch.bar.suspend(|| summary(file, &timing, &*executor));
     Ok(())
 }
@@ -123,14 +114,12 @@ fn text(file: &PlanFile, model: Option<&Path>) -> Result<std::result::Result<Tex
     Ok(Text::find(&directory)?.ok_or_else(missing))
 }
 
-fn reader<'t>(arguments: &Arguments, file: &PlanFile, text: &'t std::result::Result<Text, String>) -> Reader<'t> {
-    let sampling = SamplingParams {
-        temperature: arguments.temperature,
-        top_k: arguments.top_k,
-        top_p: arguments.top_p,
-        min_p: arguments.min_p,
-        seed: arguments.seed,
-    };
+fn reader<'t>(
+    arguments: &Arguments,
+    sampling: SamplingParams,
+    file: &PlanFile,
+    text: &'t std::result::Result<Text, String>,
+) -> Reader<'t> {
     let Arguments { max_new_tokens, ignore_eos, .. } = *arguments;
     Reader {
         defaults: Defaults {
@@ -178,7 +167,7 @@ struct AtWork<'t> {
     number: usize,
     place: usize,
     key: String,
-    id: Option<Value>,
+    id: Option<String>,
     max_new_tokens: usize,
     /// The text of its new tokens, where there is a tokenizer.
     stream: Option<TextStream<'t>>,
@@ -216,10 +205,11 @@ impl<R: BufRead> Batch<'_, '_, R> {
             if let Some(kept) = self.results.earlier()? {
                 let again = kept.failed && self.retry;
                 if kept.number != number || (kept.key != key && !again) {
+                    let fix = if kept.failed { "; --retry-errors runs lines that were corrected" } else { "" };
                     bail!(
                         "result {} of the earlier run: expected that of line {number} of {}, with these settings and this plan \
                          (request {key}), found line {}, request {}; resume with the same input, options and plan, or give \
-                         another --output",
+                         another --output{fix}",
                         place + 1,
                         self.lines.name,
                         kept.number,
@@ -314,9 +304,6 @@ impl<R> Batch<'_, '_, R> {
 impl AtWork<'_> {
     fn head(&self) -> Map<String, Value> {
         let mut head = Map::new();
-        if let Some(id) = &self.id {
-            head.insert("id".into(), id.clone());
-        }
         head.insert("line".into(), self.number.into());
         head.insert("request".into(), self.key.clone().into());
         head
@@ -325,7 +312,16 @@ impl AtWork<'_> {
     fn error(&self, what: &str) -> String {
         let mut object = self.head();
         object.insert("error".into(), what.into());
-        Value::from(object).to_string()
+        self.named(object)
+    }
+
+    /// An object behind the line's own name, which is repeated as it was written.
+    fn named(&self, object: Map<String, Value>) -> String {
+        let text = Value::from(object).to_string();
+        match (&self.id, text.strip_prefix('{')) {
+            (Some(id), Some(rest)) => format!("{{\"id\":{id},{rest}"),
+            _ => text,
+        }
     }
 
     fn object(&mut self, finished: &Finished) -> Result<String> {
@@ -341,7 +337,7 @@ impl AtWork<'_> {
         object.insert("tokens".into(), finished.tokens.clone().into());
         object.insert("text".into(), text);
         object.insert("finish_reason".into(), finished.reason.to_string().into());
-        Ok(Value::from(object).to_string())
+        Ok(self.named(object))
     }
 }
 

@@ -14,7 +14,7 @@ pub struct BatchArguments {
     /// the exit code is 1 then.
     ///
     /// FILE.bin, little-endian: int32 count, int32 length, int32 tokens [count, length]. Each sample runs as a prompt of one
-    /// new token; the time of all and the tokens a second are told. `lfm2c samples` makes such files.
+    /// new token; the time of all and the tokens a second are told, after a few samples that do not count. `lfm2c samples` makes such files.
     #[arg(long, value_name = "FILE.jsonl|FILE.bin")]
     pub input: Option<PathBuf>,
     /// With --input: only the first N lines or samples

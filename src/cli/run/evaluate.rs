@@ -2,18 +2,21 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Arguments, Format};
 use crate::cli::load;
-use crate::cli::output::print;
+use crate::cli::output::{print, same_file};
 use crate::cli::samples::file::{Answers, Inputs, run};
 use crate::cli::usage;
 use crate::plan::PlanFile;
 use crate::runtime::Executor;
+
+/// Samples that run first and do not count: memory is touched, threads are started, clocks are up.
+const WARM_UP: usize = 16;
 
 /// What became of a plan's run over samples.
 struct Report {
@@ -47,12 +50,13 @@ struct Bad {
 
 /// Does it.
 pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
-    check_options(arguments)?;
+    check_options(arguments, input)?;
     let options = arguments.choices.options_for(&arguments.input_plan)?;
     let model = arguments.model.as_deref();
     let mut plans = vec![(&arguments.input_plan, load::plan(&arguments.input_plan, model, &options)?)];
     if let Some(path) = &arguments.batch.compare {
         plans.push((path, load::plan(path, model, &options)?));
+        check_models(&plans)?;
     }
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
@@ -66,7 +70,7 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
     let mut reports = vec![];
     for (path, file) in &plans {
         let name = path.display().to_string();
-        reports.push(evaluate(arguments, name, file, &mut Inputs::open(input)?, count)?);
+        reports.push(evaluate(arguments, name, file, input, count)?);
     }
     match arguments.format.unwrap_or(Format::Text) {
         Format::Text => print(text(arguments, &reports, count, inputs.length))?,
@@ -79,8 +83,27 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
     Ok(())
 }
 
-fn check_options(arguments: &Arguments) -> Result<()> {
+/// Refuses plans of different models, whose times say nothing about each other.
+fn check_models(plans: &[(&PathBuf, PlanFile)]) -> Result<()> {
+    let [expected, found] = [0, 1].map(|index| &plans[index].1.manifest.model);
+    ensure!(
+        expected.config_hash == found.config_hash,
+        "--compare {}: expected a plan of the same model, `{}` with configuration {:.12}, found `{}` with configuration {:.12}",
+        plans[1].0.display(),
+        expected.name,
+        expected.config_hash,
+        found.name,
+        found.config_hash,
+    );
+    Ok(())
+}
+
+fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
     let batch = &arguments.batch;
+    let read = std::iter::once(input).chain(batch.validate.as_deref());
+    if let Some(path) = batch.output.as_deref().filter(|output| read.clone().any(|path| same_file(output, path))) {
+        return usage(format!("--output {}: expected another file than those that are read", path.display()));
+    }
     if batch.resume {
         return usage("--resume: expected --input FILE.jsonl, found samples; they run as a whole");
     }
@@ -99,7 +122,8 @@ fn check_options(arguments: &Arguments) -> Result<()> {
 }
 
 /// Runs samples with a plan, compares and writes as the options say.
-fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, inputs: &mut Inputs, count: usize) -> Result<Report> {
+fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, input: &Path, count: usize) -> Result<Report> {
+    let mut inputs = Inputs::open(input)?;
     let batch = &arguments.batch;
     let vocab = file.manifest.model.vocab;
     let open = |path| Answers::open(path, inputs.count, vocab);
@@ -108,7 +132,9 @@ fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, inputs: &mut I
     let mut executor = load::prepared_executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
     let mut verdict = Verdict { largest: 0.0, bad: 0, first: None };
     let length = inputs.length;
-    let statistics = run(&mut *executor, arguments.chunk, inputs, count, &mut |sample, logits| {
+    let warm_up = count.min(WARM_UP);
+    run(&mut *executor, arguments.chunk, &mut Inputs::open(input)?, warm_up, &mut |_, _| Ok(()))?;
+    let statistics = run(&mut *executor, arguments.chunk, &mut inputs, count, &mut |sample, logits| {
         if let Some(answers) = &mut answers {
             verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
         }

@@ -171,7 +171,7 @@ impl Work for Run<'_> {
         let id = self.asked as u64;
         self.asked += 1;
         let (prompt, sampling) = (self.inputs.read(self.vocab)?, SamplingParams::default());
-        Ok(Some(Request { id, prompt, max_new_tokens: 1, eos: vec![], sampling }))
+        Ok(Some(Request { id, prompt, max_new_tokens: 1, sampling, ..Request::default() }))
     }
 
     fn token(&mut self, _: u64, _: u32) -> ControlFlow<()> {

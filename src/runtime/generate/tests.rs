@@ -9,7 +9,7 @@ use crate::runtime::mock::{Mock, VOCAB, bucket, choose, logits_after, manifest};
 use crate::runtime::{Batch, SamplingParams};
 
 fn request(id: u64, prompt: &[u32], max_new_tokens: usize) -> Request {
-    Request { id, prompt: prompt.to_vec(), max_new_tokens, eos: vec![], sampling: SamplingParams::default() }
+    Request { id, prompt: prompt.to_vec(), max_new_tokens, ..Request::default() }
 }
 
 fn small() -> Manifest {
@@ -27,11 +27,11 @@ fn reference(request: &Request, options: Options) -> Finished {
 }
 
 /// Whether the caller stops a sequence after a token.
-fn stops(stop: Option<u64>, id: u64, token: u32) -> bool {
+pub(super) fn stops(stop: Option<u64>, id: u64, token: u32) -> bool {
     stop.is_some_and(|stop| (id * 5 + u64::from(token)) % VOCAB == stop)
 }
 
-fn reference_until(request: &Request, options: Options, stop: Option<u64>) -> Finished {
+pub(super) fn reference_until(request: &Request, options: Options, stop: Option<u64>) -> Finished {
     let (mut all, mut logits) = (request.prompt.clone(), vec![]);
     let mut reason = FinishReason::Length;
     for _ in 0..request.max_new_tokens {
@@ -53,6 +53,8 @@ fn reference_until(request: &Request, options: Options, stop: Option<u64>) -> Fi
     Finished {
         id: request.id,
         prompt_tokens,
+        kept_rows: 0,
+        lost_rows: 0,
         tokens: all[prompt_tokens..].to_vec(),
         reason,
         logits: if options.capture_logits { logits } else { vec![] },
@@ -87,7 +89,7 @@ fn cases() -> impl Strategy<Value = Case> {
             let decode = decode.into_iter().map(|t| bucket(Phase::Decode, t, t, t));
             let buckets = prefill.chain(decode).collect();
             let requests = requests.into_iter().enumerate().map(|(id, (prompt, max_new_tokens, eos, sampling))| {
-                Request { id: id as u64, prompt, max_new_tokens, eos, sampling }
+                Request { id: id as u64, prompt, max_new_tokens, eos, sampling, session: None }
             });
             let (chunk, capture_logits, capture_prompt_logits) = options;
             Case {
@@ -98,7 +100,7 @@ fn cases() -> impl Strategy<Value = Case> {
         })
 }
 
-fn fits(manifest: &Manifest, request: &Request) -> bool {
+pub(super) fn fits(manifest: &Manifest, request: &Request) -> bool {
     let positions = (request.prompt.len() + request.max_new_tokens) as u64;
     positions <= manifest.limits.max_context && positions <= manifest.limits.pages() * manifest.limits.page_tokens
 }
@@ -292,6 +294,8 @@ fn the_table_of_logits_ends_in_nan_and_a_refused_sequence_is_all_nan() {
     let finished = |logits: Vec<f32>| Finished {
         id: 0,
         prompt_tokens: 1,
+        kept_rows: 0,
+        lost_rows: 0,
         tokens: vec![],
         reason: FinishReason::Eos,
         logits,

@@ -1,6 +1,6 @@
 //! A sequence in a slot.
 
-use crate::runtime::{PENDING, SamplingParams};
+use crate::runtime::{PENDING, SamplingParams, Session};
 
 /// A sequence in a slot. Its rows up to `position` are planned, and have run or are in flight; those from there on are
 /// still to be planned. The tokens of its rows become known later than that: at most as many are missing as steps are in
@@ -27,6 +27,14 @@ pub struct Sequence {
     pub eos: Vec<u32>,
     /// How its tokens are chosen.
     pub sampling: SamplingParams,
+    /// The session that it is part of.
+    pub session: Option<Session>,
+    /// Rows of the prompt that the pool held and that are not planned: it began at this position.
+    pub kept: usize,
+    /// Rows of the prompt that the pool held and that run all the same; see [`Scheduler`](super::Scheduler).
+    pub lost: usize,
+    /// Where it began past position 0: no position from here on was written in its slot before.
+    pub(super) written: usize,
 }
 
 impl Sequence {
@@ -43,6 +51,11 @@ impl Sequence {
     /// Position of its last row if nothing ends it before: the last new token is never run.
     pub fn last_position(&self) -> usize {
         (self.prompt_tokens + self.max_new_tokens.saturating_sub(1)).saturating_sub(1)
+    }
+
+    /// Rows whose tokens are wanted and that have run, once it has ended: all but that of the last new token.
+    pub(super) fn rows_run(&self) -> usize {
+        self.prompt_tokens + self.new_tokens().saturating_sub(1)
     }
 
     /// Whether the next row to plan is one of a decode step.

@@ -6,16 +6,16 @@ use super::*;
 use crate::runtime::mock::{VOCAB, bucket, manifest};
 use crate::runtime::{PENDING, SamplingParams};
 
-fn request(id: u64, prompt: usize, max_new_tokens: usize) -> Request {
+pub(super) fn request(id: u64, prompt: usize, max_new_tokens: usize) -> Request {
     let prompt = (0..prompt as u32).map(|i| i % VOCAB as u32).collect();
-    Request { id, prompt, max_new_tokens, eos: vec![], sampling: SamplingParams::default() }
+    Request { id, prompt, max_new_tokens, ..Request::default() }
 }
 
-fn small(chunk: Option<usize>) -> Scheduler {
+pub(super) fn small(chunk: Option<usize>) -> Scheduler {
     with_lookahead(chunk, 1)
 }
 
-fn with_lookahead(chunk: Option<usize>, lookahead: usize) -> Scheduler {
+pub(super) fn with_lookahead(chunk: Option<usize>, lookahead: usize) -> Scheduler {
     let buckets = vec![
         bucket(Phase::Prefill, 4, 3, 3),
         bucket(Phase::Prefill, 8, 3, 3),
@@ -36,7 +36,7 @@ fn line(step: &Step) -> String {
 }
 
 /// Admits and plans what may be.
-fn plan(scheduler: &mut Scheduler) -> Vec<String> {
+pub(super) fn plan(scheduler: &mut Scheduler) -> Vec<String> {
     let mut lines = Vec::new();
     loop {
         while scheduler.admit().is_some() {}
@@ -46,7 +46,7 @@ fn plan(scheduler: &mut Scheduler) -> Vec<String> {
 }
 
 /// Completes the oldest step with these tokens; gives the ends as `index reason`.
-fn complete(scheduler: &mut Scheduler, chosen: &[i32]) -> Vec<String> {
+pub(super) fn complete(scheduler: &mut Scheduler, chosen: &[i32]) -> Vec<String> {
     let mut ends = Vec::new();
     let on_end = |sequence: Sequence, reason| ends.push(format!("{} {reason}", sequence.index));
     scheduler.complete(chosen, |_, _| ControlFlow::Continue(()), on_end).unwrap();
