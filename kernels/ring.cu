@@ -18,11 +18,11 @@
 //
 // Races: a slot is written when all warps have counted up, or met, after reading it, and read after its barrier's phase. Sums
 // lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x are staged
-// between barriers. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor
+// between barriers. A routing is read before the wait only if it is sure to be there. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor
 // on their number.
 //
 // Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
-// SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
+// SUBS, EARLY, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
 
 #include "bulk.cuh"
 #include "list.cuh"
@@ -112,7 +112,7 @@ __device__ __forceinline__ int row_of(int tile, int r) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
-    release_next();
+    if (!ROUTED) release_next();
     extern __shared__ Quad dynamic_shared[];
     u8* const slots = (u8*)dynamic_shared;
     Group* const groups = (Group*)(slots + SLOTS * SLOT);
@@ -161,8 +161,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     if (!ROUTED) start(LIST);
     CONSTANTS;
     if (!ROUTED) __syncthreads();
+#if EARLY
+    if (!early) wait_for_previous();
+    start(LIST);
     wait_for_previous();
-    if (ROUTED) start(LIST);
+    release_next();
+#else
+    wait_for_previous();
+#endif
 
     Multiply product;
     int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;

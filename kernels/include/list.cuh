@@ -25,7 +25,7 @@ __device__ __forceinline__ int all_rows(Group* groups, int rows) {
 // Each pair of a row and an expert by itself.
 __device__ __forceinline__ int each_pair(Group* groups, const int* experts, int pairs) {
 #pragma unroll 1
-    for (int p = threadIdx.x; p < pairs; p += THREADS) groups[p] = Group{load_fresh(experts + p), p, 1, 0};
+    for (int p = threadIdx.x; p < pairs; p += THREADS) groups[p] = Group{load_early(experts + p), p, 1, 0};
     __syncthreads();
     return pairs;
 }
@@ -34,7 +34,7 @@ __device__ __forceinline__ int each_pair(Group* groups, const int* experts, int 
 __device__ __forceinline__ int each_row(Group* groups, const int* experts, const float* weights, int rows) {
 #pragma unroll 1
     for (int p = threadIdx.x; p < rows * SUBS; p += THREADS)
-        groups[p] = Group{load_fresh(experts + p), p, 1, __int_as_float(load_fresh((const int*)weights + p))};
+        groups[p] = Group{load_early(experts + p), p, 1, __int_as_float(load_early((const int*)weights + p))};
     __syncthreads();
     return rows;
 }
@@ -47,8 +47,8 @@ __device__ __forceinline__ int by_expert(Group* groups, const int* offsets, int 
         for (int base = 0; base < experts; base += 32) {
             int e = base + lane, start = 0, rows = 0;
             if (e < experts) {
-                start = load_fresh(offsets + e);
-                rows = load_fresh(offsets + e + 1) - start;
+                start = load_early(offsets + e);
+                rows = load_early(offsets + e + 1) - start;
             }
             int parts = (rows + COLUMNS - 1) / COLUMNS, through = parts;
 #pragma unroll

@@ -187,6 +187,11 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     for (name, value) in constants {
         builder.constant(name, value);
     }
+    let routed = product.routing.inputs();
+    builder.line(format_args!("#define EARLY {}", u8::from(!routed.is_empty())));
+    if !routed.is_empty() {
+        builder.early("early", &routed).releases_late();
+    }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
     if shape.apart {
         config += " apart";
