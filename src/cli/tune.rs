@@ -1,5 +1,6 @@
 //! `lfm2c compile --tune`: the candidates of every choice among kernels, measured on the GPU that is present.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -7,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
-use crate::codegen::refine::{Refined, Refinement};
+use crate::codegen::refine::{Entry, Refined, Refinement};
+use crate::codegen::select::{APART, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -27,8 +29,10 @@ pub fn measure(
     keep: &mut dyn FnMut(Lock) -> Result<()>,
 ) -> Result<()> {
     let gpu = gpu()?;
-    let problems = CompileOptions { without_cubins: true, tactics: Default::default(), ..options.clone() };
-    let manifest = load::compile_source(source, &problems)?.file.manifest;
+    let options = &CompileOptions { tactics: Tactics::default(), ..options.clone() };
+    let problems = CompileOptions { without_cubins: true, ..options.clone() };
+    let compiled = load::compile_source(source, &problems)?;
+    let manifest = compiled.file.manifest;
     let mut tuning = Tuning::of(&manifest);
     let rounds = tuning.rounds();
     let mut toolkit = (0, 0);
@@ -41,12 +45,47 @@ pub fn measure(
     for (bucket, at) in manifest.ranks[RANK].buckets.iter().enumerate() {
         if at.phase == Phase::Decode {
             let alone = only(&manifest, at.tokens, options);
-            let found = refine(source, &alone, model, Refinement::new(&tuning.entries(bucket)), &at.name)?;
+            let search = Refinement::new(&tuning.entries(bucket));
+            let found = refine(source, &alone, model, search, &at.name)?;
             tuning.refine(bucket, found);
             keep(tuning.lock(&gpu, toolkit))?;
+            let optional = &compiled.buckets[bucket].optional;
+            if let Some(found) = apart(source, &alone, model, &mut tuning, optional, &at.name)? {
+                tuning.take_apart(bucket, found);
+                keep(tuning.lock(&gpu, toolkit))?;
+            }
         }
     }
     print(report(&tuning, &gpu))
+}
+
+/// Finds out which of a bucket's fused operators are better taken apart, once what they are made of has been measured.
+fn apart(
+    source: &Source,
+    alone: &CompileOptions,
+    model: Option<&Path>,
+    tuning: &mut Tuning,
+    optional: &BTreeSet<String>,
+    name: &str,
+) -> Result<Option<Refined>> {
+    if optional.is_empty() {
+        return Ok(None);
+    }
+    let tactics = Tactics { chosen: optional.iter().map(|key| (key.clone(), APART.to_owned())).collect(), nth: None };
+    let all = CompileOptions { tactics, ..alone.clone() };
+    let without = CompileOptions { without_cubins: true, ..all.clone() };
+    let mut parts = Tuning::of(&load::compile_source(source, &without)?.file.manifest);
+    parts.learn(tuning);
+    for round in parts.rounds() {
+        if !parts.measured(round).is_empty() {
+            run(source, &all, model, &mut parts, round)?;
+        }
+    }
+    tuning.absorb(parts);
+    let chosen = tuning.lock("", (0, 0)).tactics();
+    let base = CompileOptions { tactics: chosen, ..alone.clone() };
+    let entries: Vec<Entry> = optional.iter().map(|key| Entry::fusion(key)).collect();
+    refine(source, &base, model, Refinement::new(&entries), &format!("{name}, fused or apart")).map(Some)
 }
 
 /// The name of the first GPU, if kernels can be compiled for it.
@@ -62,7 +101,8 @@ fn gpu() -> Result<String> {
     Ok(device.name.clone())
 }
 
-/// Compiles and measures one round, as often as it takes until the device runs all of it. Gives the toolkit's version.
+/// Compiles and measures one round, with the options' own tactics beside it, as often as it takes until the device runs all of it.
+/// Gives the toolkit's version.
 fn run(
     source: &Source,
     options: &CompileOptions,
@@ -71,7 +111,9 @@ fn run(
     round: Round,
 ) -> Result<(u32, u32)> {
     loop {
-        let options = CompileOptions { tactics: tuning.tactics(round)?, ..options.clone() };
+        let mut tactics = tuning.tactics(round)?;
+        tactics.chosen.extend(options.tactics.chosen.clone());
+        let options = CompileOptions { tactics, ..options.clone() };
         let file = load::compile_source(source, &options)?.file;
         match time(&file, model, &tuning.measured(round))? {
             Timed::Steps(times) => {
@@ -122,7 +164,8 @@ fn only(manifest: &Manifest, rows: u64, options: &CompileOptions) -> CompileOpti
     }
 }
 
-/// Times a bucket's whole graphs, over weights and state that are made once.
+/// Times a bucket's whole graphs with the options' own tactics beside those tried, over weights and state that are made once, if
+/// the steps stay the same.
 fn refine(
     source: &Source,
     options: &CompileOptions,
@@ -134,15 +177,22 @@ fn refine(
     let all = search.left();
     let bar = progress::count(&format!("timing graphs of {name}"), all as u64);
     while let Some(tactics) = search.next() {
-        let file = load::compile_source(source, &CompileOptions { tactics, ..options.clone() })?.file;
-        let (mut executor, inputs) = match held.take() {
+        let mut options = options.clone();
+        options.tactics.chosen.extend(tactics.chosen);
+        let file = load::compile_source(source, &options)?.file;
+        let adopted = match held.take() {
+            Some((executor, _)) if !executor.runs_same_steps(&file) => None,
+            Some((mut executor, inputs)) => {
+                executor.adopt(&file)?;
+                Some((executor, inputs))
+            }
+            None => None,
+        };
+        let (mut executor, inputs) = match adopted {
+            Some(both) => both,
             None => {
                 let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
                 let inputs = Inputs::prepare(&mut executor, 0, &Options::default())?;
-                (executor, inputs)
-            }
-            Some((mut executor, inputs)) => {
-                executor.adopt(&file)?;
                 (executor, inputs)
             }
         };

@@ -1,13 +1,14 @@
 //! The choice among kernels by whole graphs: from the times of single steps to what the steps of a bucket take together.
 //!
 //! In a captured graph neighbours overlap: a kernel that is slower by itself but starts early, or leaves room beside it, can make
-//! the graph faster. So a bucket begins with the better of two choices, the registry's defaults and the fastest of each problem
-//! by itself, and then takes one problem after the other, the longest first, and tries its best candidates within the whole
-//! graph. What makes the graph faster stays. Who measures is not said here: times come in.
+//! the graph faster. So a bucket begins with the best of several choices: the registry's defaults, the fastest of each problem
+//! by itself, and for each kernel that runs more than one problem, that kernel wherever it runs, since what a kernel leaves to
+//! its neighbours shows only where they are of its kind. Then it takes one problem after the other, the longest first, and tries
+//! its best candidates within the whole graph. What makes the graph faster stays. Who measures is not said here: times come in.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::codegen::select::Tactics;
+use crate::codegen::select::{APART, Tactics};
 
 /// How much faster a graph must be for a choice to change: less is noise.
 const MARGIN: f64 = 0.003;
@@ -15,6 +16,9 @@ const MARGIN: f64 = 0.003;
 const MOST_TRIED: usize = 3;
 /// Candidates that take this much longer than the fastest by themselves are not tried.
 const FAR: f64 = 1.6;
+
+/// What is tried of a fused operator beside [`APART`].
+const TOGETHER: &str = "together";
 
 /// A problem of the bucket: what is known of its candidates.
 #[derive(Clone, PartialEq, Debug)]
@@ -30,6 +34,12 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether a fused operator stays together or is taken apart: nothing is known of either.
+    pub fn fusion(key: &str) -> Entry {
+        let candidates = [TOGETHER, APART].map(|name| (name.to_owned(), 1.0)).to_vec();
+        Entry { key: key.to_owned(), steps: 1, candidates, fixed: None }
+    }
+
     /// The candidates, the fastest first.
     fn by_time(&self) -> Vec<&(String, f64)> {
         let mut list: Vec<_> = self.candidates.iter().collect();
@@ -38,13 +48,29 @@ impl Entry {
     }
 }
 
+/// The kernel of a candidate: the first word of its name.
+fn kernel_of(candidate: &str) -> &str {
+    candidate.split(' ').next().unwrap_or(candidate)
+}
+
+/// Kernels that run more than one of the problems.
+fn shared_kernels(entries: &[Entry]) -> BTreeSet<&str> {
+    let mut once = BTreeSet::new();
+    let mut shared = BTreeSet::new();
+    for entry in entries {
+        let kernels: BTreeSet<&str> = entry.candidates.iter().map(|(name, _)| kernel_of(name)).collect();
+        shared.extend(kernels.into_iter().filter(|kernel| !once.insert(*kernel)));
+    }
+    shared
+}
+
 /// The search for one bucket.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Refinement {
     /// By problem: the choice so far.
     chosen: BTreeMap<String, String>,
-    /// The other of the two beginnings.
-    fastest: BTreeMap<String, String>,
+    /// The other beginnings that are left.
+    beginnings: VecDeque<BTreeMap<String, String>>,
     /// What is left to try: problem and candidate.
     queue: VecDeque<(String, String)>,
     /// What is being timed.
@@ -59,7 +85,7 @@ pub struct Refinement {
 #[derive(Clone, PartialEq, Debug)]
 enum Trial {
     Defaults,
-    Fastest,
+    Beginning(BTreeMap<String, String>),
     One(String, String),
     Done,
 }
@@ -88,6 +114,16 @@ impl Refinement {
                 .filter_map(|entry| Some((entry.key.clone(), entry.fixed.clone().or_else(|| of(entry))?)));
             named.collect()
         };
+        let chosen = choice(&first);
+        let mut beginnings = VecDeque::from([choice(&best)]);
+        beginnings.extend(shared_kernels(entries).into_iter().map(|kernel| {
+            let of_kernel = |entry: &Entry| {
+                entry.by_time().into_iter().find(|at| kernel_of(&at.0) == kernel).map(|at| at.0.clone())
+            };
+            choice(&|entry| of_kernel(entry).or_else(|| first(entry)))
+        }));
+        let mut known = BTreeSet::from([chosen.clone()]);
+        beginnings.retain(|beginning| known.insert(beginning.clone()));
         let mut free: Vec<&Entry> =
             entries.iter().filter(|entry| entry.fixed.is_none() && entry.candidates.len() > 1).collect();
         let total = |entry: &Entry| entry.steps as f64 * entry.by_time().first().map_or(0.0, |(_, us)| *us);
@@ -103,15 +139,7 @@ impl Refinement {
             );
             queue.extend(names.into_iter().map(|name| (entry.key.clone(), name.clone())));
         }
-        Refinement {
-            chosen: choice(&first),
-            fastest: choice(&best),
-            queue,
-            trial: Trial::Defaults,
-            default_us: f64::NAN,
-            us: f64::NAN,
-            timed: 0,
-        }
+        Refinement { chosen, beginnings, queue, trial: Trial::Defaults, default_us: f64::NAN, us: f64::NAN, timed: 0 }
     }
 
     /// What to time next; none when the search is done.
@@ -119,12 +147,14 @@ impl Refinement {
         let mut chosen = self.chosen.clone();
         match &self.trial {
             Trial::Defaults => {}
-            Trial::Fastest => chosen = self.fastest.clone(),
+            Trial::Beginning(beginning) => chosen = beginning.clone(),
             Trial::One(key, name) => {
                 chosen.insert(key.clone(), name.clone());
             }
             Trial::Done => return None,
         }
+        // Fused is what an operator is where nothing is said.
+        chosen.retain(|_, name| name != TOGETHER);
         Some(Tactics { chosen, nth: None })
     }
 
@@ -135,10 +165,10 @@ impl Refinement {
         match std::mem::replace(&mut self.trial, Trial::Done) {
             Trial::Defaults => {
                 (self.default_us, self.us) = (us.unwrap_or(f64::INFINITY), us.unwrap_or(f64::INFINITY));
-                self.trial = if self.fastest == self.chosen { self.following() } else { Trial::Fastest };
+                self.trial = self.following();
                 return;
             }
-            Trial::Fastest if faster => self.chosen = self.fastest.clone(),
+            Trial::Beginning(beginning) if faster => self.chosen = beginning,
             Trial::One(key, name) if faster => {
                 self.chosen.insert(key, name);
             }
@@ -150,8 +180,11 @@ impl Refinement {
         self.trial = self.following();
     }
 
-    /// The next single change that is one.
+    /// The next beginning, and after these the next single change that is one.
     fn following(&mut self) -> Trial {
+        if let Some(beginning) = self.beginnings.pop_front() {
+            return Trial::Beginning(beginning);
+        }
         while let Some((key, name)) = self.queue.pop_front() {
             if self.chosen.get(&key) != Some(&name) {
                 return Trial::One(key, name);
@@ -162,7 +195,7 @@ impl Refinement {
 
     /// Graphs that are left to time, at the most.
     pub fn left(&self) -> usize {
-        self.queue.len() + usize::from(self.trial != Trial::Done)
+        self.beginnings.len() + self.queue.len() + usize::from(self.trial != Trial::Done)
     }
 
     /// What was found, when the search is done.
@@ -220,10 +253,38 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_that_pays_only_among_its_kind_is_found() {
+        let entries = [
+            entry("head", 1, &[("stream 1", 50.0), ("ring 1", 51.0)]),
+            entry("ffn", 22, &[("stream 1", 10.0), ("ring 1", 12.0), ("ring 2", 11.0)]),
+            entry("conv", 18, &[("other", 3.0)]),
+        ];
+        let found = search(&entries, |chosen| {
+            let ring = ["head", "ffn"].map(|key| chosen[key].starts_with("ring"));
+            Some(if ring == [true, true] { 80.0 } else { 100.0 + f64::from(u8::from(ring[0] || ring[1])) })
+        });
+        assert_eq!((found.chosen["ffn"].as_str(), found.chosen["conv"].as_str()), ("ring 2", "other"));
+        assert_eq!(found.us, 80.0);
+    }
+
+    #[test]
     fn a_graph_that_does_not_run_is_not_chosen() {
         let found = search(&problems(), |chosen| (chosen["ffn"] != "wide").then_some(5.0));
         assert_eq!(found.chosen["ffn"], "narrow");
         assert_eq!((found.default_us, found.us), (f64::INFINITY, 5.0));
+    }
+
+    #[test]
+    fn fused_operators_are_taken_apart_where_that_pays() {
+        let entries = ["head", "conv", "attention"].map(Entry::fusion);
+        let found = search(&entries, |chosen| {
+            assert!(chosen.values().all(|name| name == APART), "nothing is said of what stays together");
+            let us = |key: &str, gain: f64| if chosen.contains_key(key) { -gain } else { 0.0 };
+            Some(1000.0 + us("head", 100.0) + us("conv", 50.0) + us("attention", -20.0))
+        });
+        let apart: Vec<&str> =
+            found.chosen.iter().filter(|(_, name)| *name == APART).map(|(key, _)| key.as_str()).collect();
+        assert_eq!((apart, found.us), (vec!["conv", "head"], 850.0));
     }
 
     #[test]

@@ -1,17 +1,21 @@
 //! Which kernel runs which step: the registry's default, or what tactics say.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{Phase, Program, Semantic};
+use crate::plan::{self, Instr, Phase, Program, Semantic, Slot};
+
+/// What tactics say of a problem that is better left as the steps that it was made of.
+pub const APART: &str = "apart";
 
 /// Choices among candidates, beside which the registry's first is taken.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
-    /// For a problem (see [`problem_key`]) the candidate's name. Names of problems and candidates that there are not are ignored.
+    /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
+    /// are ignored.
     pub chosen: BTreeMap<String, String>,
     /// Takes the candidate of this position, modulo their number, of each problem that none is chosen for: to run all of them.
     pub nth: Option<usize>,
@@ -26,10 +30,33 @@ pub struct Known {
     pub chosen: usize,
 }
 
-/// A name for a problem that stays the same from run to run.
+/// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for.
 pub fn problem_key(problem: &Problem) -> String {
-    let text = format!("{:?} {:?}", problem.phase, problem.semantic);
+    let text = format!("{:?} {:?}", problem.phase, without_capacity(problem.semantic));
     format!("{} {}", problem.semantic.name, &blake3::hash(text.as_bytes()).to_hex()[..16])
+}
+
+/// A semantic whose states have no room: what a step does to the rows at hand does not depend on it.
+fn without_capacity(semantic: &Semantic) -> Semantic {
+    let mut bare = semantic.clone();
+    for Instr(op, args, _) in &semantic.body {
+        // States by their position among the arguments, with the sizes that are room alone.
+        let states: &[(usize, usize)] = match op {
+            plan::Op::Conv1dCausal => &[(2, 1)],
+            plan::Op::KvWrite => &[(2, 1), (3, 2)],
+            plan::Op::Attention { .. } => &[(1, 1), (2, 2)],
+            plan::Op::Sample => &[(4, 1)],
+            _ => &[],
+        };
+        for &(at, sizes) in states {
+            if let Some(Slot::In(i)) = args.get(at)
+                && let Some(ty) = bare.inputs.get_mut(*i as usize)
+            {
+                ty.1.iter_mut().take(sizes).for_each(|size| *size = 0);
+            }
+        }
+    }
+    bare
 }
 
 /// The problem of each step of a program, in order, beside the position of its bucket.
@@ -38,6 +65,12 @@ pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<
         let semantics = bucket.steps.iter().filter_map(|step| program.semantics.get(step.op as usize));
         semantics.map(move |semantic| (i, Problem { semantic, phase: bucket.phase }))
     })
+}
+
+/// Whether a fused operator competes with its parts: rows that are prepared for a product, where each block of the product's kernel
+/// repeats the preparation, which pays for few rows.
+fn may_be_apart(semantic: &Semantic) -> bool {
+    semantic.body.len() > 1 && matches!(semantic.body.last(), Some(Instr(plan::Op::Matmul, ..)))
 }
 
 /// Chooses, and remembers what it chose.
@@ -61,7 +94,7 @@ impl<'a> Selector<'a> {
         }
         let problem = Problem { semantic, phase };
         let mut list = candidates(&problem);
-        // Whatever tactics say, there is a choice if there is a candidate: what is fused must not depend on them.
+        // Whatever candidate tactics name, there is a choice if there is one: what is fused must not depend on that.
         let at = self.chosen(&problem, &list).or(self.tactics.nth.and_then(|nth| nth.checked_rem(list.len())));
         let at = at.unwrap_or(0);
         let chosen = (at < list.len()).then(|| Arc::new(list.swap_remove(at)));
@@ -89,10 +122,28 @@ impl<'a> Selector<'a> {
         Known { problems: problems.len(), chosen: problems.values().filter(|&&chosen| chosen).count() }
     }
 
-    /// Whether a kernel can run an operator of a graph.
-    pub fn runs(&self, graph: &Graph, op: &Op, phase: Phase, extents: &Extents) -> bool {
-        let lowered = semantic::lower(graph, op, &graph.state_roots(), extents);
-        lowered.is_ok_and(|lowered| self.choose(&lowered.semantic, phase).is_some())
+    /// Whether a fused operator of a graph is one that a kernel can run, and that tactics do not want apart. Those that might be
+    /// either are added to `optional`.
+    pub fn admits(
+        &self,
+        graph: &Graph,
+        op: &Op,
+        phase: Phase,
+        extents: &Extents,
+        optional: &mut BTreeSet<String>,
+    ) -> bool {
+        let Ok(lowered) = semantic::lower(graph, op, &graph.state_roots(), extents) else { return false };
+        let semantic = lowered.semantic;
+        if self.choose(&semantic, phase).is_none() {
+            return false;
+        }
+        if !may_be_apart(&semantic) {
+            return true;
+        }
+        let key = problem_key(&Problem { semantic: &semantic, phase });
+        let apart = self.tactics.chosen.get(&key).is_some_and(|chosen| chosen == APART);
+        optional.insert(key);
+        !apart
     }
 
     /// Takes apart each fused operator that no kernel can run.
@@ -144,9 +195,26 @@ mod tests {
         compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")
     }
 
+    #[test]
+    fn what_tactics_want_apart_is_not_fused() {
+        let default = program(Tactics::default());
+        let fused = |program: &Program| {
+            let of_decode = step_problems(program).filter(|(_, problem)| problem.phase == Phase::Decode);
+            let fused = of_decode.filter(|(_, problem)| may_be_apart(problem.semantic));
+            fused.map(|(_, problem)| problem_key(&problem)).collect::<BTreeSet<_>>()
+        };
+        let keys = fused(&default);
+        let (key, others) = (keys.first().expect("there are some"), keys.len() - 1);
+        let chosen = BTreeMap::from([(key.clone(), APART.to_owned())]);
+        let other = program(Tactics { chosen, nth: None });
+        assert!(fused(&other).len() >= others && !fused(&other).contains(key), "{key}");
+        let steps = |program: &Program| program.buckets.iter().map(|bucket| bucket.steps.len()).sum::<usize>();
+        assert!(steps(&other) > steps(&default));
+    }
+
     /// Steps and semantics alike: the measurements of all candidates rely on it.
     #[test]
-    fn what_is_fused_does_not_depend_on_tactics() {
+    fn what_is_fused_does_not_depend_on_candidates() {
         let keys = |program: &Program| -> Vec<(usize, String)> {
             step_problems(program).map(|(bucket, problem)| (bucket, problem_key(&problem))).collect()
         };
@@ -155,6 +223,26 @@ mod tests {
             let other = program(Tactics { nth: Some(nth), ..Tactics::default() });
             assert_eq!(keys(&default), keys(&other), "candidates {nth}");
         }
+    }
+
+    #[test]
+    fn problems_are_the_same_with_another_room_for_state() {
+        let keys = |slots, kv_tokens| {
+            let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
+            let options = CompileOptions {
+                target: Target::Sm90a,
+                prefill: Some(vec![]),
+                decode: Some(vec![4]),
+                max_sequences: Some(slots),
+                kv_tokens: Some(kv_tokens),
+                without_cubins: true,
+                ..CompileOptions::default()
+            };
+            let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
+            let program = compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank");
+            step_problems(&program).map(|(_, problem)| problem_key(&problem)).collect::<Vec<_>>()
+        };
+        assert_eq!(keys(4, 4096), keys(9, 8192));
     }
 
     #[test]

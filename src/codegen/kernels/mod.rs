@@ -19,6 +19,7 @@ mod kv_write;
 mod pattern;
 mod pointwise;
 mod product;
+mod ring;
 mod rms_norm;
 mod rope;
 mod router;
@@ -72,6 +73,7 @@ pub trait Twin: Sync {
 pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
+    &ring::Ring,
     &tile::Tile,
     &wgmma::Wgmma,
     &tile_fma::TileFma,
@@ -103,6 +105,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
+    ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),

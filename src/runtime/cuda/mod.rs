@@ -106,6 +106,11 @@ impl CudaExecutor {
         })
     }
 
+    /// Whether a plan does the same steps over the same pool, by whatever kernels.
+    pub fn runs_same_steps(&self, file: &PlanFile) -> bool {
+        file.manifest.ranks.get(self.rank).is_some_and(|program| same_but_launches(program, self.program()))
+    }
+
     /// Goes on with another plan's kernels: one of the same steps over the same pool, which keeps its contents. Graphs are to be
     /// captured anew.
     ///
@@ -304,6 +309,25 @@ impl CudaExecutor {
             self.captured[bucket] = Some(captured.with_context(|| format!("capturing bucket {name}"))?);
         }
         self.captured[bucket].as_ref().context("captured just now")
+    }
+
+    /// Captures the first steps of a bucket by themselves, to be launched with [`CudaExecutor::replay_captured`].
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::capture`].
+    pub fn capture_first(&self, bucket: usize, count: usize) -> Result<Captured> {
+        let steps = self.ready.get(bucket).and_then(|steps| steps.get(..count));
+        let steps = steps.with_context(|| format!("no {count} steps in bucket {bucket}"))?;
+        let lanes = Lanes::of(&self.program().buckets[bucket].steps[..count]);
+        self.streams.capture(|| self.streams.queue(steps, &lanes))
+    }
+
+    /// Queues what was captured.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn replay_captured(&self, captured: &Captured) -> Result<()> {
+        Ok(captured.graph.launch(self.streams.main())?)
     }
 
     /// Captures all buckets, the largest first.

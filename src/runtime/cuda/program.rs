@@ -147,6 +147,7 @@ impl Kernels {
                 let made = TensorMap::new(&boxes).with_context(|| format!("step {}", step.name))?;
                 Ok(Argument::Map(made))
             }
+            Arg::Early => Ok(Argument::Bits(u64::from(!launch.early.is_empty()))),
         });
         let shape = LaunchShape {
             grid: launch.grid,
