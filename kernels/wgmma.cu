@@ -40,8 +40,10 @@ constexpr int OUT_PIECE = PIECE * OUT_ROW;
 constexpr int OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + MULTIPLIERS * OUT_BUFFERS * OUT_BYTES;
 constexpr int PARTS_AT = BARRIERS_AT + STAGES * 16;
 static_assert(COPIERS + FINISHERS <= 4 && PIECE % 16 == 0 && BN % PIECE == 0 && (FINISHERS == 0 || PIECE == BN), "whole pieces");
-// Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once.
-constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR, AT_ONCE = 4;
+// Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once, fewer where
+// there are few registers.
+constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR;
+constexpr int AT_ONCE = RESIDENT * MULTIPLIERS > 2 ? 2 : 4;
 // The first of the barriers of each four warps: their own, then those of them and the finishers.
 constexpr int OWN = 1, FILLED = OWN + MULTIPLIERS, DRAINED = FILLED + MULTIPLIERS;
 
