@@ -43,7 +43,8 @@ static_assert(COPIERS + FINISHERS <= 4 && PIECE % 16 == 0 && BN % PIECE == 0 && 
 // Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once, fewer where
 // there are few registers.
 constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR;
-constexpr int AT_ONCE = RESIDENT * MULTIPLIERS > 2 ? 2 : 4;
+constexpr int MOST_AT_ONCE = RESIDENT * MULTIPLIERS > 2 ? 2 : 4, PIECE_VECTORS = PIECE * ROW_VECTORS / GROUP_THREADS;
+constexpr int AT_ONCE = PIECE_VECTORS < 1 ? 1 : PIECE_VECTORS < MOST_AT_ONCE ? PIECE_VECTORS : MOST_AT_ONCE;
 // The first of the barriers of each four warps: their own, then those of them and the finishers.
 constexpr int OWN = 1, FILLED = OWN + MULTIPLIERS, DRAINED = FILLED + MULTIPLIERS;
 
@@ -149,32 +150,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         const int count = min(tile.end - tile.first - row0, PIECE) * ROW_VECTORS;
         const int column0 = (tile.column * BM + mine * WM) / HALVES;
         for (int begin = thread; begin < count; begin += threads * AT_ONCE) {
-            // All loads before the stores, which might be to what is loaded.
-            Operands<VECTOR> operands[AT_ONCE];
-            Pack<P, VECTOR> values[AT_ONCE][HALVES];
-            i64 row[AT_ONCE];
-            int column[AT_ONCE];
+            // All loads before the stores, which might be to what is loaded; no branches in between.
+            Operands<VECTOR> operands[AT_ONCE] = {};
+            Pack<P, VECTOR> values[AT_ONCE][HALVES] = {};
+            Y* to[AT_ONCE];
             bool valid[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) {
-                const int vector = begin + i * threads, inside = vector % ROW_VECTORS * VECTOR;
-                row[i] = tile.first + row0 + vector / ROW_VECTORS, column[i] = column0 + inside;
-                valid[i] = vector < count && (N % BM == 0 || column[i] < Y_COLUMNS);
-                if (!valid[i]) continue;
-                operands[i] = OPERANDS(VECTOR, row[i], column[i]);
+                const int vector = begin + i * threads, inside = vector % ROW_VECTORS * VECTOR, column = column0 + inside;
+                const i64 row = tile.first + row0 + vector / ROW_VECTORS;
+                to[i] = y + row * Y_COLUMNS + column;
+                valid[i] = vector < count && (N % BM == 0 || column < Y_COLUMNS);
+                if (valid[i]) operands[i] = OPERANDS(VECTOR, row, column);
                 const P* place = from + vector / ROW_VECTORS * OUT_ROW + (HALVES == 2 ? inside / 8 * 16 + inside % 8 : inside);
 #pragma unroll
-                for (int half = 0; half < HALVES; half++) values[i][half] = *(const Pack<P, VECTOR>*)(place + half * 8);
+                for (int half = 0; half < HALVES; half++)
+                    if (valid[i]) values[i][half] = *(const Pack<P, VECTOR>*)(place + half * 8);
             }
+            Pack<Y, VECTOR> made[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) {
-                if (!valid[i]) continue;
-                Pack<Y, VECTOR> made;
+            for (int i = 0; i < AT_ONCE; i++)
 #pragma unroll
                 for (int c = 0; c < VECTOR; c++)
-                    made.at[c] = from_f32<Y>(finished(to_f32(values[i][0].at[c]), to_f32(values[i][HALVES - 1].at[c]), operands[i], c));
-                *(Pack<Y, VECTOR>*)(y + row[i] * Y_COLUMNS + column[i]) = made;
-            }
+                    made[i].at[c] =
+                        from_f32<Y>(finished(to_f32(values[i][0].at[c]), to_f32(values[i][HALVES - 1].at[c]), operands[i], c));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++)
+                if (valid[i]) *(Pack<Y, VECTOR>*)to[i] = made[i];
         }
     };
 

@@ -14,6 +14,8 @@ use crate::plan::{BinaryFn, Expr, Instr, Op, Semantic, Slot, UnaryFn};
 pub struct Registers {
     /// The statements.
     pub text: String,
+    /// Whether exponentials and the divisions by them may be off by some units in the last place.
+    pub fast: bool,
     count: usize,
 }
 
@@ -35,6 +37,7 @@ impl Registers {
                 Expr::Arg(i) => operands[i as usize].clone(),
                 Expr::Const(x) => c_number(x),
                 Expr::Round(x, dtype) => format!("rounded<{}>({})", c_type(dtype), at(x)),
+                Expr::Unary(function, x) if self.fast => fast_unary(function, at(x)),
                 Expr::Unary(function, x) => unary(function, at(x)),
                 Expr::Binary(function, x, y) => binary(function, at(x), at(y)),
             };
@@ -56,6 +59,15 @@ fn unary(function: UnaryFn, x: &str) -> String {
         UnaryFn::Sigmoid => format!("1.0f / (1.0f + expf(-{x}))"),
         UnaryFn::Silu => format!("{x} / (1.0f + expf(-{x}))"),
         UnaryFn::Relu => format!("fmaxf({x}, 0.0f)"),
+    }
+}
+
+/// The same without branches, off by a few units in the last place of binary32.
+fn fast_unary(function: UnaryFn, x: &str) -> String {
+    match function {
+        UnaryFn::Sigmoid => format!("__fdividef(1.0f, 1.0f + __expf(-{x}))"),
+        UnaryFn::Silu => format!("__fdividef({x}, 1.0f + __expf(-{x}))"),
+        other => unary(other, x),
     }
 }
 
@@ -93,13 +105,23 @@ pub struct Epilogue {
     /// Values read beside the product, and where, in terms of row and column.
     operands: Vec<(Slot, String)>,
     text: String,
+    /// The same with [`Registers::fast`], if the result is of 16 bits, which do not show it.
+    fast: String,
 }
 
 impl Epilogue {
     /// The epilogue that computes the rest of a body from the product in `product`; none if the rest is something else, or
     /// the product is needed beside it.
     pub fn new(semantic: &Semantic, rest: &[Instr], product: Slot) -> Option<Epilogue> {
-        let mut registers = Registers::default();
+        let exact = Epilogue::with(semantic, rest, product, false)?;
+        match ty(semantic, exact.output).0.bytes() {
+            2 => Some(Epilogue { fast: Epilogue::with(semantic, rest, product, true)?.text, ..exact }),
+            _ => Some(exact),
+        }
+    }
+
+    fn with(semantic: &Semantic, rest: &[Instr], product: Slot, fast: bool) -> Option<Epilogue> {
+        let mut registers = Registers { fast, ..Registers::default() };
         let mut known: Vec<(Slot, String)> = vec![];
         let mut operands: Vec<(Slot, String)> = vec![];
         let mut rest = rest;
@@ -150,7 +172,7 @@ impl Epilogue {
             return None;
         }
         let text = format!("{}    return {last};\n", registers.text);
-        Some(Epilogue { output, block, operands, text })
+        Some(Epilogue { output, block, operands, fast: text.clone(), text })
     }
 
     /// Writes the function and adds its parameters.
@@ -209,7 +231,7 @@ impl Epilogue {
         builder.line(format_args!(
             "template <int COUNT> __device__ __forceinline__ float finished(float v0, float v1, const Operands<COUNT>& operands, \
              int c) {{\n   {values}\n{}}}",
-            self.text
+            self.fast
         ));
     }
 }

@@ -104,9 +104,9 @@ fn rows_together(product: &Product) -> f64 {
 }
 
 impl Shape {
-    /// Steps in the number of rows that a tile computes: eight of them, but none below an instruction's smallest that pays.
+    /// Steps in the number of rows that a tile computes: each number is a loop of its own in the kernel.
     fn unit(&self) -> u64 {
-        (self.rows / 8).max(16)
+        if self.rows > 128 { 16 } else { 8 }
     }
 
     fn threads(&self) -> u64 {
