@@ -149,7 +149,7 @@ impl Shape {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
             (2, 1, 64..) if self.apart => Some((104, 200)),
-            (2, 1, 64..) => Some(if gathers { (56, 224) } else { (40, 232) }),
+            (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
             _ => None,
         }
     }
@@ -224,16 +224,18 @@ impl Shape {
         // An instruction reads the weight's 64 rows and those of x while it multiplies.
         let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
         let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
+        // A copying warp begins the copies of four gathered rows in some 40 cycles.
+        let copies = match self.warps(true).0 {
+            copiers if gathers(product) => each * k / 64.0 * rows / 4.0 / copiers as f64 * 23e-9,
+            _ => 0.0,
+        };
+        let arithmetic = arithmetic.max(copies);
         let cache = tiles * (weights + rows) * k * 2.0 / 5.5e12;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
         let fill = (tiles / PROCESSORS as f64).min(1.0);
         // What follows the products, beside them if it is left to others but for a block's last tile.
-        let finish = match (product.halves(), product.epilogue.reads()) {
-            (2, _) => 5e-6,
-            (_, true) => 3e-6,
-            _ => 1.5e-6,
-        };
-        let finish = finish * weights * rows / 32768.0;
+        let more = product.halves() == 2 || product.epilogue.reads();
+        let finish = if more { 3e-6 } else { 1.5e-6 } * weights * rows / 32768.0;
         let after = if self.apart { finish + each * 0.7e-6 } else { finish * each };
         arithmetic.max(cache / fill).max(memory / fill) + after + each * 0.5e-6
     }
