@@ -67,10 +67,11 @@ pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<
     })
 }
 
-/// Whether a fused operator competes with its parts: rows that are prepared for a product, where each block of the product's kernel
-/// repeats the preparation, which pays for few rows.
+/// Whether a fused operator competes with its parts, so that it pays for few rows alone: rows that are prepared for a product, which
+/// each block of the product's kernel repeats, and a router that sorts all rows, which blocks that work together must do.
 fn may_be_apart(semantic: &Semantic) -> bool {
-    semantic.body.len() > 1 && matches!(semantic.body.last(), Some(Instr(plan::Op::Matmul, ..)))
+    let last = semantic.body.last().map(|Instr(op, ..)| op);
+    semantic.body.len() > 1 && matches!(last, Some(plan::Op::Matmul | plan::Op::GroupRows))
 }
 
 /// Chooses, and remembers what it chose.
