@@ -1,23 +1,25 @@
-// A matrix product of many rows on Hopper's tensor cores with what follows it: y [rows,..] = epilogue(x [rows,K] w [N,K]^T), 16-bit
-// operands, sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies rows offsets[e] .. offsets[e + 1] of the result;
-// gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the last group are as if the product were zero.
+// A matrix product of many rows on Hopper's tensor cores with what follows it: y [rows,..] = epilogue(x [rows,K] w [N,K]^T),
+// 16-bit operands, sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies rows offsets[e] .. offsets[e + 1] of the
+// result; gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the last group are as if the product were
+// zero.
 //
-// Tiles are BM rows of w by up to BN rows of x, the product's operands swapped: w's rows are the 64 of an instruction, x's rows its
-// columns, of which there may be any multiple of eight, so that groups of any size waste little. A block takes tiles blockIdx.x,
-// blockIdx.x + gridDim.x, ... of the list in parts.cuh. Its first warps multiply, 64 or 128 rows of w for each four of them; of the
-// last four, COPIERS copy and FINISHERS, if any, finish. K goes by in steps of 64 through a ring of STAGES buffers: BM rows of w, then
-// BN of x, 128 bytes each, as wgmma.cuh says. w comes as one box of its tensor map; x as boxes of BOX rows, or where it is gathered by
-// copies of 16 bytes.
+// Tiles are BM rows of w by up to BN rows of x, the product's operands swapped: w's rows are the 64 of an instruction, x's rows
+// its columns, of which there may be any multiple of eight, so that groups of any size waste little. A block takes tiles
+// blockIdx.x, blockIdx.x + gridDim.x, ... of the list in parts.cuh. Its first warps multiply, 64 or 128 rows of w for each four
+// of them; of the last four, COPIERS copy and FINISHERS, if any, finish. K goes by in steps of 64 through a ring of STAGES
+// buffers: BM rows of w, then BN of x, 128 bytes each, as wgmma.cuh says. w comes as one box of its tensor map; x as boxes of
+// BOX rows, or where it is gathered by copies of 16 bytes.
 //
-// A buffer's barrier `full` ends a phase when its bytes and copies are there, `empty` when each multiplying warp has arrived, which
-// it does after the products that read the buffer are done. Copies of 16 bytes are not made by the unit that the products read with
-// (they are of the generic proxy): each multiplying thread, having seen the barrier, fences before its products. Boxes need no fence.
+// A buffer's barrier `full` ends a phase when its bytes and copies are there, `empty` when each multiplying warp has arrived,
+// which it does after the products that read the buffer are done. Copies of 16 bytes are not made by the unit that the products
+// read with (they are of the generic proxy): each multiplying thread, having seen the barrier, fences before its products.
+// Boxes need no fence.
 //
-// Results go through shared memory, PIECE rows at a time for each four multiplying warps: these hold columns of x's rows, and memory
-// wants rows. Without finishers they finish a piece themselves. There are then two buffers, taken in turn, and one barrier after
-// writing: a thread that writes into a buffer again has passed the barrier of the piece between, and so have all, after reading that
-// buffer. With finishers a piece is a whole tile, in one buffer, which FILLED hands over and DRAINED hands back, while the next tile
-// is multiplied; the block's last tile is finished by those who multiplied it.
+// Results go through shared memory, PIECE rows at a time for each four multiplying warps: these hold columns of x's rows, and
+// memory wants rows. Without finishers they finish a piece themselves. There are then two buffers, taken in turn, and one
+// barrier after writing: a thread that writes into a buffer again has passed the barrier of the piece between, and so have all,
+// after reading that buffer. With finishers a piece is a whole tile, in one buffer, which FILLED hands over and DRAINED hands
+// back, while the next tile is multiplied; the block's last tile is finished by those who multiplied it.
 //
 // Which instructions add up an element, and in which order, depends on K alone.
 
