@@ -294,6 +294,14 @@ fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
+/// What a plan will run on, before its weights are there.
+pub fn device_name(file: &PlanFile, device: Device) -> Result<String> {
+    if !device.is_cuda(&file.manifest) {
+        return Ok("the CPU".into());
+    }
+    Ok(cuda::Device::open(0)?.name.clone())
+}
+
 /// An executor with its weights loaded: from `model`, from the directory in the plan's recipe, or synthetic.
 pub fn executor(file: &PlanFile, model: Option<&Path>, device: Device, graphs: Graphs) -> Result<Box<dyn Executor>> {
     if device.is_cuda(&file.manifest) {

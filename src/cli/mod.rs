@@ -23,6 +23,7 @@ mod table;
 mod text;
 mod tune;
 mod verify;
+mod world;
 
 use std::process::ExitCode;
 
@@ -58,6 +59,28 @@ enum Command {
     Man(completions::ManArguments),
 }
 
+impl Command {
+    /// Refuses to run several times over what runs in one process.
+    fn check_world(&self) -> anyhow::Result<()> {
+        let name = match self {
+            Command::Run(_) => return Ok(()),
+            Command::Compile(_) => "compile",
+            Command::Chat(_) => "chat",
+            Command::Eval(_) => "eval",
+            Command::Dot(_) => "dot",
+            Command::Inspect(_) => "inspect",
+            Command::Verify(_) => "verify",
+            Command::Diff(_) => "diff",
+            Command::Bench(_) => "bench",
+            Command::Profile(_) => "profile",
+            Command::Samples(_) => "samples",
+            Command::Completions(_) => "completions",
+            Command::Man(_) => "man",
+        };
+        world::World::refuse(name)
+    }
+}
+
 /// A fault in how a command was called: exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -71,7 +94,7 @@ fn usage<V>(message: impl Into<String>) -> anyhow::Result<V> {
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match arguments.command {
+    let result = arguments.command.check_world().and_then(|()| match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
         Command::Chat(arguments) => chat::execute(&arguments),
@@ -85,7 +108,7 @@ pub fn main() -> ExitCode {
         Command::Samples(arguments) => samples::execute(&arguments),
         Command::Completions(arguments) => completions::execute(&arguments, Arguments::command()),
         Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,

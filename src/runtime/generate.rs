@@ -11,7 +11,7 @@ use super::Executor;
 use super::request::{FinishReason, Finished, Request, RequestError, Session};
 use super::scheduler::{Scheduler, Step};
 use super::statistics::Statistics;
-use crate::plan::{Bucket, Phase};
+use crate::plan::{Bucket, Manifest, Phase};
 
 /// What a generator does besides generating.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -40,6 +40,17 @@ pub struct Generator<'e, E: ?Sized> {
     since: Instant,
 }
 
+/// What a generator gets that asks for a request.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Next {
+    /// This one.
+    Request(Request),
+    /// None now, but there may be one later: the generator goes on with what it has and asks again.
+    Later,
+    /// No more.
+    End,
+}
+
 /// Where requests come from and their results go.
 pub trait Work {
     /// The next request, or `None` after the last; not called again after that. It is called when a request is needed to
@@ -48,6 +59,31 @@ pub trait Work {
     /// # Errors
     /// It cannot be had: the run ends.
     fn next(&mut self) -> Result<Option<Request>>;
+
+    /// As [`Work::next`], for work that comes from elsewhere and need not be there yet. Only if `idle`, when nothing else runs, may it
+    /// wait, and then not for long.
+    ///
+    /// # Errors
+    /// It cannot be had: the run ends.
+    fn poll(&mut self, idle: bool) -> Result<Next> {
+        let _ = idle;
+        Ok(self.next()?.map_or(Next::End, Next::Request))
+    }
+
+    /// Called between steps, with what is in work.
+    ///
+    /// # Errors
+    /// The run ends.
+    fn turn(&mut self, scheduler: &Scheduler) -> Result<()> {
+        let _ = scheduler;
+        Ok(())
+    }
+
+    /// Texts that end the request with that id, for whoever runs it elsewhere and decides there when it stops.
+    fn stops(&self, id: u64) -> Vec<String> {
+        let _ = id;
+        Vec::new()
+    }
 
     /// A new token of the request with that id, as `on_token` of [`Generator::generate`] sees it.
     fn token(&mut self, id: u64, token: u32) -> ControlFlow<()>;
@@ -67,29 +103,62 @@ struct Feed<'w, W> {
 }
 
 impl<W: Work> Feed<'_, W> {
-    fn next(&mut self) -> Result<Option<(usize, Request)>> {
+    fn next(&mut self, idle: bool) -> Result<Option<(usize, Request)>> {
         if self.dry {
             return Ok(None);
         }
-        let Some(request) = self.work.next()? else {
-            self.dry = true;
-            return Ok(None);
-        };
-        self.given += 1;
-        Ok(Some((self.given - 1, request)))
+        match self.work.poll(idle)? {
+            Next::Request(request) => {
+                self.given += 1;
+                Ok(Some((self.given - 1, request)))
+            }
+            Next::Later => Ok(None),
+            Next::End => {
+                self.dry = true;
+                Ok(None)
+            }
+        }
     }
 }
 
 /// Requests that are all there, and results that are kept.
-struct All<F> {
+pub struct All<F> {
     requests: std::vec::IntoIter<Request>,
     on_token: F,
+    stops: Vec<String>,
     results: Vec<Option<Result<Finished, RequestError>>>,
+}
+
+impl<F> All<F> {
+    /// These requests; `on_token` as in [`Generator::generate`].
+    pub fn new(requests: Vec<Request>, on_token: F) -> Self {
+        let results = requests.iter().map(|_| None).collect();
+        All { requests: requests.into_iter(), on_token, stops: Vec::new(), results }
+    }
+
+    /// With the texts at which `on_token` stops a sequence, see [`Work::stops`].
+    #[must_use]
+    pub fn stopping_at(self, stops: &[String]) -> Self {
+        All { stops: stops.to_vec(), ..self }
+    }
+
+    /// What became of them, in their order.
+    ///
+    /// # Errors
+    /// They have not all ended.
+    pub fn results(self) -> Result<Vec<Result<Finished, RequestError>>> {
+        let results = self.results.into_iter().collect::<Option<Vec<_>>>();
+        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+    }
 }
 
 impl<F: FnMut(u64, u32) -> ControlFlow<()>> Work for All<F> {
     fn next(&mut self) -> Result<Option<Request>> {
         Ok(self.requests.next())
+    }
+
+    fn stops(&self, _: u64) -> Vec<String> {
+        self.stops.clone()
     }
 
     fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
@@ -134,6 +203,11 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         })
     }
 
+    /// The plan that it runs.
+    pub fn manifest(&self) -> &Manifest {
+        self.executor.manifest()
+    }
+
     /// Forgets a session: its slot and its pages are free.
     pub fn forget(&mut self, session: Session) {
         self.scheduler.forget(session);
@@ -166,11 +240,9 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         requests: Vec<Request>,
         on_token: impl FnMut(u64, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Result<Finished, RequestError>>> {
-        let results = requests.iter().map(|_| None).collect();
-        let mut all = All { requests: requests.into_iter(), on_token, results };
+        let mut all = All::new(requests, on_token);
         self.run(&mut all)?;
-        let results = all.results.into_iter().collect::<Option<Vec<_>>>();
-        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+        all.results()
     }
 
     /// Runs requests that are asked for as places for them become free, and gives each result when its sequence has ended.
@@ -211,8 +283,13 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
 
     /// Enqueues steps until none more may be in flight, then takes the tokens of the oldest; `None` if nothing is left.
     fn advance<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<Option<()>> {
+        feed.work.turn(&self.scheduler)?;
         self.enqueue(feed)?;
-        let Some(step) = self.scheduler.oldest() else { return Ok(None) };
+        let Some(step) = self.scheduler.oldest() else {
+            // What comes later may still come, unless something waits that nothing will make room for.
+            let over = feed.dry || self.scheduler.waiting() > 0;
+            return Ok(if over { None } else { Some(()) });
+        };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
         if self.options.capture_logits && !step.batch.rows.is_empty() {
@@ -255,7 +332,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
         loop {
             while self.scheduler.waiting() == 0
-                && let Some((index, request)) = feed.next()?
+                && let Some((index, request)) = feed.next(self.scheduler.is_idle())?
             {
                 if let Some(result) = self.submit(index, request) {
                     feed.work.finished(index, result)?;

@@ -15,16 +15,25 @@ use super::results::Results;
 use super::{Arguments, Format, Timing, summary, write_npy};
 use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
+use crate::cli::world::World;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
+use crate::runtime::ranks::Mode;
 use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
 use crate::text::{Text, TextStream};
 
 /// Does it.
-pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, started: Instant) -> Result<()> {
+pub fn execute(
+    arguments: &Arguments,
+    sampling: SamplingParams,
+    input: &Path,
+    started: Instant,
+    world: &mut World,
+) -> Result<()> {
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
+    world.agree(&[&file], &load::device_name(&file, arguments.device)?)?;
     let mut lines = Lines::open(input, arguments.batch.first)?;
     let total = count(input, arguments.batch.first, arguments.prompt_logits.is_some())?;
     if arguments.prompt_logits.is_some() && total != Some(1) {
@@ -51,8 +60,9 @@ pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, st
     // What an earlier run left is checked before weights are loaded; there may be nothing to load them for.
     batch.first = batch.read()?;
     if batch.first.is_some() {
-        generate(arguments, &file, &mut batch, started)?;
+        generate(arguments, &file, &mut batch, started, world)?;
     }
+    world.leave()?;
     let Batch { results, captured, bar, done, failed, .. } = batch;
     bar.end();
     results.finish()?;
@@ -70,8 +80,11 @@ fn generate<R: BufRead>(
     file: &PlanFile,
     batch: &mut Batch<'_, '_, R>,
     started: Instant,
+    world: &mut World,
 ) -> Result<()> {
+    world.load(0)?;
     let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let options = Options {
         chunk: arguments.chunk,
@@ -81,13 +94,9 @@ fn generate<R: BufRead>(
     let begun = Instant::now();
     batch.bar.start();
     let mut generator = Generator::new(&mut *executor, options)?;
-    generator.run(batch)?;
-    let timing = Timing {
-        ready_seconds,
-        generate_seconds: begun.elapsed().as_secs_f64(),
-        statistics: generator.statistics().clone(),
-    };
-    batch.bar.suspend(|| summary(file, &timing, &*executor));
+    let ranks = world.run(&mut generator, batch, options, Mode::Deal)?;
+    let timing = Timing::new(ready_seconds, begun, generator.statistics(), ranks);
+    batch.bar.suspend(|| summary(file, &timing, world.peers(), &*executor));
     Ok(())
 }
 
@@ -178,6 +187,8 @@ struct AtWork<'t> {
     key: String,
     id: Option<Value>,
     max_new_tokens: usize,
+    /// Texts that end it.
+    stops: Vec<String>,
     /// The text of its new tokens, where there is a tokenizer.
     stream: Option<TextStream<'t>>,
 }
@@ -231,7 +242,7 @@ impl<R: BufRead> Batch<'_, '_, R> {
                     continue;
                 }
             }
-            let mut at_work = AtWork { number, place, key, id: None, max_new_tokens: 0, stream: None };
+            let mut at_work = AtWork { number, place, key, id: None, max_new_tokens: 0, stops: vec![], stream: None };
             let Asked { id, request, stop } = match asked {
                 Ok(asked) => asked,
                 Err(Fault { id, what }) => {
@@ -242,6 +253,7 @@ impl<R: BufRead> Batch<'_, '_, R> {
             at_work.id = id;
             at_work.max_new_tokens = request.max_new_tokens;
             at_work.stream = self.reader.text.as_ref().ok().map(|text| text.stream(&stop));
+            at_work.stops = stop;
             let request = Request { id: self.asked, ..request };
             self.at_work.insert(self.asked, at_work);
             self.asked += 1;
@@ -253,6 +265,10 @@ impl<R: BufRead> Batch<'_, '_, R> {
 impl<R: BufRead> Work for Batch<'_, '_, R> {
     fn next(&mut self) -> Result<Option<Request>> {
         self.first.take().map_or_else(|| self.read(), |first| Ok(Some(first)))
+    }
+
+    fn stops(&self, id: u64) -> Vec<String> {
+        self.at_work.get(&id).map(|at_work| at_work.stops.clone()).unwrap_or_default()
     }
 
     fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
