@@ -113,7 +113,10 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            output::note(format_args!("lfm2c: {}", output::describe(&error)));
+            // Nothing to tell: another rank does.
+            if !error.to_string().is_empty() {
+                output::note(format_args!("lfm2c: {}", output::describe(&error)));
+            }
             ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }

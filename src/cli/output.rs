@@ -11,9 +11,9 @@ pub fn print(text: impl Display) -> Result<()> {
     write!(out, "{text}").and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
-/// Writes a line to standard error, where nobody could be told that it failed.
+/// Writes a line to standard error, where nobody could be told that it failed; in one piece, since other processes may write there.
 pub fn note(text: impl Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = std::io::stderr().lock().write_all(format!("{text}\n").as_bytes());
 }
 
 /// An error and its causes in one line, without a cause that the text before already ends with.

@@ -22,7 +22,7 @@ impl World {
     pub fn join() -> Result<World> {
         match ranks::join(|text| note(format_args!("lfm2c: {text}"))) {
             Ok(ranks) => Ok(World { ranks }),
-            Err(error) => usage(error.to_string()),
+            Err(error) => usage_of_all(error.to_string()),
         }
     }
 
@@ -38,7 +38,7 @@ impl World {
     pub fn refuse(command: &str) -> Result<()> {
         match ranks::launched() {
             None => Ok(()),
-            Some(launched) => usage(format!(
+            Some(launched) => usage_of_all(format!(
                 "lfm2c {command}: expected one process, found {} = {}; of all commands only `run` works on several ranks",
                 launched.by, launched.size
             )),
@@ -131,12 +131,17 @@ impl World {
     pub fn end(mut self, result: Result<()>) -> Result<()> {
         match result {
             Err(error) => match &mut self.ranks {
-                Some(ranks) => ranks.fail(if is_usage(&error) { 2 } else { 1 }, describe(&error)),
+                Some(ranks) => ranks.fail(if is_usage(&error) { 2 } else { 1 }, &error, describe(&error)),
                 None => Err(error),
             },
             Ok(()) => self.leave(),
         }
     }
+}
+
+/// A usage error of every rank, which rank 0 tells.
+fn usage_of_all<V>(message: String) -> Result<V> {
+    usage(if ranks::launched().is_some_and(|launched| launched.rank > 0) { String::new() } else { message })
 }
 
 /// What each rank did in so many seconds.

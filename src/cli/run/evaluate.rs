@@ -13,9 +13,9 @@ use crate::cli::output::{note, print};
 use crate::cli::samples::file::{Answers, How, Inputs, Timed, run};
 use crate::cli::usage;
 use crate::cli::world::{World, rank_table};
-use crate::runtime::ranks::Mode;
 use crate::plan::PlanFile;
 use crate::runtime::Executor;
+use crate::runtime::ranks::Mode;
 
 /// Samples that run first and do not count: memory is touched, threads are started, clocks are up.
 const WARM_UP: usize = 16;
@@ -124,12 +124,13 @@ fn evaluate(
     let how = |mode| How { chunk: arguments.chunk, mode };
     // Every rank gets all of them: nothing that runs for the first time is timed.
     run(&mut *executor, how(Mode::Copy), &mut Inputs::open(input)?, warm_up, world, &mut |_, _| Ok(()))?;
-    let Timed { seconds, ranks } = run(&mut *executor, how(Mode::Deal), &mut inputs, count, world, &mut |sample, logits| {
-        if let Some(answers) = &mut answers {
-            verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
-        }
-        output.as_mut().map_or(Ok(()), |output| output.write(logits))
-    })?;
+    let Timed { seconds, ranks } =
+        run(&mut *executor, how(Mode::Deal), &mut inputs, count, world, &mut |sample, logits| {
+            if let Some(answers) = &mut answers {
+                verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
+            }
+            output.as_mut().map_or(Ok(()), |output| output.write(logits))
+        })?;
     output.map_or(Ok(()), Output::finish)?;
     if !ranks.is_empty() {
         note(rank_table(world.peers(), &ranks, seconds).trim_end());

@@ -26,7 +26,10 @@ pub fn execute(arguments: &Arguments, world: &mut World) -> Result<()> {
                 // What is loaded already makes room first.
                 drop(loaded.take());
                 let plan = plans.get(at).with_context(|| {
-                    format!("expected --compare as on rank 0, found {} plan; give all ranks the same options", plans.len())
+                    format!(
+                        "expected --compare as on rank 0, found {} plan; give all ranks the same options",
+                        plans.len()
+                    )
                 })?;
                 let executor = match super::is_samples(arguments) {
                     true => load::prepared_executor(plan, model, arguments.device, graphs)?,

@@ -50,7 +50,8 @@ pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<(Vec<Link>, 
     }
     let listener = TcpListener::bind("0.0.0.0:0").context("cannot listen on a TCP port for the other ranks")?;
     let key = key();
-    let address = Address { peer: me, port: listener.local_addr()?.port(), addresses: own_addresses(), key: key.clone() };
+    let address =
+        Address { peer: me, port: listener.local_addr()?.port(), addresses: own_addresses(), key: key.clone() };
     let bytes = serde_json::to_vec(&address)?;
     (1..peers.len()).try_for_each(|to| transport.send(to, bytes.clone()))?;
     let mut links = accept(transport, &listener, &key, peers.len(), deadline)?;
@@ -125,7 +126,10 @@ fn call(transport: &mut dyn Transport, me: Peer, deadline: Instant) -> Result<Li
             break bytes;
         }
         if Instant::now() > deadline {
-            bail!("rank 0: expected its address within {} s, found nothing; the process was stopped", DEADLINE.as_secs());
+            bail!(
+                "rank 0: expected its address within {} s, found nothing; the process was stopped",
+                DEADLINE.as_secs()
+            );
         }
         sleep(NAP);
     };

@@ -34,11 +34,8 @@ pub struct NoMpi {
     pub size: usize,
 }
 
-const LAUNCHERS: [(&str, &str); 3] = [
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("PMI_SIZE", "PMI_RANK"),
-    ("SLURM_STEP_NUM_TASKS", "PMIX_RANK"),
-];
+const LAUNCHERS: [(&str, &str); 3] =
+    [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"), ("SLURM_STEP_NUM_TASKS", "PMIX_RANK")];
 
 /// What the launcher says, if it has started several processes.
 pub fn launched() -> Option<Launched> {
@@ -47,9 +44,9 @@ pub fn launched() -> Option<Launched> {
 
 fn among(variable: impl Fn(&str) -> Option<String>) -> Option<Launched> {
     let number = |name: &str| variable(name)?.trim().parse::<usize>().ok();
-    let found = LAUNCHERS.iter().find_map(|&(size, rank)| {
-        Some(Launched { size: number(size)?, rank: number(rank)?, by: size })
-    });
+    let found = LAUNCHERS
+        .iter()
+        .find_map(|&(size, rank)| Some(Launched { size: number(size)?, rank: number(rank)?, by: size }));
     found.filter(|launched| launched.size > 1)
 }
 
@@ -59,7 +56,8 @@ mod tests {
 
     #[test]
     fn a_process_is_one_of_several_only_if_both_numbers_are_there() {
-        let cases: [(&[(&str, &str)], Option<(usize, usize)>); 6] = [
+        type Case = (&'static [(&'static str, &'static str)], Option<(usize, usize)>);
+        let cases: [Case; 6] = [
             (&[], None),
             (&[("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "3")], Some((4, 3))),
             (&[("OMPI_COMM_WORLD_SIZE", "1"), ("OMPI_COMM_WORLD_RANK", "0")], None),

@@ -153,7 +153,10 @@ impl<'r, W: Work> Lead<'r, W> {
     fn take(&mut self, from: usize, ended: Ended) -> Result<()> {
         let number = ended.number;
         let Some(given) = self.replicas[from].end(number) else {
-            bail!("{}: expected the result of a request given to it, found that of {number}; this is a bug", self.ranks.peers()[from]);
+            bail!(
+                "{}: expected the result of a request given to it, found that of {number}; this is a bug",
+                self.ranks.peers()[from]
+            );
         };
         if self.mode == Mode::Copy {
             return Ok(());
@@ -214,10 +217,7 @@ impl<'r, W: Work> Lead<'r, W> {
 
     /// Waits for the summaries of the others.
     fn close<E: Executor + ?Sized>(mut self, generator: &Generator<'_, E>) -> Result<Vec<Summary>> {
-        let own = Summary {
-            sequences: self.own_replica().sequences,
-            statistics: generator.statistics().clone(),
-        };
+        let own = Summary { sequences: self.own_replica().sequences, statistics: generator.statistics().clone() };
         self.own_replica().summary = Some(own);
         while self.replicas.iter().any(|replica| replica.summary.is_none()) {
             let (from, message) = self.ranks.wait()?;

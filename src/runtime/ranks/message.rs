@@ -148,7 +148,8 @@ impl Message {
         let (json, numbers) = rest.split_at_checked(length).with_context(|| {
             format!("expected {length} bytes of JSON, found {}; all ranks must run the same lfm2c", rest.len())
         })?;
-        let mut message = serde_json::from_slice(json).context("expected what this lfm2c sends, found something else")?;
+        let mut message =
+            serde_json::from_slice(json).context("expected what this lfm2c sends, found something else")?;
         if let Message::Ended(ended) = &mut message {
             let [logits, prompt_logits] = ended.counts;
             let expected = logits.checked_add(prompt_logits).and_then(|count| count.checked_mul(size_of::<f32>()));

@@ -25,16 +25,27 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use thiserror::Error;
 
 pub use self::follow::{Order, Stop, follow, next_order};
 pub use self::launcher::{Launched, launched};
 pub use self::lead::{Mode, lead};
 pub use self::message::{Introduction, Message, Summary};
-pub use self::watch::{Failure, GiveUp, Peer};
 use self::watch::Watch;
+pub use self::watch::{Failure, GiveUp, Peer};
 
 /// How long a rank sleeps that has nothing to do but to wait for a message.
 const NAP: Duration = Duration::from_micros(200);
+
+/// The transport failed, for which a rank that is no more may be the reason.
+#[derive(Debug, Error)]
+#[error("{call}: expected success, found error {code}")]
+pub struct TransportError {
+    /// What was called.
+    pub call: &'static str,
+    /// What it returned.
+    pub code: i32,
+}
 
 /// Carries messages between ranks: whole, and those between two ranks in their order.
 pub trait Transport {
@@ -189,8 +200,12 @@ impl Ranks {
         Ok(())
     }
 
-    /// Tells all ranks that this one cannot go on, and why, and ends the process, as they do.
-    pub fn fail(&mut self, code: u8, text: String) -> ! {
+    /// Tells all ranks that this one cannot go on, and why, and ends the process, as they do. Where the transport failed because another
+    /// rank is no more, that is told.
+    pub fn fail(&mut self, code: u8, error: &anyhow::Error, text: String) -> ! {
+        if self.watch.is_some() && error.chain().any(|cause| cause.is::<TransportError>()) {
+            sleep(watch::SILENCE + NAP);
+        }
         match self.watch.take() {
             Some(watch) => watch.fail(code, text),
             None => panic!("{text}"),

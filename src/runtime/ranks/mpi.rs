@@ -16,7 +16,7 @@ use mpi::traits::{AsRaw, Communicator};
 
 use super::launcher::Launched;
 use super::watch::{GiveUp, Watch};
-use super::{NAP, Ranks, Transport, connect};
+use super::{NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -103,8 +103,8 @@ struct Incoming {
 impl Mpi {
     /// Starts MPI, which waits for all ranks.
     fn start(launched: &Launched) -> Result<Mpi> {
-        let (universe, threads) =
-            mpi::initialize_with_threading(Threading::Funneled).context("MPI: expected to start it, found it started")?;
+        let (universe, threads) = mpi::initialize_with_threading(Threading::Funneled)
+            .context("MPI: expected to start it, found it started")?;
         ensure!(
             threads >= Threading::Funneled,
             "MPI: expected a library for programs with threads (MPI_THREAD_FUNNELED), found {threads:?}; use another MPI"
@@ -166,14 +166,8 @@ impl Mpi {
         let mut flight = unsafe {
             let mut message = ffi::RSMPI_MESSAGE_NULL;
             let mut status = std::mem::MaybeUninit::<ffi::MPI_Status>::uninit();
-            let code = ffi::MPI_Improbe(
-                from as c_int,
-                TAG,
-                self.world,
-                &raw mut there,
-                &raw mut message,
-                status.as_mut_ptr(),
-            );
+            let code =
+                ffi::MPI_Improbe(from as c_int, TAG, self.world, &raw mut there, &raw mut message, status.as_mut_ptr());
             check("MPI_Improbe", code)?;
             if there == 0 {
                 return Ok(false);
@@ -301,7 +295,6 @@ impl Transport for Mpi {
 }
 
 /// What MPI answered.
-fn check(call: &str, code: c_int) -> Result<()> {
-    ensure!(code == 0, "{call}: expected success, found MPI error {code}");
-    Ok(())
+fn check(call: &'static str, code: c_int) -> Result<(), TransportError> {
+    if code == 0 { Ok(()) } else { Err(TransportError { call, code }) }
 }

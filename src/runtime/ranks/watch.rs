@@ -195,8 +195,9 @@ impl Watch {
 
     /// This rank cannot go on. All others are told, and the process ends.
     pub fn fail(self, code: u8, text: String) -> ! {
-        // How a command is called is no matter of a rank.
-        let text = if code == 2 { text } else { format!("{}: {text}", self.me) };
+        // How a command is called is no matter of a rank, and who is at fault may be said already.
+        let told = code == 2 || text.starts_with("rank ");
+        let text = if told { text } else { format!("{}: {text}", self.me) };
         let _ = self.orders.send(Order::Fail(Failure { code, text }));
         let _ = self.thread.join();
         std::process::exit(i32::from(code))
