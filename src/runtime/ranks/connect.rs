@@ -1,5 +1,6 @@
 //! How ranks find each other for [`watch`](super::watch): rank 0 listens, and tells where through the transport.
 
+use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::thread::sleep;
@@ -34,11 +35,21 @@ struct Hello {
     key: String,
 }
 
-/// Connects rank 0 with all others; gives this rank's links, and what it knows of all.
+/// What connecting gives.
+pub struct Connected {
+    /// Rank 0's to all others, another rank's to rank 0.
+    pub links: Vec<Link>,
+    /// What is known of the ranks, by number.
+    pub peers: Vec<Peer>,
+    /// What ranks have sent that were connected before others.
+    pub early: VecDeque<(usize, Vec<u8>)>,
+}
+
+/// Connects rank 0 with all others.
 ///
 /// # Errors
 /// Not all are there in time.
-pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<(Vec<Link>, Vec<Peer>)> {
+pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<Connected> {
     let me = Peer { rank: transport.rank(), host: host.to_owned(), pid: std::process::id() };
     let mut peers: Vec<Peer> = (0..transport.size()).map(Peer::unknown).collect();
     peers[me.rank] = me.clone();
@@ -46,7 +57,7 @@ pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<(Vec<Link>, 
     if me.rank > 0 {
         let link = call(transport, me, deadline)?;
         peers[0] = link.peer().clone();
-        return Ok((vec![link], peers));
+        return Ok(Connected { links: vec![link], peers, early: VecDeque::new() });
     }
     let listener = TcpListener::bind("0.0.0.0:0").context("cannot listen on a TCP port for the other ranks")?;
     let key = key();
@@ -54,12 +65,13 @@ pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<(Vec<Link>, 
         Address { peer: me, port: listener.local_addr()?.port(), addresses: own_addresses(), key: key.clone() };
     let bytes = serde_json::to_vec(&address)?;
     (1..peers.len()).try_for_each(|to| transport.send(to, bytes.clone()))?;
-    let mut links = accept(transport, &listener, &key, peers.len(), deadline)?;
+    let mut early = VecDeque::new();
+    let mut links = accept(transport, &listener, &key, deadline, &mut early)?;
     links.sort_by_key(|link| link.peer().rank);
     for link in &links {
         peers[link.peer().rank] = link.peer().clone();
     }
-    Ok((links, peers))
+    Ok(Connected { links, peers, early })
 }
 
 /// Rank 0's side: takes a connection of each of the others.
@@ -67,16 +79,15 @@ fn accept(
     transport: &mut dyn Transport,
     listener: &TcpListener,
     key: &str,
-    size: usize,
     deadline: Instant,
+    early: &mut VecDeque<(usize, Vec<u8>)>,
 ) -> Result<Vec<Link>> {
+    let size = transport.size();
     listener.set_nonblocking(true)?;
     let mut links: Vec<Link> = vec![];
     while links.len() + 1 < size {
-        // What was sent goes on its way.
-        if let Some((from, _)) = transport.receive()? {
-            bail!("rank {from} sent something before it has connected; this is a bug");
-        }
+        // That also sends the address on its way.
+        early.extend(transport.receive()?);
         match listener.accept() {
             Ok((stream, _)) => {
                 let Ok(Some(peer)) = greet(&stream, key, deadline) else { continue };

@@ -14,9 +14,10 @@ use mpi::environment::Universe;
 use mpi::ffi;
 use mpi::traits::{AsRaw, Communicator};
 
+use super::connect::{self, Connected};
 use super::launcher::Launched;
 use super::watch::{GiveUp, Watch};
-use super::{NAP, Ranks, Transport, TransportError, connect};
+use super::{NAP, Ranks, Transport, TransportError};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -33,13 +34,13 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
     let joined = Mpi::start(launched).and_then(|mut transport| {
         drop(alarm);
         let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".into());
-        let (links, peers) = connect::connect(&mut transport, &host)?;
-        Ok((transport, links, peers))
+        let connected = connect::connect(&mut transport, &host)?;
+        Ok((transport, connected))
     });
     match joined {
-        Ok((transport, links, peers)) => {
+        Ok((transport, Connected { links, peers, early })) => {
             let watch = Watch::begin(peers[transport.rank].clone(), links, give_up);
-            Ranks { transport: Box::new(transport), watch: Some(watch), peers }
+            Ranks { transport: Box::new(transport), watch: Some(watch), peers, early }
         }
         Err(error) => {
             (give_up.tell)(&format!("{error:#}"));
