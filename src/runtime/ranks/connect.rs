@@ -1,8 +1,7 @@
 //! How ranks find each other for [`watch`](super::watch): rank 0 listens, and tells where through the transport.
 
-use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -15,7 +14,12 @@ use super::{NAP, Transport};
 /// How long all of it may take.
 pub const DEADLINE: Duration = Duration::from_secs(8);
 /// How long a connection may take to be made, or to say whose it is.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What rank 0 answers to a rank that says hello; then, when all are there, or not in time.
+const KNOWN: &[u8; 8] = b"a rank!\n";
+const WELCOME: &[u8; 8] = b"welcome\n";
+const FAILED: &[u8; 8] = b"failed.\n";
 
 /// Where rank 0 is.
 #[derive(Serialize, Deserialize)]
@@ -35,21 +39,11 @@ struct Hello {
     key: String,
 }
 
-/// What connecting gives.
-pub struct Connected {
-    /// Rank 0's to all others, another rank's to rank 0.
-    pub links: Vec<Link>,
-    /// What is known of the ranks, by number.
-    pub peers: Vec<Peer>,
-    /// What ranks have sent that were connected before others.
-    pub early: VecDeque<(usize, Vec<u8>)>,
-}
-
-/// Connects rank 0 with all others.
+/// Connects rank 0 with all others; gives this rank's links and what it knows of the ranks, by number. `own` are addresses of this host.
 ///
 /// # Errors
 /// Not all are there in time.
-pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<Connected> {
+pub fn connect(transport: &mut dyn Transport, host: &str, own: Vec<IpAddr>) -> Result<(Vec<Link>, Vec<Peer>)> {
     let me = Peer { rank: transport.rank(), host: host.to_owned(), pid: std::process::id() };
     let mut peers: Vec<Peer> = (0..transport.size()).map(Peer::unknown).collect();
     peers[me.rank] = me.clone();
@@ -57,42 +51,36 @@ pub fn connect(transport: &mut dyn Transport, host: &str) -> Result<Connected> {
     if me.rank > 0 {
         let link = call(transport, me, deadline)?;
         peers[0] = link.peer().clone();
-        return Ok(Connected { links: vec![link], peers, early: VecDeque::new() });
+        return Ok((vec![link], peers));
     }
     let listener = TcpListener::bind("0.0.0.0:0").context("cannot listen on a TCP port for the other ranks")?;
     let key = key();
-    let address =
-        Address { peer: me, port: listener.local_addr()?.port(), addresses: own_addresses(), key: key.clone() };
+    let address = Address { peer: me, port: listener.local_addr()?.port(), addresses: own, key: key.clone() };
     let bytes = serde_json::to_vec(&address)?;
     (1..peers.len()).try_for_each(|to| transport.send(to, bytes.clone()))?;
-    let mut early = VecDeque::new();
-    let mut links = accept(transport, &listener, &key, deadline, &mut early)?;
+    let mut links = accept(transport, &listener, &key, deadline)?;
     links.sort_by_key(|link| link.peer().rank);
     for link in &links {
         peers[link.peer().rank] = link.peer().clone();
     }
-    Ok(Connected { links, peers, early })
+    Ok((links, peers))
 }
 
 /// Rank 0's side: takes a connection of each of the others.
-fn accept(
-    transport: &mut dyn Transport,
-    listener: &TcpListener,
-    key: &str,
-    deadline: Instant,
-    early: &mut VecDeque<(usize, Vec<u8>)>,
-) -> Result<Vec<Link>> {
+fn accept(transport: &mut dyn Transport, listener: &TcpListener, key: &str, deadline: Instant) -> Result<Vec<Link>> {
     let size = transport.size();
     listener.set_nonblocking(true)?;
-    let mut links: Vec<Link> = vec![];
-    while links.len() + 1 < size {
+    let mut there: Vec<(Peer, TcpStream)> = vec![];
+    while there.len() + 1 < size {
         // That also sends the address on its way.
-        early.extend(transport.receive()?);
+        if let Some((from, _)) = transport.receive()? {
+            bail!("rank {from} has sent something before all are connected; this is a bug");
+        }
         match listener.accept() {
             Ok((stream, _)) => {
                 let Ok(Some(peer)) = greet(&stream, key, deadline) else { continue };
-                if peer.rank > 0 && peer.rank < size && links.iter().all(|link| link.peer().rank != peer.rank) {
-                    links.push(Link::new(peer, stream)?);
+                if peer.rank > 0 && peer.rank < size && there.iter().all(|(other, _)| other.rank != peer.rank) {
+                    there.push((peer, stream));
                 }
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => sleep(NAP),
@@ -100,8 +88,11 @@ fn accept(
             Err(error) => return Err(error).context("cannot take connections of the other ranks"),
         }
         if Instant::now() > deadline {
-            let there = |rank: &usize| links.iter().any(|link| link.peer().rank == *rank);
-            let missing: Vec<String> = (1..size).filter(|rank| !there(rank)).map(|rank| rank.to_string()).collect();
+            let is_missing = |rank: &usize| there.iter().all(|(peer, _)| peer.rank != *rank);
+            let missing: Vec<String> = (1..size).filter(is_missing).map(|rank| rank.to_string()).collect();
+            for (_, stream) in &mut there {
+                let _ = stream.write_all(FAILED);
+            }
             bail!(
                 "rank {}: expected a TCP connection to rank 0 within {} s, found none; the process was stopped or has ended, or a \
                  firewall stands between the hosts",
@@ -110,7 +101,11 @@ fn accept(
             );
         }
     }
-    Ok(links)
+    let link = |(peer, mut stream): (Peer, TcpStream)| {
+        stream.write_all(WELCOME)?;
+        Link::new(peer, stream)
+    };
+    Ok(there.into_iter().map(link).collect::<std::io::Result<_>>()?)
 }
 
 /// Who has connected, if it is a rank.
@@ -126,7 +121,7 @@ fn greet(stream: &TcpStream, key: &str, deadline: Instant) -> Result<Option<Peer
         return Ok(None);
     }
     let mut stream = stream;
-    stream.write_all(b"welcome\n")?;
+    stream.write_all(KNOWN)?;
     Ok(Some(hello.peer))
 }
 
@@ -157,7 +152,7 @@ fn call(transport: &mut dyn Transport, me: Peer, deadline: Instant) -> Result<Li
     while Instant::now() < deadline {
         for address in &candidates {
             match reach(address, &hello) {
-                Ok(stream) => return Ok(Link::new(peer, stream)?),
+                Ok(stream) => return welcomed(peer, stream, deadline),
                 Err(error) => tried.push(format!("{address}: {error}")),
             }
         }
@@ -173,26 +168,27 @@ fn call(transport: &mut dyn Transport, me: Peer, deadline: Instant) -> Result<Li
     )
 }
 
+/// Waits until rank 0 says that all are there. The error is empty where rank 0 tells why they are not.
+fn welcomed(peer: Peer, mut stream: TcpStream, deadline: Instant) -> Result<Link> {
+    stream.set_read_timeout(Some(deadline.saturating_duration_since(Instant::now()) + PATIENCE))?;
+    let mut answer = [0; 8];
+    match std::io::Read::read_exact(&mut stream, &mut answer) {
+        Ok(()) if &answer == WELCOME => Ok(Link::new(peer, stream)?),
+        Ok(()) => bail!(""),
+        Err(_) => bail!("{peer}: expected that all ranks are connected, found that it was stopped or has ended"),
+    }
+}
+
 fn reach(address: &SocketAddr, hello: &str) -> std::io::Result<TcpStream> {
     let mut stream = TcpStream::connect_timeout(address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(hello.as_bytes())?;
     let mut answer = [0; 8];
     std::io::Read::read_exact(&mut stream, &mut answer)?;
-    if &answer != b"welcome\n" {
+    if &answer != KNOWN {
         return Err(std::io::Error::other("somebody else answers there"));
     }
     Ok(stream)
-}
-
-/// The address that this host has for the outside, as the routes say; nothing is sent for that.
-fn own_addresses() -> Vec<IpAddr> {
-    let address = || {
-        let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-        socket.connect("192.0.2.1:9").ok()?;
-        Some(socket.local_addr().ok()?.ip())
-    };
-    address().into_iter().collect()
 }
 
 /// Something that no other run says.

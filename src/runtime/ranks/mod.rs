@@ -21,7 +21,6 @@ mod mpi;
 mod tests;
 pub mod watch;
 
-use std::collections::VecDeque;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -83,15 +82,13 @@ pub struct Ranks {
     watch: Option<Watch>,
     /// By rank; on ranks other than 0, only rank 0 and itself are known by more than their number.
     peers: Vec<Peer>,
-    /// Messages that came while ranks were still connecting.
-    early: VecDeque<(usize, Vec<u8>)>,
 }
 
 impl Ranks {
     /// Over a transport, without anybody to see whether the others live.
     pub fn unwatched(transport: Box<dyn Transport>) -> Ranks {
         let peers = (0..transport.size()).map(Peer::unknown).collect();
-        Ranks { transport, watch: None, peers, early: VecDeque::new() }
+        Ranks { transport, watch: None, peers }
     }
 
     /// This rank.
@@ -131,10 +128,7 @@ impl Ranks {
     /// # Errors
     /// Those of [`Transport::receive`], or it is no message.
     pub fn receive(&mut self) -> Result<Option<(usize, Message)>> {
-        let early = self.early.pop_front();
-        let Some((from, bytes)) = early.map_or_else(|| self.transport.receive(), |early| Ok(Some(early)))? else {
-            return Ok(None);
-        };
+        let Some((from, bytes)) = self.transport.receive()? else { return Ok(None) };
         match Message::from_bytes(&bytes) {
             Ok(message) => Ok(Some((from, message))),
             Err(error) => Err(error.context(format!("message of {}", self.peers[from]))),

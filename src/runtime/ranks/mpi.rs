@@ -3,6 +3,8 @@
 
 use std::collections::VecDeque;
 use std::ffi::c_int;
+use std::net::IpAddr;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{sleep, spawn};
@@ -14,10 +16,9 @@ use mpi::environment::Universe;
 use mpi::ffi;
 use mpi::traits::{AsRaw, Communicator};
 
-use super::connect::{self, Connected};
 use super::launcher::Launched;
 use super::watch::{GiveUp, Watch};
-use super::{NAP, Ranks, Transport, TransportError};
+use super::{NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -34,16 +35,18 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
     let joined = Mpi::start(launched).and_then(|mut transport| {
         drop(alarm);
         let host = mpi::environment::processor_name().unwrap_or_else(|_| "unknown".into());
-        let connected = connect::connect(&mut transport, &host)?;
-        Ok((transport, connected))
+        let (links, peers) = connect::connect(&mut transport, &host, own_addresses())?;
+        Ok((transport, links, peers))
     });
     match joined {
-        Ok((transport, Connected { links, peers, early })) => {
+        Ok((transport, links, peers)) => {
             let watch = Watch::begin(peers[transport.rank].clone(), links, give_up);
-            Ranks { transport: Box::new(transport), watch: Some(watch), peers, early }
+            Ranks { transport: Box::new(transport), watch: Some(watch), peers }
         }
         Err(error) => {
-            (give_up.tell)(&format!("{error:#}"));
+            if !error.to_string().is_empty() {
+                (give_up.tell)(&format!("{error:#}"));
+            }
             end_now(1);
             unreachable!("the process has ended")
         }
@@ -69,6 +72,30 @@ fn alarm(rank: usize, give_up: GiveUp) -> Sender<()> {
 fn end_now(code: u8) {
     // SAFETY: it takes any number and does not return; what was written to files and pipes is not in buffers of this process.
     unsafe { libc::_exit(i32::from(code)) }
+}
+
+/// IPv4 addresses of this host's interfaces, but that of the loopback.
+fn own_addresses() -> Vec<IpAddr> {
+    let mut found = vec![];
+    let mut list = ptr::null_mut();
+    // SAFETY: the call makes a list, whose entries are valid until it is freed; an address of family AF_INET is a `sockaddr_in`.
+    unsafe {
+        if libc::getifaddrs(&raw mut list) != 0 {
+            return found;
+        }
+        let mut entry = list;
+        while let Some(interface) = entry.as_ref() {
+            entry = interface.ifa_next;
+            let Some(address) = interface.ifa_addr.as_ref() else { continue };
+            if c_int::from(address.sa_family) == libc::AF_INET {
+                let bytes = interface.ifa_addr.cast::<libc::sockaddr_in>().read_unaligned().sin_addr.s_addr;
+                found.push(IpAddr::from(bytes.to_ne_bytes()));
+            }
+        }
+        libc::freeifaddrs(list);
+    }
+    found.retain(|address| !address.is_loopback());
+    found
 }
 
 /// The world communicator.
