@@ -12,7 +12,7 @@ use super::watch::{Link, Peer};
 use super::{NAP, Transport};
 
 /// How long all of it may take.
-pub const DEADLINE: Duration = Duration::from_secs(8);
+const DEADLINE: Duration = Duration::from_secs(8);
 /// How long a connection may take to be made, or to say whose it is.
 const PATIENCE: Duration = Duration::from_secs(1);
 

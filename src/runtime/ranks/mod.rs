@@ -8,6 +8,7 @@
 //! Whether all ranks live is seen to beside that by [`watch`], over sockets and in a thread of its own, because a rank may be in a long
 //! step, or wait within MPI for one that is no more.
 
+#[cfg(feature = "mpi")]
 mod connect;
 pub mod follow;
 pub mod launcher;
