@@ -6,6 +6,7 @@ use std::ffi::c_int;
 use std::net::IpAddr;
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{sleep, spawn};
 use std::time::Duration;
@@ -22,6 +23,9 @@ use super::{NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
+/// How long a process goes on that a launcher has told to end: as a rule because a rank is no more, which the watch has to find and
+/// tell. Open MPI ends it for good after a second.
+const TERMINATION: Duration = Duration::from_millis(700);
 /// Bytes of one part of a message, since MPI counts in i32.
 const PART: usize = 64 << 20;
 /// Bytes before the first part of a message, which say how long it is.
@@ -31,6 +35,7 @@ const TAG: c_int = 0;
 /// Joins the ranks, or ends the process.
 pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks {
     let give_up = GiveUp { tell, exit: Arc::new(end_now) };
+    end_later_on_termination();
     let alarm = alarm(launched.rank, give_up.clone());
     let joined = Mpi::start(launched).and_then(|mut transport| {
         drop(alarm);
@@ -51,6 +56,27 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
             unreachable!("the process has ended")
         }
     }
+}
+
+/// Whether the process was told to end.
+static TERMINATED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn on_termination(_: c_int) {
+    TERMINATED.store(true, Ordering::Relaxed);
+}
+
+/// Makes SIGTERM end the process a little later.
+fn end_later_on_termination() {
+    let handler: extern "C" fn(c_int) = on_termination;
+    // SAFETY: the handler does nothing but to store to an atomic, which may be done at any time.
+    unsafe { libc::signal(libc::SIGTERM, handler as libc::sighandler_t) };
+    spawn(|| {
+        while !TERMINATED.load(Ordering::Relaxed) {
+            sleep(TERMINATION / 20);
+        }
+        sleep(TERMINATION);
+        end_now(128 + libc::SIGTERM as u8)
+    });
 }
 
 /// Ends the process with a message unless what is returned is dropped in time.

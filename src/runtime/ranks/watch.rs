@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 /// How often the thread looks.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(20);
 /// How often a rank says that it is alive.
 const BEAT: Duration = Duration::from_millis(500);
 /// How long one may say nothing.
@@ -252,7 +252,7 @@ impl Thread {
     /// Time passes, but no more than a little at once: this process may have been stopped itself.
     fn tick(&mut self) -> Duration {
         let now = Instant::now();
-        let passed = self.left.replace(now).map_or(TICK, |before| now - before).min(4 * TICK);
+        let passed = self.left.replace(now).map_or(TICK, |before| now - before).min(10 * TICK);
         for link in &mut self.links {
             link.silent += passed;
         }
@@ -303,7 +303,7 @@ impl Thread {
                     return true;
                 }
             }
-            sleep(TICK / 5);
+            sleep(TICK);
         }
         false
     }
