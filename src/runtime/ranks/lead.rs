@@ -1,7 +1,7 @@
 //! What rank 0 does in a round: it deals requests and takes results, between the steps of its own replica.
 //!
 //! A request goes to the replica with the fewest rows left to run, of those that have room. A replica has room until it was given what its
-//! slots and pages hold and [`AHEAD`] requests more, so that it does not wait for rank 0 when a sequence ends, which may be in a step of
+//! slots and pages hold and `AHEAD` requests more, so that it does not wait for rank 0 when a sequence ends, which may be in a step of
 //! its own; few enough that nothing long waits behind a slow rank while another has nothing to do. So the input is read no further than
 //! that either.
 

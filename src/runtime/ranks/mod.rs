@@ -1,11 +1,11 @@
 //! Several processes at one piece of work: the *ranks*, which a launcher such as `mpirun` starts.
 //!
 //! Every rank holds the model, a *replica*. Rank 0 has the input and the output: it deals requests to the replicas, itself among
-//! them, and takes back their results ([`lead`]); the others run what they are given ([`follow`]). What they say to each other is in
-//! [`message`], and goes through a [`Transport`], so that nothing but `mpi` knows MPI. A request's tokens do not depend on the rank that
+//! them, and takes back their results ([`lead()`]); the others run what they are given ([`follow()`]). What they say to each other is in
+//! [`mod@message`], and goes through a [`Transport`], so that nothing but `mpi` knows MPI. A request's tokens do not depend on the rank that
 //! runs it, nor on its neighbours there, so neither do results; which rank runs which request depends on who has done how much.
 //!
-//! Whether all ranks live is seen to beside that by [`watch`], over sockets and in a thread of its own, because a rank may be in a long
+//! Whether all ranks live is seen to beside that by [`mod@watch`], over sockets and in a thread of its own, because a rank may be in a long
 //! step, or wait within MPI for one that is no more.
 
 #[cfg(feature = "mpi")]
