@@ -283,9 +283,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
             float maxima[CLUSTER], totals[CLUSTER], parts[CLUSTER], largest = -INFINITE, all = 0, sum = 0;
 #pragma unroll
             for (int r = 0; r < CLUSTER; r++) {
-                maxima[r] = load_of_rank(shared + MAX + i / D, r);
-                totals[r] = load_of_rank(shared + TOTAL + i / D, r);
-                parts[r] = load_of_rank(shared + VALUES + i, r);
+                maxima[r] = load_remote(shared + MAX + i / D, r);
+                totals[r] = load_remote(shared + TOTAL + i / D, r);
+                parts[r] = load_remote(shared + VALUES + i, r);
             }
 #pragma unroll
             for (int r = 0; r < CLUSTER; r++) largest = fmaxf(largest, maxima[r]);

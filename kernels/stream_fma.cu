@@ -69,18 +69,5 @@ struct Multiply {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) stream_fma(PARAMS) {
-    release_next();
-    auto row = [&](int r) -> i64 { return X_ROW(r); };
-    auto list = [&](Group* groups) { return LIST; };
-    auto constants = [&] { CONSTANTS; };
-    auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };
-    auto touch = [&](i64 row, int column) -> float { return EPILOGUE(0.0f, 0.0f, row, column); };
-    auto finish = [&](float v0, float v1, i64 row, int column) {
-        y[row * Y_COLUMNS + column] = from_f32<Y>(EPILOGUE(v0, v1, row, column));
-    };
-    stream_weights<Multiply>(w, list, constants, stage, touch, finish);
-    // Rows of no group.
-    i64 step = (i64)gridDim.x * THREADS, end = (i64)rows * Y_COLUMNS;
-    for (i64 i = (i64)ROWS_USED * Y_COLUMNS + blockIdx.x * THREADS + threadIdx.x; i < end; i += step)
-        finish(0.0f, 0.0f, i / Y_COLUMNS, (int)(i % Y_COLUMNS));
+    STREAM_BODY;
 }

@@ -217,3 +217,20 @@ stream_weights(const W* __restrict__ w, List list, Constants constants, Stage st
     // No block ends while another reads its memory.
     if (SPLIT > 1) cluster_sync<SPLIT>();
 }
+
+// What a kernel does after its signature, which generated names are parameters of, and with its own `Multiply`; last come rows of
+// no group.
+#define STREAM_BODY                                                                                   \
+    release_next();                                                                                   \
+    auto row = [&](int r) -> i64 { return X_ROW(r); };                                                \
+    auto list = [&](Group* groups) { return LIST; };                                                  \
+    auto constants = [&] { CONSTANTS; };                                                              \
+    auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };                    \
+    auto touch = [&](i64 row, int column) -> float { return EPILOGUE(0.0f, 0.0f, row, column); };     \
+    auto finish = [&](float v0, float v1, i64 row, int column) {                                      \
+        y[row * Y_COLUMNS + column] = from_f32<Y>(EPILOGUE(v0, v1, row, column));                     \
+    };                                                                                                \
+    stream_weights<Multiply>(w, list, constants, stage, touch, finish);                               \
+    i64 step = (i64)gridDim.x * THREADS, end = (i64)rows * Y_COLUMNS;                                 \
+    for (i64 i = (i64)ROWS_USED * Y_COLUMNS + blockIdx.x * THREADS + threadIdx.x; i < end; i += step) \
+        finish(0.0f, 0.0f, i / Y_COLUMNS, (int)(i % Y_COLUMNS))

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
@@ -14,6 +15,14 @@ pub fn print(text: impl Display) -> Result<()> {
 /// Writes a line to standard error, where nobody could be told that it failed; in one piece, since other processes may write there.
 pub fn note(text: impl Display) {
     let _ = std::io::stderr().lock().write_all(format!("{text}\n").as_bytes());
+}
+
+/// Whether two paths name the same file, which is there: what is written to one must not be read from the other.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b && a.is_file(),
+        _ => false,
+    }
 }
 
 /// An error and its causes in one line, without a cause that the text before already ends with.
@@ -32,6 +41,17 @@ pub fn describe(error: &anyhow::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_the_same_by_any_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| folder.path().join(name));
+        assert!(!same_file(&a, &a), "it is not there");
+        std::fs::write(&a, "").unwrap();
+        std::fs::write(&b, "").unwrap();
+        assert!(same_file(&a, &folder.path().join(".").join("a")) && !same_file(&a, &b));
+        assert!(!same_file(Path::new("/dev/null"), Path::new("/dev/null")), "no file");
+    }
 
     #[test]
     fn a_cause_that_was_told_is_not_told_again() {

@@ -152,20 +152,15 @@ fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, wo
     let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
-    let mut generator = Generator::new(&mut *executor, options)?;
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
     let requests = requests(arguments, sampling, &prompts, &file);
     let format = arguments.format.unwrap_or(Format::Text);
     let live = prompts.text && count == 1 && format == Format::Text;
     let mut texts = Texts::new(prompts.rules.as_ref(), count, &arguments.text.stop, live);
     let stops = if prompts.rules.is_some() { &arguments.text.stop[..] } else { &[] };
     let mut all = All::new(requests, |id, token| texts.token(id, token)).stopping_at(stops);
-    let ranks = world.run(&mut generator, &mut all, options, Mode::Deal)?;
+    let ranks = world.run(&mut generator, &mut all, arguments.generating(), Mode::Deal)?;
     let finished = all.results()?;
     let peers = world.peers().to_vec();
     world.leave()?;
@@ -212,6 +207,15 @@ impl Timing {
 }
 
 impl Arguments {
+    /// What the generator does besides.
+    fn generating(&self) -> Options {
+        Options {
+            chunk: self.chunk,
+            capture_logits: self.logits.is_some(),
+            capture_prompt_logits: self.prompt_logits.is_some(),
+        }
+    }
+
     fn graphs(&self) -> Graphs {
         if self.require_graphs { Graphs::Required } else { Graphs::Lazy }
     }

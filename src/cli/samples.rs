@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 
 use crate::cli::load::{self, Device};
-use crate::cli::output::note;
+use crate::cli::output::{note, same_file};
 use crate::cli::run::write_answers;
 use crate::cli::{text, usage};
 use crate::codegen::CompileOptions;
@@ -58,6 +58,12 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         if found == 0 || i32::try_from(found).is_err() {
             return usage(format!("{name}: expected a number from 1 to {}, found {found}", i32::MAX));
         }
+    }
+    if arguments.text.as_deref().is_some_and(|text| same_file(text, &arguments.output)) {
+        return usage(format!("--output {}: expected another file than the text", arguments.output.display()));
+    }
+    if arguments.answers.as_deref() == Some(&arguments.output) {
+        return usage(format!("--answers {}: expected another file than --output", arguments.output.display()));
     }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &CompileOptions::default())?;

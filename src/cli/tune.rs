@@ -13,7 +13,7 @@ use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
 use crate::plan::{Manifest, Phase, PlanFile};
 use crate::runtime::cuda::measure::{Inputs, Options, Timed, graph_us, refused_kernels, time_steps};
-use crate::runtime::cuda::{Graphs, check_device};
+use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 
 /// Every plan has one.
 const RANK: usize = 0;
@@ -130,25 +130,24 @@ fn refine(
     mut search: Refinement,
     name: &str,
 ) -> Result<Refined> {
-    let mut held = None;
+    let mut held: Option<(CudaExecutor, Inputs)> = None;
     let all = search.left();
     let bar = progress::count(&format!("timing graphs of {name}"), all as u64);
     while let Some(tactics) = search.next() {
         let file = load::compile_source(source, &CompileOptions { tactics, ..options.clone() })?.file;
-        let us = match &mut held {
+        let (mut executor, inputs) = match held.take() {
             None => {
                 let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
                 let inputs = Inputs::prepare(&mut executor, 0, &Options::default())?;
-                let us = graph_us(&mut executor, 0, &inputs)?;
-                held = Some((executor, inputs));
-                us
+                (executor, inputs)
             }
-            Some((executor, inputs)) => {
+            Some((mut executor, inputs)) => {
                 executor.adopt(&file)?;
-                graph_us(executor, 0, inputs)?
+                (executor, inputs)
             }
         };
-        search.record(Some(us));
+        search.record(Some(graph_us(&mut executor, 0, &inputs)?));
+        held = Some((executor, inputs));
         bar.set_position((all - search.left()) as u64);
     }
     bar.finish_and_clear();

@@ -157,7 +157,7 @@ impl Lock {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
     use crate::codegen::{CompileOptions, Compiled, Recipe, Source, Tuning, compile};
@@ -245,7 +245,8 @@ mod tests {
         assert_eq!(foreign, lock());
     }
 
-    fn compiled(tactics: Tactics) -> Compiled {
+    /// A small model for a GPU, a bucket of each phase.
+    pub(in super::super) fn compiled(tactics: Tactics) -> Compiled {
         let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions {
             target: Target::Sm90a,

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use serde::Deserialize;
 use serde_json::{Map, Value};
+use tokenizers::AddedToken;
 
 /// The tokenizer.
 pub const TOKENIZER: &str = "tokenizer.json";
@@ -23,6 +25,31 @@ pub struct Files {
     pub config: Map<String, Value>,
     special_tokens: Map<String, Value>,
     generation: Map<String, Value>,
+}
+
+/// A token as `tokenizer_config.json` describes it.
+#[derive(Deserialize)]
+struct Described {
+    content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    normalized: Option<bool>,
+    #[serde(default)]
+    special: bool,
+}
+
+impl Described {
+    fn token(&self) -> AddedToken {
+        AddedToken::from(&self.content, self.special)
+            .single_word(self.single_word)
+            .lstrip(self.lstrip)
+            .rstrip(self.rstrip)
+            .normalized(self.normalized.unwrap_or(!self.special))
+    }
 }
 
 impl Files {
@@ -47,6 +74,27 @@ impl Files {
             Some((key.clone(), Value::from(content)))
         });
         text.collect()
+    }
+
+    /// Tokens that `tokenizer_config.json` adds to those of the tokenizer, or describes differently: `added_tokens_decoder` in
+    /// the order of ids. And the texts that it says are special tokens besides those with a name of their own.
+    pub fn added_tokens(&self) -> Result<(Vec<AddedToken>, Vec<String>)> {
+        let mut described = vec![];
+        let decoder = self.config.get("added_tokens_decoder").and_then(Value::as_object);
+        for (id, token) in decoder.into_iter().flatten() {
+            let place = || format!("{}: added_tokens_decoder: {id}", self.directory.join(TOKENIZER_CONFIG).display());
+            let number: u32 = id.parse().with_context(place)?;
+            described.push((number, Described::deserialize(token).with_context(place)?.token()));
+        }
+        described.sort_by_key(|(id, _)| *id);
+        let further = ["extra_special_tokens", "additional_special_tokens"];
+        let further = further.iter().filter_map(|key| self.config.get(*key)).flat_map(|tokens| match tokens {
+            Value::Array(tokens) => tokens.iter().collect(),
+            Value::Object(tokens) => tokens.values().collect(),
+            _ => vec![],
+        });
+        let text = |token: &Value| Some(token.get("content").unwrap_or(token).as_str()?.to_owned());
+        Ok((described.into_iter().map(|(_, token)| token).collect(), further.filter_map(text).collect()))
     }
 
     /// `eos_token_id` of `generation_config.json`: a number, or a list of them.

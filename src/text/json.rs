@@ -1,26 +1,9 @@
-//! JSON as Python's `json.dumps` writes it, which chat templates depend on, and JSON as values of a template.
+//! JSON as Python's `json.dumps` writes it, which chat templates depend on.
 
 use std::fmt::Write;
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Error, ErrorKind};
-
-/// A JSON value for a template; keys keep their order.
-pub fn value(json: &serde_json::Value) -> Value {
-    use serde_json::Value as Json;
-    match json {
-        Json::Null => Value::from(()),
-        Json::Bool(b) => Value::from(*b),
-        Json::Number(n) => match (n.as_i64(), n.as_u64()) {
-            (Some(n), _) => Value::from(n),
-            (None, Some(n)) => Value::from(n),
-            (None, None) => Value::from(n.as_f64().unwrap_or(f64::NAN)),
-        },
-        Json::String(text) => Value::from(text.as_str()),
-        Json::Array(items) => items.iter().map(value).collect(),
-        Json::Object(pairs) => Value::from_pairs(pairs.iter().map(|(key, item)| (key.as_str(), value(item)))),
-    }
-}
 
 /// The filter `tojson` as `transformers` defines it: without the escapes for HTML that Jinja's own makes.
 pub fn tojson(input: &Value, options: Kwargs) -> Result<String, Error> {

@@ -5,6 +5,7 @@
 mod conversation;
 mod files;
 mod json;
+mod python;
 mod stream;
 mod template;
 mod time;
@@ -55,6 +56,8 @@ pub struct Text {
     after: Vec<u32>,
     /// Tokens that are no text.
     special: HashSet<u32>,
+    /// Tokens of a byte each, such as `<0xE4>`, where the decoder puts them together.
+    bytes: HashSet<u32>,
     stop_tokens: Vec<u32>,
 }
 
@@ -89,15 +92,18 @@ impl Text {
         };
         let mut tokenizer = tokenizer().map_err(|e| anyhow!("{}: not a tokenizer: {e}", path.display()))?;
         let names = files.token_names();
+        let (described, further) = files.added_tokens()?;
+        let cannot =
+            |e| anyhow!("{}: cannot add its special tokens: {e}", directory.join(files::TOKENIZER_CONFIG).display());
+        tokenizer.add_tokens(described).map_err(cannot)?;
         let known = tokenizer.get_added_tokens_decoder();
         let special = |token: &String| known.values().any(|added| added.special && added.content == *token);
-        let named = names.values().filter_map(|name| name.as_str().map(str::to_owned));
+        let named = names.values().filter_map(|name| name.as_str().map(str::to_owned)).chain(further);
         let named: Vec<AddedToken> = named
             .filter(|token| tokenizer.token_to_id(token).is_some() && !special(token))
             .map(|token| AddedToken::from(token, true))
             .collect();
-        let added = tokenizer.add_special_tokens(named);
-        added.map_err(|e| anyhow!("{}: cannot name its special tokens: {e}", path.display()))?;
+        tokenizer.add_special_tokens(named).map_err(cannot)?;
         let decoder = tokenizer.get_added_tokens_decoder();
         let mut text = Text {
             directory: directory.to_owned(),
@@ -106,6 +112,7 @@ impl Text {
             after: vec![],
             special: decoder.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect(),
             stop_tokens: files.stop_tokens()?,
+            bytes: bytes(&tokenizer),
             tokenizer,
             names,
         };
@@ -207,6 +214,10 @@ impl Text {
     /// # Errors
     /// The tokenizer's decoder failed.
     pub fn decode(&self, tokens: &[u32]) -> Result<String> {
+        // Some decoders expect a token.
+        if tokens.iter().all(|&token| self.is_special(token)) {
+            return Ok(String::new());
+        }
         let decoded = self.tokenizer.decode(tokens, true);
         decoded.map_err(|e| anyhow!("{}: cannot decode: {e}", self.directory.join(files::TOKENIZER).display()))
     }
@@ -229,6 +240,22 @@ impl Text {
     fn is_special(&self, token: u32) -> bool {
         self.special.contains(&token)
     }
+
+    /// Whether a token stands for a byte, and the text of a run of such tokens is known only at its end: it is no text at all
+    /// if any of it is no character.
+    fn is_byte(&self, token: u32) -> bool {
+        self.bytes.contains(&token)
+    }
+}
+
+/// Ids of the byte tokens of a tokenizer that falls back on them.
+fn bytes(tokenizer: &Tokenizer) -> HashSet<u32> {
+    // A decoder may be within others.
+    let decoder = tokenizer.get_decoder().and_then(|decoder| serde_json::to_string(decoder).ok());
+    if !decoder.is_some_and(|decoder| decoder.contains("\"ByteFallback\"")) {
+        return HashSet::new();
+    }
+    (0..=u8::MAX).filter_map(|byte| tokenizer.token_to_id(&format!("<0x{byte:02X}>"))).collect()
 }
 
 #[cfg(test)]
@@ -266,6 +293,20 @@ mod tests {
         let tokens = [&[1][..], &bpe("h"), &[2], &bpe("i")].concat();
         assert_eq!(text.decode(&tokens).expect("text"), "hi");
         assert_eq!(text.decode(&[]).expect("text"), "");
+    }
+
+    #[test]
+    fn the_configuration_says_which_tokens_are_special_too() {
+        let config = r#"{"added_tokens_decoder": {
+            "260": {"content": "<two>", "special": false},
+            "259": {"content": "<one>", "special": true, "lstrip": true},
+            "100": {"content": "a", "special": true}}, "extra_special_tokens": {"image": "b"}, "additional_special_tokens": ["c", 1]}"#;
+        let (_folder, text) = fixture::open(&[("tokenizer_config.json", config)]);
+        assert_eq!(text.encode_plain("x <one><two>").expect("text"), [&bpe("x")[..], &[259, 260]].concat());
+        assert_eq!(text.decode(&[&[259, 260][..], &bpe("abcd")].concat()).expect("text"), "<two>d");
+        let bad = [("tokenizer_config.json", r#"{"added_tokens_decoder": {"7": {"special": true}}}"#)];
+        let error = format!("{:#}", Text::open(fixture::folder(&bad).path()).err().expect("no content"));
+        assert!(error.contains("tokenizer_config.json: added_tokens_decoder: 7: missing field `content`"), "{error}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! New tokens to text, as early as it is certain.
 //!
 //! A token may end in the middle of a character, so what is given out ends at whole characters; what may still become a
-//! stop string is held back. Neither depends on how the text is divided into tokens.
+//! stop string is held back. Neither depends on how the text is divided into tokens. Where a tokenizer falls back on tokens of a
+//! byte each, one byte that is no character makes the text of its whole run U+FFFD; so a run is held back to its end.
 
 use anyhow::Result;
 
@@ -68,6 +69,9 @@ impl<'t> TextStream<'t> {
             return Ok(Piece { text: String::new(), stopped: self.stopped });
         }
         self.pending.push(token);
+        if self.rules.is_byte(token) && self.pending.len() < PATIENCE && !self.completes_a_stop()? {
+            return Ok(Piece::default());
+        }
         let fresh = self.fresh(false)?;
         Ok(self.give(&fresh, false))
     }
@@ -89,21 +93,38 @@ impl<'t> TextStream<'t> {
         &self.given
     }
 
+    /// Whether a stop string would be complete if there were no more tokens; then there are none, and the text is certain.
+    fn completes_a_stop(&self) -> Result<bool> {
+        if self.stops.is_empty() {
+            return Ok(false);
+        }
+        let Some((text, end)) = self.seen(false)? else { return Ok(false) };
+        let all = self.held.clone() + text.get(self.taken..end).unwrap_or_default();
+        Ok(self.stops.iter().any(|stop| all.contains(stop.as_str())))
+    }
+
+    /// Text of the pending tokens, and how much of it does not change if characters are finished; with `give_up`, all. None
+    /// where nothing can be said yet.
+    fn seen(&self, give_up: bool) -> Result<Option<(String, usize)>> {
+        let together = self.rules.decode(&[&self.context[..], &self.pending].concat())?;
+        let text = match together.strip_prefix(&self.context_text) {
+            Some(text) => text.to_owned(),
+            // A decoder that shows bytes one by one takes back a character when the next is unfinished.
+            None if !give_up && self.pending.len() <= UNFINISHED => return Ok(None),
+            None => self.rules.decode(&self.pending)?,
+        };
+        let unfinished = text.chars().rev().take(UNFINISHED).take_while(|&c| c == UNKNOWN).count();
+        let end = if give_up { text.len() } else { text.len() - unfinished * UNKNOWN.len_utf8() };
+        Ok(Some((text, end)))
+    }
+
     /// Text of the pending tokens that is certain and was not before; with `all`, also what is not.
     fn fresh(&mut self, all: bool) -> Result<String> {
         if self.pending.is_empty() {
             return Ok(String::new());
         }
-        let together = self.rules.decode(&[&self.context[..], &self.pending].concat())?;
         let give_up = all || self.pending.len() >= PATIENCE;
-        let text = match together.strip_prefix(&self.context_text) {
-            Some(text) => text.to_owned(),
-            // A decoder that shows bytes one by one takes back a character when the next is unfinished.
-            None if !give_up && self.pending.len() <= UNFINISHED => return Ok(String::new()),
-            None => self.rules.decode(&self.pending)?,
-        };
-        let unfinished = text.chars().rev().take(UNFINISHED).take_while(|&c| c == UNKNOWN).count();
-        let end = if give_up { text.len() } else { text.len() - unfinished * UNKNOWN.len_utf8() };
+        let Some((text, end)) = self.seen(give_up)? else { return Ok(String::new()) };
         // What is certain stays so; a decoder for which that does not hold loses text here rather than repeat it.
         let fresh = text.get(self.taken..end).unwrap_or_default().to_owned();
         self.taken = self.taken.max(end);
@@ -217,16 +238,26 @@ mod tests {
     }
 
     #[test]
-    fn bytes_shown_one_by_one_become_characters() {
+    fn a_run_of_bytes_comes_at_its_end() {
         let (_folder, text) = fixture::byte_fallback();
         let byte = |byte: u8| 3 + u32::from(byte);
         let word = text.tokenizer.token_to_id("▁hi").expect("it is there");
         let tokens: Vec<u32> = [word].into_iter().chain("你好é".bytes().map(byte)).chain([word]).collect();
         let (found, rest) = pieces(&text, &tokens, &[]);
-        assert_eq!(texts(&found), ["hi", "", "", "你", "", "", "好", "", "é", " hi"]);
+        assert_eq!(texts(&found), ["hi", "", "", "", "", "", "", "", "", "你好é hi"]);
         assert_eq!(rest, "");
+        let (found, rest) = pieces(&text, &[byte(b'a'), byte(b'\n')], &[]);
+        assert_eq!((texts(&found).concat(), rest.as_str()), (String::new(), "a\n"));
         let (found, rest) = pieces(&text, &[byte(0xe4), byte(0xbd), word], &[]);
         assert_eq!(texts(&found).concat() + &rest, "\u{FFFD}\u{FFFD} hi");
+        // Whatever comes before in the run is no text then.
+        let (found, rest) = pieces(&text, &[byte(b'a'), byte(0xe4), word], &[]);
+        assert_eq!(texts(&found).concat() + &rest, "\u{FFFD}\u{FFFD} hi");
+        // A stop string ends the run, at the token that completes it.
+        let tokens: Vec<u32> = "a\n\nb".bytes().map(byte).collect();
+        let (found, _) = pieces(&text, &tokens, &["\n\n", "x"]);
+        assert_eq!(texts(&found).concat(), "a");
+        assert_eq!(found.iter().position(|piece| piece.stopped), Some(2));
     }
 
     proptest! {
@@ -236,6 +267,14 @@ mod tests {
         #[test]
         fn pieces_are_the_whole(tokens in prop::collection::vec(0u32..259, 0..40)) {
             let (_folder, text) = fixture::open(&[]);
+            let (found, rest) = pieces(&text, &tokens, &[]);
+            prop_assert_eq!(texts(&found).concat() + &rest, text.decode(&tokens).expect("text"));
+        }
+
+        /// So are they where a token of bytes may make those before it no text.
+        #[test]
+        fn pieces_are_the_whole_with_bytes(tokens in prop::collection::vec(0u32..264, 0..40)) {
+            let (_folder, text) = fixture::byte_fallback();
             let (found, rest) = pieces(&text, &tokens, &[]);
             prop_assert_eq!(texts(&found).concat() + &rest, text.decode(&tokens).expect("text"));
         }

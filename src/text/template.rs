@@ -1,15 +1,16 @@
 //! Chat templates: Jinja, in the environment that `transformers` gives them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Value;
+use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde_json::{Map, Value as Json};
 
 use super::files::{self, Files};
-use super::{json, time};
+use super::{json, python, time};
 
 /// A chat template, and where it stands.
 pub struct Template {
@@ -51,9 +52,16 @@ impl Template {
     /// # Errors
     /// It is no template, or raises an error.
     pub fn render(&self, variables: &Map<String, Json>) -> Result<String> {
-        let source = without_generation_tags(&self.source);
+        // Jinja knows one kind of line end.
+        let source = without_generation_tags(&self.source.replace("\r\n", "\n").replace('\r', "\n"));
         let environment = environment()?;
-        let rendered = environment.render_str(&source, json::value(&Json::Object(variables.clone())));
+        let variables = Value::from(Serde(variables));
+        // minijinja panics where a list without items is reversed by `[::-1]`; that ends no batch and no conversation.
+        let rendered = catch_unwind(AssertUnwindSafe(|| environment.render_str(&source, variables)));
+        let rendered = rendered.unwrap_or_else(|_| {
+            let what = "the template engine failed; it cannot reverse a list without items by [::-1]";
+            Err(Error::new(ErrorKind::InvalidOperation, what))
+        });
         rendered.with_context(|| format!("chat template of {}", self.path.display()))
     }
 }
@@ -62,7 +70,7 @@ fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    python::teach(&mut environment);
     environment.add_filter("tojson", json::tojson);
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -117,6 +125,18 @@ mod tests {
             json!({"l": [1, 0, 2]}),
             "1\n2\nend",
         );
+    }
+
+    #[test]
+    fn line_ends_are_all_the_same() {
+        renders("{% if true %}\r\na\rb{{ x }}\r\n{% endif %}\r\n", json!({"x": "\r\n"}), "a\nb\r\n\n");
+    }
+
+    #[test]
+    fn what_the_engine_cannot_do_is_an_error() {
+        let error = render("{% for x in l[::-1] %}{{ x }}{% endfor %}", json!({"l": []})).expect_err("it panics");
+        assert!(format!("{error:#}").contains("[::-1]"), "{error:#}");
+        renders("{% for x in l[::-1] %}{{ x }}{% endfor %}", json!({"l": [1, 2]}), "21");
     }
 
     #[test]

@@ -180,7 +180,7 @@ fn wrong_usage_of_batches() {
     write(at, "in.jsonl", "{\"tokens\": [1]}\n{\"tokens\": [2]}\n");
     done(at, &["samples", "demo.plan", "--count", "3", "--length", "4", "-o", "in.bin"]);
     let samples = ["run", "demo.plan", "--input", "in.bin"];
-    let wrong: [(&[&str], &[&str]); 17] = [
+    let wrong: [(&[&str], &[&str]); 20] = [
         (&RUN, &["--tokens", "1"]),
         (&RUN, &["--resume"]),
         (&RUN, &["--output", "o.jsonl", "--retry-errors"]),
@@ -197,11 +197,16 @@ fn wrong_usage_of_batches() {
         (&samples, &["--validate", "in.bin", "--tolerance=-1"]),
         (&samples, &["--output", "a.bin", "--resume"]),
         (&samples, &["--logits", "l.npy"]),
+        (&samples, &["--output", "./in.bin"]),
+        (&samples, &["--validate", "in.jsonl", "--output", "in.jsonl"]),
         (&["samples", "demo.plan"], &["-o", "x.bin", "--count", "0"]),
+        (&["samples", "demo.plan"], &["-o", "x.bin", "--answers", "x.bin"]),
     ];
+    let before = [read(at, "in.jsonl"), read(at, "in.bin")];
     for (start, more) in wrong {
         fails(at, 2, &[start, more].concat());
     }
+    assert_eq!([read(at, "in.jsonl"), read(at, "in.bin")], before, "what is read is not written");
     assert!(fails(at, 1, &["run", "demo.plan", "--input", "no.jsonl"]).contains("no.jsonl"));
     assert!(fails(at, 1, &["run", "demo.plan", "--input", "no.bin"]).contains("no.bin"));
 }

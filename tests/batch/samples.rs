@@ -73,6 +73,9 @@ fn samples_are_valid_up_to_the_tolerance() {
     assert!(report["times_as_fast"].as_f64().is_some_and(|times| times > 0.0));
     let strict = [&VALIDATE[..], &["--compare", "f16.plan", "--tolerance", "1e-4"]].concat();
     assert!(fails(at, 1, &strict).contains("f16.plan"));
+    done(at, &["compile", &project("plans/synthetic.ron"), "--target", "cpu", "-o", "other.plan"]);
+    let other = fails(at, 1, &[&VALIDATE[..], &["--compare", "other.plan"]].concat());
+    assert!(other.contains("expected a plan of the same model"), "{other}");
     // One logit of sample 2 is wrong.
     let mut answers = read(at, "answers.bin");
     let row = answers.len() / count;

@@ -10,22 +10,14 @@ use lfm2c::runtime::workload::random_batch;
 use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, gpu, plan};
+use crate::models::{SHAPES, gpu, plan, small};
 
 /// Replays of one step, each over the same state: prompt rows that go on move the convolution's ring, so it is filled anew.
 const REPLAYS: usize = 1000;
 
 /// One bucket a phase, so that a sequence has the same kernels alone and in company.
 fn options(dtype: DType) -> CompileOptions {
-    CompileOptions {
-        dtype: Some(dtype),
-        prefill: Some(vec![64]),
-        decode: Some(vec![8]),
-        max_sequences: Some(8),
-        max_context: Some(256),
-        kv_tokens: Some(2048),
-        ..CompileOptions::default()
-    }
+    small(&[64], &[8], dtype)
 }
 
 pub fn trials() -> Vec<Trial> {

@@ -4,6 +4,7 @@ use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::recipe::ModelSource;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::cuda::Device;
+use lfm2c::ir::DType;
 use lfm2c::ir::config::RawConfig;
 use lfm2c::passes::Target;
 use lfm2c::plan::{PlanFile, WeightSource};
@@ -85,4 +86,17 @@ pub fn cpu(file: &PlanFile) -> CpuExecutor {
     let mut pool = HostPool::new(program).expect("the pool fits");
     weights::fill_synthetic(&file.manifest, program, 5, pool.weights_mut(), &|_| ()).expect("weights fit");
     CpuExecutor::new(Arc::new(file.manifest.clone()), 0, pool).expect("every plan runs on the CPU")
+}
+
+/// Options of a plan with room for eight sequences of 256 positions.
+pub fn small(prefill: &[u64], decode: &[u64], dtype: DType) -> CompileOptions {
+    CompileOptions {
+        dtype: Some(dtype),
+        prefill: Some(prefill.to_vec()),
+        decode: Some(decode.to_vec()),
+        max_sequences: Some(8),
+        max_context: Some(256),
+        kv_tokens: Some(2048),
+        ..CompileOptions::default()
+    }
 }

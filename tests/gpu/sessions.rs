@@ -6,29 +6,16 @@
 
 use std::ops::ControlFlow;
 
-use lfm2c::codegen::CompileOptions;
 use lfm2c::ir::DType;
 use lfm2c::plan::PlanFile;
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::{Finished, Generator, Options, Request, SamplingParams, Session};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, gpu, plan};
+use crate::models::{SHAPES, gpu, plan, small};
 
 /// Largest relative L2 distance of rows of logits in f32 from kernels of different buckets.
 const BUCKETS_APART: f64 = 2e-5;
-
-fn options(prefill: &[u64], decode: &[u64], dtype: DType) -> CompileOptions {
-    CompileOptions {
-        dtype: Some(dtype),
-        prefill: Some(prefill.to_vec()),
-        decode: Some(decode.to_vec()),
-        max_sequences: Some(8),
-        max_context: Some(256),
-        kv_tokens: Some(2048),
-        ..CompileOptions::default()
-    }
-}
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![];
@@ -44,7 +31,7 @@ pub fn trials() -> Vec<Trial> {
                     continue;
                 }
                 trials.push(Trial::test(format!("sessions {what} {} {dtype}", shape.name), move || {
-                    conversations(&plan(&SHAPES[i], &options(prefill, decode, dtype)), exact)
+                    conversations(&plan(&SHAPES[i], &small(prefill, decode, dtype)), exact)
                 }));
             }
         }

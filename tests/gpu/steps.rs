@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use lfm2c::codegen::CompileOptions;
 use lfm2c::codegen::select::Tactics;
+use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::ir::DType;
 use lfm2c::passes;
 use lfm2c::runtime::compare::{bound, compare_step};
@@ -13,9 +13,6 @@ use lfm2c::runtime::workload::random_batch;
 use libtest_mimic::{Failed, Trial};
 
 use crate::models::{SHAPES, Shape, cpu, gpu, plan};
-
-/// A problem that has more candidates than this has some of them untested.
-const MOST_CANDIDATES: usize = 16;
 
 fn options(dtype: DType) -> CompileOptions {
     CompileOptions {
@@ -87,19 +84,17 @@ fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Fa
 /// Runs every candidate of every problem at least once. `LFM2C_CANDIDATES=3,4` runs those rounds alone, so that what is slow
 /// under a sanitizer can be divided among processes.
 fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
-    let rounds = match std::env::var("LFM2C_CANDIDATES") {
-        Ok(list) => list.split(',').map(|n| n.trim().parse()).collect::<Result<Vec<usize>, _>>()?,
-        Err(_) => (1..MOST_CANDIDATES).collect(),
+    let options = CompileOptions { prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
+    let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
+    let most = problems.problems().map(|(_, candidates)| candidates.len()).max().unwrap_or(0);
+    let rounds: Vec<usize> = match std::env::var("LFM2C_CANDIDATES") {
+        Ok(list) => list.split(',').map(|n| n.trim().parse()).collect::<Result<_, _>>()?,
+        Err(_) => (1..=most).collect(),
     };
     let mut seen = BTreeSet::new();
-    for nth in rounds {
+    for nth in rounds.into_iter().filter(|nth| (1..=most).contains(nth)) {
         let tactics = Tactics { nth: Some(nth), ..Tactics::default() };
-        let options = CompileOptions { tactics, prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
-        let before = seen.len();
-        seen.extend(check(shape, &options)?);
-        if seen.len() == before {
-            break;
-        }
+        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
     }
     println!("{} {dtype}: {} kernels", shape.name, seen.len());
     Ok(())

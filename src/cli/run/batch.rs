@@ -19,7 +19,7 @@ use crate::cli::world::World;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
 use crate::runtime::ranks::Mode;
-use crate::runtime::{Finished, Generator, Options, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work, logits_table};
 use crate::text::{Text, TextStream};
 
 /// Does it.
@@ -86,15 +86,10 @@ fn generate<R: BufRead>(
     let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
-    let options = Options {
-        chunk: arguments.chunk,
-        capture_logits: arguments.logits.is_some(),
-        capture_prompt_logits: arguments.prompt_logits.is_some(),
-    };
     let begun = Instant::now();
     batch.bar.start();
-    let mut generator = Generator::new(&mut *executor, options)?;
-    let ranks = world.run(&mut generator, batch, options, Mode::Deal)?;
+    let mut generator = Generator::new(&mut *executor, arguments.generating())?;
+    let ranks = world.run(&mut generator, batch, arguments.generating(), Mode::Deal)?;
     let timing = Timing::new(ready_seconds, begun, generator.statistics(), ranks);
     batch.bar.suspend(|| summary(file, &timing, world.peers(), &*executor));
     Ok(())
@@ -185,7 +180,7 @@ struct AtWork<'t> {
     number: usize,
     place: usize,
     key: String,
-    id: Option<Value>,
+    id: Option<String>,
     max_new_tokens: usize,
     /// Texts that end it.
     stops: Vec<String>,
@@ -329,9 +324,6 @@ impl<R> Batch<'_, '_, R> {
 impl AtWork<'_> {
     fn head(&self) -> Map<String, Value> {
         let mut head = Map::new();
-        if let Some(id) = &self.id {
-            head.insert("id".into(), id.clone());
-        }
         head.insert("line".into(), self.number.into());
         head.insert("request".into(), self.key.clone().into());
         head
@@ -340,7 +332,16 @@ impl AtWork<'_> {
     fn error(&self, what: &str) -> String {
         let mut object = self.head();
         object.insert("error".into(), what.into());
-        Value::from(object).to_string()
+        self.named(object)
+    }
+
+    /// An object behind the line's own name, which is repeated as it was written.
+    fn named(&self, object: Map<String, Value>) -> String {
+        let text = Value::from(object).to_string();
+        match (&self.id, text.strip_prefix('{')) {
+            (Some(id), Some(rest)) => format!("{{\"id\":{id},{rest}"),
+            _ => text,
+        }
     }
 
     fn object(&mut self, finished: &Finished) -> Result<String> {
@@ -356,7 +357,7 @@ impl AtWork<'_> {
         object.insert("tokens".into(), finished.tokens.clone().into());
         object.insert("text".into(), text);
         object.insert("finish_reason".into(), finished.reason.to_string().into());
-        Ok(Value::from(object).to_string())
+        Ok(self.named(object))
     }
 }
 

@@ -4,12 +4,12 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Arguments, Format};
 use crate::cli::load;
-use crate::cli::output::{note, print};
+use crate::cli::output::{note, print, same_file};
 use crate::cli::samples::file::{Answers, How, Inputs, Timed, run};
 use crate::cli::usage;
 use crate::cli::world::{World, rank_table};
@@ -52,8 +52,11 @@ struct Bad {
 
 /// Does it.
 pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result<()> {
-    check_options(arguments)?;
+    check_options(arguments, input)?;
     let plans = super::plans(arguments)?;
+    if let Some(path) = &arguments.batch.compare {
+        check_models(path, &plans)?;
+    }
     world.agree(&plans.iter().collect::<Vec<_>>(), &load::device_name(&plans[0], arguments.device)?)?;
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
@@ -82,8 +85,27 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     Ok(())
 }
 
-fn check_options(arguments: &Arguments) -> Result<()> {
+/// Refuses plans of different models, whose times say nothing about each other.
+fn check_models(compare: &Path, plans: &[PlanFile]) -> Result<()> {
+    let [expected, found] = [0, 1].map(|index| &plans[index].manifest.model);
+    ensure!(
+        expected.config_hash == found.config_hash,
+        "--compare {}: expected a plan of the same model, `{}` with configuration {:.12}, found `{}` with configuration {:.12}",
+        compare.display(),
+        expected.name,
+        expected.config_hash,
+        found.name,
+        found.config_hash,
+    );
+    Ok(())
+}
+
+fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
     let batch = &arguments.batch;
+    let read = std::iter::once(input).chain(batch.validate.as_deref());
+    if let Some(path) = batch.output.as_deref().filter(|output| read.clone().any(|path| same_file(output, path))) {
+        return usage(format!("--output {}: expected another file than those that are read", path.display()));
+    }
     if batch.resume {
         return usage("--resume: expected --input FILE.jsonl, found samples; they run as a whole");
     }

@@ -2,6 +2,7 @@
 
 use serde::Deserialize;
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use crate::cli::output::describe;
 use crate::cli::text::Wording;
@@ -26,8 +27,8 @@ pub struct Defaults {
 /// What a line asks for.
 #[derive(PartialEq, Debug)]
 pub struct Asked {
-    /// The line's own name for it, any JSON.
-    pub id: Option<Value>,
+    /// The line's own name for it, any JSON, as it is written there: no number is rounded.
+    pub id: Option<String>,
     /// The request, whose id is 0.
     pub request: Request,
     /// Texts that end it.
@@ -38,7 +39,7 @@ pub struct Asked {
 #[derive(PartialEq, Debug)]
 pub struct Fault {
     /// The line's own name for it, where that can be read.
-    pub id: Option<Value>,
+    pub id: Option<String>,
     /// What is wrong, with the number of the line.
     pub what: String,
 }
@@ -57,7 +58,7 @@ pub struct Reader<'t> {
 #[serde(deny_unknown_fields)]
 struct Line {
     #[serde(default, deserialize_with = "present")]
-    id: Option<Value>,
+    id: Option<String>,
     tokens: Option<Vec<u32>>,
     prompt: Option<String>,
     messages: Option<Vec<Message>>,
@@ -71,9 +72,16 @@ struct Line {
     ignore_eos: Option<bool>,
 }
 
-/// A value that is there, be it `null`.
-fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
-    Value::deserialize(deserializer).map(Some)
+/// What is read of a line that is wrong.
+#[derive(Deserialize)]
+struct Named {
+    #[serde(default, deserialize_with = "present")]
+    id: Option<String>,
+}
+
+/// The text of a value that is there, be it `null`, in one line for every reader.
+fn present<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Box::<RawValue>::deserialize(deserializer).map(|value| Some(value.get().replace('\r', " ")))
 }
 
 impl Reader<'_> {
@@ -83,7 +91,9 @@ impl Reader<'_> {
     /// It is no such line.
     pub fn read(&self, number: usize, place: usize, bytes: &[u8]) -> Result<Asked, Fault> {
         let line = parse(bytes).map_err(|fault| {
-            let id = serde_json::from_slice::<Value>(bytes).ok().and_then(|value| value.get("id").cloned());
+            // A list would be taken for a name's fields, by position.
+            let named = bytes.starts_with(b"{").then(|| serde_json::from_slice::<Named>(bytes).ok());
+            let id = named.flatten().and_then(|named| named.id);
             Fault { id, what: format!("line {number}{fault}") }
         })?;
         match self.ask(&line, place) {

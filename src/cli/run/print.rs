@@ -1,6 +1,5 @@
 //! What a run without `--input` prints: text as it is made, tokens and JSON at the end.
 
-use std::io::Write;
 use std::ops::ControlFlow;
 
 use anyhow::Result;
@@ -67,22 +66,19 @@ impl<'t> Texts<'t> {
 
 /// Tokens, a line for each sequence.
 pub fn tokens(results: &[Result<Finished, String>]) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    for finished in results.iter().flatten() {
+    results.iter().flatten().try_for_each(|finished| {
         let tokens: Vec<String> = finished.tokens.iter().map(ToString::to_string).collect();
-        writeln!(out, "{}", tokens.join(","))?;
-    }
-    Ok(())
+        print(format_args!("{}\n", tokens.join(",")))
+    })
 }
 
 /// Texts, with an empty line between two.
 pub fn texts(results: &[Result<Finished, String>], texts: &[String]) -> Result<()> {
-    let mut out = std::io::stdout().lock();
     let ran = results.iter().zip(texts).filter(|(result, _)| result.is_ok());
     for (index, (_, text)) in ran.enumerate() {
         let between = if index > 0 { "\n" } else { "" };
         let end = if text.ends_with('\n') { "" } else { "\n" };
-        write!(out, "{between}{text}{end}")?;
+        print(format_args!("{between}{text}{end}"))?;
     }
     Ok(())
 }
@@ -115,6 +111,5 @@ pub fn object(results: &[Result<Finished, String>], texts: &[String], timing: &T
         "prefill": phase(&statistics.prefill),
         "decode": phase(&statistics.decode),
     });
-    let mut out = std::io::stdout().lock();
-    Ok(writeln!(out, "{}", json!({ "sequences": sequences.collect::<Vec<_>>(), "timing": timing }))?)
+    print(format_args!("{}\n", json!({ "sequences": sequences.collect::<Vec<_>>(), "timing": timing })))
 }

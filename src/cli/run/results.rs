@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use serde_json::Value;
+use serde::de::IgnoredAny;
 
 use crate::cli::output::print;
 use crate::cli::usage;
@@ -121,6 +121,15 @@ impl Results {
         let mut file = OpenOptions::new().read(true).write(true).open(path).with_context(cannot)?;
         ensure!(file.metadata()?.is_file(), "cannot resume {}: expected a regular file", path.display());
         let whole = whole_lines(&mut BufReader::new(&file)).with_context(cannot)?;
+        file.seek(SeekFrom::Start(whole)).with_context(cannot)?;
+        let mut torn = vec![];
+        (&file).take(TORN_BYTES).read_to_end(&mut torn).with_context(cannot)?;
+        ensure!(
+            is_torn(&torn),
+            "cannot resume {}: expected results of `lfm2c run --input`, found something else after byte {whole}; resume with the file \
+             that --output named, or remove it",
+            path.display(),
+        );
         file.rewind().with_context(cannot)?;
         let lines = BufReader::new(file.try_clone().with_context(cannot)?).take(whole);
         let mut results = Results::new(Some(file), path);
@@ -238,6 +247,15 @@ impl Drop for Results {
     }
 }
 
+/// Bytes by which a torn result is known.
+const TORN_BYTES: u64 = 8;
+
+/// Whether these are the first bytes of a result that was torn, or none; a file system that lost its end may have zeros there.
+fn is_torn(bytes: &[u8]) -> bool {
+    let begins = |head: &[u8]| bytes.iter().zip(head).all(|(a, b)| a == b);
+    begins(b"{\"id\":") || begins(b"{\"line\":") || bytes.iter().all(|&byte| byte == 0)
+}
+
 /// Bytes of the lines that are whole: the last counts only if it ends in a newline and is JSON.
 fn whole_lines(lines: &mut impl BufRead) -> std::io::Result<u64> {
     let (mut whole, mut before, mut line) = (0, 0, vec![]);
@@ -251,7 +269,7 @@ fn whole_lines(lines: &mut impl BufRead) -> std::io::Result<u64> {
         (before, whole) = (whole, whole + count);
         std::mem::swap(&mut last, &mut line);
     }
-    let torn = whole > 0 && serde_json::from_slice::<Value>(&last).is_err();
+    let torn = whole > 0 && serde_json::from_slice::<IgnoredAny>(&last).is_err();
     Ok(if torn { before } else { whole })
 }
 
@@ -287,6 +305,30 @@ mod tests {
     }
 
     #[test]
+    fn what_is_torn_off_no_result_is_not_cut_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notes.txt");
+        for (text, torn) in [
+            ("my notes", false),
+            ("my notes\n", false),
+            ("{\"id\"", true),
+            ("{\"id\":1,\"li\n", true),
+            ("{\"line\":1,\"x", true),
+            ("{\"lines\":", false),
+            ("{\"name\": 1", false),
+            ("{", true),
+            ("\0\0\0", true),
+            ("", true),
+        ] {
+            std::fs::write(&path, text).unwrap();
+            let found = Results::resume(&path, false);
+            assert_eq!(found.is_ok(), torn, "{text:?}");
+            drop(found);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), text);
+        }
+    }
+
+    #[test]
     fn a_file_with_results_is_not_overwritten() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.jsonl");
@@ -301,7 +343,7 @@ mod tests {
     fn what_is_no_result_is_refused_and_left_as_it_is() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notes.txt");
-        let text = "{\"tokens\": [1]}\n\nmy notes";
+        let text = "{\"tokens\": [1]}\n{\"li";
         std::fs::write(&path, text).unwrap();
         for anew in [false, true] {
             let mut results = Results::resume(&path, anew).unwrap();

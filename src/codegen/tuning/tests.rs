@@ -1,9 +1,7 @@
 //! What rounds and whole graphs choose.
 
 use super::*;
-use crate::codegen::compile::Silent;
-use crate::codegen::{CompileOptions, Recipe, Source, compile};
-use crate::passes::Target;
+use crate::codegen::lock::tests::compiled;
 
 fn trials(times: &[Option<f64>]) -> Vec<Trial> {
     let trial = |(i, us): (usize, &Option<f64>)| Trial {
@@ -28,17 +26,7 @@ fn the_default_stays_unless_another_is_clearly_faster() {
 }
 
 fn tuning() -> Tuning {
-    let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
-    let options = CompileOptions {
-        target: Target::Sm90a,
-        dtype: Some(crate::ir::DType::BF16),
-        prefill: Some(vec![64]),
-        decode: Some(vec![1]),
-        without_cubins: true,
-        ..CompileOptions::default()
-    };
-    let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
-    Tuning::of(&compiled.file.manifest)
+    Tuning::of(&compiled(Tactics::default()).file.manifest)
 }
 
 /// Times of a round in which each problem's candidate takes what `us` says of its position.

@@ -26,7 +26,7 @@ fn a_line_may_say_everything() {
     let line = br#"{"id": [1], "tokens": [], "max_new_tokens": 0, "temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0,
         "seed": 18446744073709551615, "ignore_eos": true, "stop": []}"#;
     let Asked { id, request, .. } = read(line).unwrap();
-    assert_eq!(id, Some(serde_json::json!([1])));
+    assert_eq!(id.as_deref(), Some("[1]"));
     let sampling = SamplingParams { seed: u64::MAX, ..SamplingParams::default() };
     assert_eq!(request, Request { id: 0, prompt: vec![], max_new_tokens: 0, eos: vec![], sampling, session: None });
 }
@@ -65,13 +65,22 @@ fn a_bad_line_says_where_and_why() {
     for (field, value) in [("temperature", "-1"), ("temperature", "1e40"), ("top_p", "1.5"), ("min_p", "-0.1")] {
         let fault = read(format!("{{\"tokens\": [1], \"id\": 6, \"{field}\": {value}}}").as_bytes()).unwrap_err();
         assert!(fault.what.contains(&format!("line 3: {field}: expected a number")), "{}", fault.what);
-        assert_eq!(fault.id, Some(Value::from(6)), "the id is known");
+        assert_eq!(fault.id.as_deref(), Some("6"), "the id is known");
     }
-    assert_eq!(
-        read(br#"{"id": "x", "tokenz": 1}"#).unwrap_err().id,
-        Some(Value::from("x")),
-        "also of a line with a slip"
-    );
+    let slip = read(br#"{"id": "x", "tokenz": 1}"#).unwrap_err();
+    assert_eq!(slip.id.as_deref(), Some("\"x\""), "also of a line with a slip");
+    assert_eq!(read(b"[5]").unwrap_err().id, None);
+}
+
+#[test]
+fn a_name_is_what_is_written() {
+    for id in
+        ["null", "340282366920938463463374607431768211455", "1.50", "-0", "1e400", "{\"a\": [1,  2]}", "\"\\u00e9\""]
+    {
+        let line = format!("{{\"tokens\": [1], \"id\": {id}}}");
+        assert_eq!(read(line.as_bytes()).unwrap().id.as_deref(), Some(id));
+    }
+    assert_eq!(read(b"{\"id\": [1,\r2], \"tokens\": [1]}").unwrap().id.as_deref(), Some("[1, 2]"));
 }
 
 #[test]

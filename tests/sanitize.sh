@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every candidate of every kernel under compute-sanitizer: tests/sanitize.sh [memcheck|racecheck|initcheck|synccheck]...
+# Several processes at a time share the device, because most of the time goes to the sanitizer's own work on the host. Prints a
+# line for each tool, shape and type, and fails if one of them is not clean or did not run. TEST=FILE names a built test binary.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+tools=("$@")
+[ ${#tools[@]} -gt 0 ] || tools=(memcheck racecheck initcheck synccheck)
+test="${TEST:-$(cargo test --release --locked --test gpu --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*\/gpu-[^"]*\)".*/\1/p' | tail -1)}"
+logs="$(mktemp -d)"
+export LFM2C_REQUIRE_GPU=1 test logs
+
+# One round of one trial under one tool; what it printed stays in a file of its own.
+one() {
+    IFS='|' read -r tool trial round <<<"$1"
+    log="$logs/$tool ${trial#candidates } $round"
+    LFM2C_CANDIDATES="$round" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+        "$test" "$trial" --exact >"$log" 2>&1
+    echo "$? $tool|$trial" >>"$logs/codes"
+}
+export -f one
+
+"$test" --list | sed -n 's/: test$//p' | grep '^candidates ' >"$logs/trials" || { cat "$logs/trials"; exit 1; }
+rounds=$(seq 1 32)
+for tool in "${tools[@]}"; do
+    while IFS= read -r trial; do for round in $rounds; do echo "$tool|$trial|$round"; done; done <"$logs/trials"
+done | xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {}
+
+failed=0
+for tool in "${tools[@]}"; do
+    while IFS= read -r trial; do
+        all=$(grep -c " $tool|$trial\$" "$logs/codes") bad=$(grep " $tool|$trial\$" "$logs/codes" | grep -vc '^0 ')
+        printf '%-10s %-22s %2d rounds, %d not clean\n' "$tool" "${trial#candidates }" "$all" "$bad"
+        [ "$all" = 32 ] && [ "$bad" = 0 ] || failed=1
+    done <"$logs/trials"
+done
+[ $failed = 0 ] || grep -h '=========' "$logs"/*check* | grep -v -e COMPUTE-SANITIZER -e 'SUMMARY: 0' | sort | uniq -c | sort -rn | head -20
+exit $failed
