@@ -5,6 +5,7 @@ mod bench_fusion;
 mod chat;
 mod compile;
 mod completions;
+mod device;
 mod diff;
 mod dot;
 pub mod draw;

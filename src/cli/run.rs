@@ -11,6 +11,7 @@ mod prompt;
 mod results;
 
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +21,8 @@ pub use self::evaluate::write_answers;
 use self::print::Texts;
 use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
-use crate::cli::load::{self, Choices, Device, has_extension};
+use crate::cli::device::Device;
+use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::output::note;
 use crate::cli::sampling::Sampling;
 use crate::cli::table::{regions, size};
@@ -142,14 +144,14 @@ fn plans(arguments: &Arguments) -> Result<Vec<PlanFile>> {
 fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, world: &mut World) -> Result<()> {
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    world.agree(&[&file], &load::device_name(&file, arguments.device)?)?;
+    let place = world.agree(from_ref(&file), arguments.device)?;
     let prompts = arguments.text.prompts(&arguments.tokens, &file, model)?;
     let count = prompts.tokens.len();
     if arguments.prompt_logits.is_some() && count != 1 {
         return usage(format!("--prompt-logits: expected a single prompt, found {count}"));
     }
     world.load(0)?;
-    let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
+    let mut executor = load::executor(&file, model, place, arguments.graphs())?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();

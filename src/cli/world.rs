@@ -2,9 +2,11 @@
 
 use anyhow::{Result, bail};
 
+use crate::cli::device::{Device, Place};
 use crate::cli::output::{describe, note};
 use crate::cli::table::table;
 use crate::cli::{is_usage, usage};
+use crate::cuda;
 use crate::plan::PlanFile;
 use crate::runtime::ranks::{self, Introduction, Message, Mode, Peer, Ranks, Summary};
 use crate::runtime::{Executor, Generator, Options, Work};
@@ -50,19 +52,32 @@ impl World {
         self.ranks.as_mut().filter(|ranks| ranks.rank() > 0)
     }
 
-    /// Sees to it that all ranks have the same plans and devices.
+    /// Sees to it that all ranks have the same plans and devices, and each a GPU of its own if plans run on GPUs: tells which.
     ///
     /// # Errors
     /// They have not, or the plans are not for so many ranks.
-    pub fn agree(&mut self, plans: &[&PlanFile], device: &str) -> Result<()> {
-        let Some(ranks) = &mut self.ranks else { return Ok(()) };
+    pub fn agree(&mut self, plans: &[PlanFile], device: Device) -> Result<Place> {
+        let Some(ranks) = &mut self.ranks else { return Ok(device.into()) };
+        let (gpu, name) = match plans.iter().any(|plan| device.is_cuda(&plan.manifest)) {
+            false => (0, "the CPU".to_owned()),
+            true => {
+                // Where there is none, opening it says why.
+                let gpu = match cuda::Device::count() {
+                    0 => 0,
+                    gpus => ranks.local().gpu(gpus)?,
+                };
+                (gpu, cuda::Device::open(gpu)?.name.clone())
+            }
+        };
+        let place = Place { device, gpu };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            plans: plans.iter().map(|plan| plan.hash()).collect(),
-            device: device.to_owned(),
+            plans: plans.iter().map(PlanFile::hash).collect(),
+            device: name,
         };
         if ranks.rank() > 0 {
-            return ranks.send(0, &Message::Introduction(introduction));
+            ranks.send(0, &Message::Introduction(introduction))?;
+            return Ok(place);
         }
         ranks.meet(&introduction)?;
         for plan in plans {
@@ -75,7 +90,7 @@ impl World {
                 );
             }
         }
-        Ok(())
+        Ok(place)
     }
 
     /// Rank 0 tells the others to load a plan's weights, by its place among those that were agreed on.

@@ -120,6 +120,29 @@ fn rank_0_is_stopped() {
     strike("STOP", 2, 0, "no sign of life for 5 s");
 }
 
+/// Ctrl-C: `mpirun` is told to end, and ends the ranks. What is written stays, and the rest can be resumed.
+#[test]
+fn an_interrupted_run_can_be_resumed() {
+    let mut world = World::at_work(2);
+    let begun = Instant::now();
+    signal("INT", &world.mpirun.id().to_string());
+    assert!(!world.mpirun.wait().expect("it ends").success());
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    (0..2).for_each(|rank| fs::write(world.folder.path().join(format!("end.{rank}")), "0").expect("it is written"));
+    // Nobody is at fault.
+    assert_eq!([0, 1].map(|rank| world.read(&format!("errors.{rank}"))), ["", ""]);
+    let at = world.folder.path();
+    let count = |name: &str| fs::read_to_string(at.join(name)).expect("it was written").lines().count();
+    let kept = count("out.jsonl");
+    assert!(kept > 0 && kept < count("in.jsonl"), "{kept} results");
+    let first = (kept + 40).to_string();
+    let run = ["run", "demo.plan", "--input", "in.jsonl", "-n", &first, "--output"];
+    super::succeeded(&super::on_ranks(at, "2", &[&run[..], &["out.jsonl", "--resume"]].concat()));
+    super::succeeded(&lfm2c(at, &[&run[..], &["one.jsonl"]].concat()));
+    let [resumed, whole] = ["out.jsonl", "one.jsonl"].map(|name| fs::read(at.join(name)).expect("it was written"));
+    assert!(resumed == whole, "another result");
+}
+
 /// Ranks that are started with different words after `lfm2c run`; all of what is said must be in one message.
 fn disagree(folder: &Path, ranks: &[&[&str]], code: i32, said: &[&str]) {
     let begun = Instant::now();
@@ -160,6 +183,12 @@ fn ranks_that_are_not_alike() {
     disagree(at, &[&none, &none], 1, &["lfm2c: rank 0 (host ", "cannot read none.jsonl"]);
     let wrong = ["a.plan", "--input", "a.jsonl", "--validate", "answers.bin"];
     disagree(at, &[&wrong, &wrong], 2, &["lfm2c: --validate"]);
+    let same = ["a.plan", "--input", "in.bin", "--output", "in.bin"];
+    fs::write(at.join("in.bin"), [1, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0]).expect("it is written");
+    disagree(at, &[&same, &same], 2, &["lfm2c: --output in.bin"]);
+    // A GPU for each of four ranks, or a plan for GPUs: there is one message, whoever fails first, and all do at once.
+    let cuda: &[&str] = &["a.plan", "--device", "cuda"];
+    disagree(at, &[cuda; 4], 1, &["lfm2c: rank "]);
     let model = project("models/demo");
     let other = ["a.plan", "--model", &model];
     disagree(at, &[&["a.plan"], &other], 1, &["lfm2c: rank 1 (host ", "compiled for another model"]);

@@ -102,6 +102,9 @@ fn results_are_those_of_one_rank() {
             told(&on_ranks(at, ranks, &[&run[..], &[&name, "--resume"]].concat()));
             assert!(fs::read(at.join(&name)).expect("it was written") == whole, "{ranks} ranks: another result");
         }
+        // What could not run cannot run now.
+        told(&on_ranks(at, ranks, &[&run[..], &[&name, "--resume", "--retry-errors"]].concat()));
+        assert!(fs::read(at.join(&name)).expect("it was written") == whole, "{ranks} ranks: another result");
     }
 }
 
@@ -117,6 +120,28 @@ fn prompts_of_the_command_line_and_their_logits() {
     assert!(one.stdout == three.stdout && !one.stdout.is_empty(), "{}", errors(&three));
     assert!(errors(&three).contains("lfm2c: 1 of 5 sequences could not run"), "{}", errors(&three));
     assert!(fs::read(at.join("1.npy")).expect("written") == fs::read(at.join("3.npy")).expect("written"));
+}
+
+/// Texts in, texts out: those of one process, be they printed as they are made or at the end.
+#[test]
+fn texts_are_those_of_one_rank() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/demo.ron", "demo.plan", &["--dtype", "f32"]);
+    let model = project("models/demo");
+    let run = ["run", "demo.plan", "--model", &model, "--chat"];
+    let cases: [&[&str]; 3] = [
+        &["--prompt", "What is a cat?"],
+        &["--prompt", "What is a cat?", "--prompt", "What is a dog?", "--prompt", "Hello!", "--stop", " domest"],
+        &["--prompt", "What is gold?", "--temperature", "0.9", "--seed", "7"],
+    ];
+    for case in cases {
+        let alone = lfm2c(at, &[&run[..], case].concat());
+        for ranks in ["2", "4"] {
+            let output = on_ranks(at, ranks, &[&run[..], case].concat());
+            assert!(succeeded(&output) == succeeded(&alone), "{ranks} ranks, {case:?}: another text");
+        }
+    }
 }
 
 #[test]
@@ -173,14 +198,16 @@ fn standard_input_streams() {
 fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");
-    let output = on_ranks(folder.path(), "2", &["compile", &recipe, "--target", "cpu", "-o", "demo.plan"]);
-    assert_eq!(output.status.code(), Some(2));
-    let text = errors(&output);
-    assert_eq!(
-        text.matches("lfm2c compile: expected one process, found OMPI_COMM_WORLD_SIZE = 2").count(),
-        1,
-        "{text}"
-    );
+    let commands: [&[&str]; 3] =
+        [&["compile", "-o", "demo.plan"], &["chat", "--max-new-tokens", "1"], &["eval", "--text", "none.txt"]];
+    for command in commands {
+        let output = on_ranks(folder.path(), "2", &[&[command[0], &recipe], &command[1..]].concat());
+        let text = errors(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        let expected = format!("lfm2c {}: expected one process, found OMPI_COMM_WORLD_SIZE = 2", command[0]);
+        assert_eq!(text.matches(&expected).count(), 1, "{text}");
+        assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
+    }
     // A world of one is none.
     compile(folder.path(), "plans/synthetic.ron", "demo.plan", &[]);
     let output = on_ranks(folder.path(), "1", &["run", "demo.plan"]);

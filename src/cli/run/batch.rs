@@ -1,25 +1,30 @@
 //! `lfm2c run --input FILE.jsonl`: many requests, results in the order of the input.
 
+mod captured;
+
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::slice::from_ref;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
+use self::captured::Captured;
 use super::line::{Asked, Defaults, Fault, Reader, key};
 use super::lines::{Lines, count, is_regular};
 use super::results::Results;
 use super::{Arguments, Format, Timing, summary, write_npy};
+use crate::cli::device::Place;
 use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
 use crate::cli::world::World;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
 use crate::runtime::ranks::Mode;
-use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work};
 use crate::text::{Text, TextStream};
 
 /// Does it.
@@ -33,7 +38,7 @@ pub fn execute(
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    world.agree(&[&file], &load::device_name(&file, arguments.device)?)?;
+    let place = world.agree(from_ref(&file), arguments.device)?;
     let mut lines = Lines::open(input, arguments.batch.first)?;
     let total = count(input, arguments.batch.first, arguments.prompt_logits.is_some())?;
     if arguments.prompt_logits.is_some() && total != Some(1) {
@@ -60,7 +65,7 @@ pub fn execute(
     // What an earlier run left is checked before weights are loaded; there may be nothing to load them for.
     batch.first = batch.read()?;
     if batch.first.is_some() {
-        generate(arguments, &file, &mut batch, started, world)?;
+        generate(arguments, &file, place, &mut batch, started, world)?;
     }
     world.leave()?;
     let Batch { results, captured, bar, done, failed, .. } = batch;
@@ -78,12 +83,13 @@ pub fn execute(
 fn generate<R: BufRead>(
     arguments: &Arguments,
     file: &PlanFile,
+    place: Place,
     batch: &mut Batch<'_, '_, R>,
     started: Instant,
     world: &mut World,
 ) -> Result<()> {
     world.load(0)?;
-    let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    let mut executor = load::executor(file, arguments.model.as_deref(), place, arguments.graphs())?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();
@@ -363,34 +369,6 @@ impl AtWork<'_> {
 
 fn tokens(finished: &Finished) -> String {
     finished.tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
-/// Sequences whose logits are to be written, by place.
-#[derive(Default)]
-struct Captured {
-    sequences: BTreeMap<usize, Finished>,
-    max_new_tokens: usize,
-}
-
-impl Captured {
-    fn keep(&mut self, place: usize, max_new_tokens: usize, finished: Finished) {
-        self.max_new_tokens = self.max_new_tokens.max(max_new_tokens);
-        self.sequences.insert(place, finished);
-    }
-
-    /// Writes what was asked for, if any sequence ran.
-    fn write(&self, arguments: &Arguments, count: usize, vocab: u64) -> Result<()> {
-        let Some(first) = self.sequences.values().next() else { return Ok(()) };
-        if let Some(path) = &arguments.logits {
-            let rows = (0..count).map(|place| self.sequences.get(&place));
-            let table = logits_table(rows, self.max_new_tokens, vocab as usize);
-            write_npy(path, &[count as u64, self.max_new_tokens as u64, vocab], &table)?;
-        }
-        if let Some(path) = &arguments.prompt_logits {
-            write_npy(path, &[first.prompt_tokens as u64, vocab], &first.prompt_logits)?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

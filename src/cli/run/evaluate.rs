@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Arguments, Format};
+use crate::cli::device::Place;
 use crate::cli::load;
 use crate::cli::output::{note, print, same_file};
 use crate::cli::samples::file::{Answers, How, Inputs, Timed, run};
@@ -57,7 +58,7 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     if let Some(path) = &arguments.batch.compare {
         check_models(path, &plans)?;
     }
-    world.agree(&plans.iter().collect::<Vec<_>>(), &load::device_name(&plans[0], arguments.device)?)?;
+    let place = world.agree(&plans, arguments.device)?;
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
     if count == 0 || count > inputs.count {
@@ -71,7 +72,7 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     let names = [&arguments.input_plan].into_iter().chain(&arguments.batch.compare);
     for (at, (name, file)) in names.zip(&plans).enumerate() {
         world.load(at)?;
-        reports.push(evaluate(arguments, name.display().to_string(), file, input, count, world)?);
+        reports.push(evaluate(arguments, name.display().to_string(), file, place, input, count, world)?);
     }
     world.leave()?;
     match arguments.format.unwrap_or(Format::Text) {
@@ -128,6 +129,7 @@ fn evaluate(
     arguments: &Arguments,
     plan: String,
     file: &PlanFile,
+    place: Place,
     input: &Path,
     count: usize,
     world: &mut World,
@@ -138,7 +140,7 @@ fn evaluate(
     let open = |path| Answers::open(path, inputs.count, vocab);
     let mut answers = batch.validate.as_deref().map(open).transpose()?;
     let mut output = batch.output.as_deref().map(Output::create).transpose()?;
-    let mut executor = load::prepared_executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    let mut executor = load::prepared_executor(file, arguments.model.as_deref(), place, arguments.graphs())?;
     let mut verdict = Verdict { largest: 0.0, bad: 0, first: None };
     let length = inputs.length;
     let warm_up = count.min(WARM_UP);

@@ -7,7 +7,6 @@ use super::Arguments;
 use crate::cli::load;
 use crate::cli::world::World;
 use crate::plan::PlanFile;
-use crate::runtime::cuda::Graphs;
 use crate::runtime::ranks::{Message, Order, Stop, follow, next_order};
 use crate::runtime::{Executor, Generator};
 use crate::text::Text;
@@ -15,9 +14,9 @@ use crate::text::Text;
 /// Does it.
 pub fn execute(arguments: &Arguments, world: &mut World) -> Result<()> {
     let plans = super::plans(arguments)?;
-    world.agree(&plans.iter().collect::<Vec<_>>(), &load::device_name(&plans[0], arguments.device)?)?;
+    let place = world.agree(&plans, arguments.device)?;
     let ranks = world.follower().context("rank 0 follows nobody; this is a bug")?;
-    let graphs = if arguments.require_graphs { Graphs::Required } else { Graphs::Lazy };
+    let graphs = arguments.graphs();
     let model = arguments.model.as_deref();
     let mut loaded: Option<(&PlanFile, Box<dyn Executor>)> = None;
     loop {
@@ -32,8 +31,8 @@ pub fn execute(arguments: &Arguments, world: &mut World) -> Result<()> {
                     )
                 })?;
                 let executor = match super::is_samples(arguments) {
-                    true => load::prepared_executor(plan, model, arguments.device, graphs)?,
-                    false => load::executor(plan, model, arguments.device, graphs)?,
+                    true => load::prepared_executor(plan, model, place, graphs)?,
+                    false => load::executor(plan, model, place, graphs)?,
                 };
                 loaded = Some((plan, executor));
                 ranks.send(0, &Message::Ready)?;

@@ -13,6 +13,7 @@ mod connect;
 pub mod follow;
 pub mod launcher;
 pub mod lead;
+pub mod local;
 #[cfg(test)]
 mod mesh;
 pub mod message;
@@ -31,6 +32,7 @@ use thiserror::Error;
 pub use self::follow::{Order, Stop, follow, next_order};
 pub use self::launcher::{Launched, launched};
 pub use self::lead::{Mode, lead};
+pub use self::local::Local;
 pub use self::message::{Introduction, Message, Summary};
 use self::watch::Watch;
 pub use self::watch::{Failure, GiveUp, Peer};
@@ -83,13 +85,15 @@ pub struct Ranks {
     watch: Option<Watch>,
     /// By rank; on ranks other than 0, only rank 0 and itself are known by more than their number.
     peers: Vec<Peer>,
+    local: Local,
 }
 
 impl Ranks {
     /// Over a transport, without anybody to see whether the others live.
     pub fn unwatched(transport: Box<dyn Transport>) -> Ranks {
         let peers = (0..transport.size()).map(Peer::unknown).collect();
-        Ranks { transport, watch: None, peers }
+        let local = Local { rank: transport.rank(), size: transport.size() };
+        Ranks { transport, watch: None, peers, local }
     }
 
     /// This rank.
@@ -105,6 +109,11 @@ impl Ranks {
     /// The ranks, by number.
     pub fn peers(&self) -> &[Peer] {
         &self.peers
+    }
+
+    /// This rank among those of its host.
+    pub fn local(&self) -> Local {
+        self.local
     }
 
     /// Sends a message.

@@ -19,7 +19,7 @@ use mpi::traits::{AsRaw, Communicator};
 
 use super::launcher::Launched;
 use super::watch::{GiveUp, Watch};
-use super::{NAP, Ranks, Transport, TransportError, connect};
+use super::{Local, NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -46,7 +46,8 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
     match joined {
         Ok((transport, links, peers)) => {
             let watch = Watch::begin(peers[transport.rank].clone(), links, give_up);
-            Ranks { transport: Box::new(transport), watch: Some(watch), peers }
+            let local = transport.local;
+            Ranks { transport: Box::new(transport), watch: Some(watch), peers, local }
         }
         Err(error) => {
             if !error.to_string().is_empty() {
@@ -131,6 +132,7 @@ struct Mpi {
     world: ffi::MPI_Comm,
     rank: usize,
     size: usize,
+    local: Local,
     /// On their way out, in the order in which they were sent.
     sending: VecDeque<Flight>,
     /// By rank: what is on its way in.
@@ -172,11 +174,15 @@ impl Mpi {
             launched.size,
             launched.by
         );
+        // Ranks that can share memory are those of a host, for every launcher.
+        let host = world.split_shared(world.rank());
+        let local = Local { rank: host.rank() as usize, size: host.size() as usize };
+        drop(host);
         let world = world.as_raw();
         // SAFETY: MPI has started, and the handles are its own.
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(world, ffi::RSMPI_ERRORS_RETURN) })?;
         let receiving = (0..size).map(|_| Incoming::default()).collect();
-        Ok(Mpi { universe: Some(universe), world, rank, size, sending: VecDeque::new(), receiving, next: 0 })
+        Ok(Mpi { universe: Some(universe), world, rank, size, local, sending: VecDeque::new(), receiving, next: 0 })
     }
 
     /// Lets go of what has been sent.
