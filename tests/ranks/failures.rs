@@ -111,6 +111,11 @@ fn a_rank_that_is_killed() {
 }
 
 #[test]
+fn a_rank_that_is_told_to_end() {
+    strike("TERM", 4, 2, "was told to end by a signal (SIGTERM)");
+}
+
+#[test]
 fn a_rank_that_is_stopped() {
     strike("STOP", 4, 1, "no sign of life for 5 s");
 }

@@ -23,8 +23,8 @@ use super::{Local, NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
-/// How long a process goes on that a launcher has told to end: as a rule because a rank is no more, which the watch has to find and
-/// tell. Open MPI ends it for good after a second.
+/// How long a process goes on that a launcher has told to end, which may be because a rank is no more, and that the watch has to find
+/// and tell. Open MPI ends it for good after a second.
 const TERMINATION: Duration = Duration::from_millis(700);
 /// Bytes of one part of a message, since MPI counts in i32.
 const PART: usize = 64 << 20;
@@ -34,7 +34,7 @@ const TAG: c_int = 0;
 
 /// Joins the ranks, or ends the process.
 pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks {
-    let give_up = GiveUp { tell, exit: Arc::new(end_now) };
+    let give_up = GiveUp { tell, exit: Arc::new(end_now), ending: Arc::new(is_terminated) };
     end_later_on_termination();
     let alarm = alarm(launched.rank, give_up.clone());
     let joined = Mpi::start(launched).and_then(|mut transport| {
@@ -62,6 +62,10 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
 /// Whether the process was told to end.
 static TERMINATED: AtomicBool = AtomicBool::new(false);
 
+fn is_terminated() -> bool {
+    TERMINATED.load(Ordering::Relaxed)
+}
+
 extern "C" fn on_termination(_: c_int) {
     TERMINATED.store(true, Ordering::Relaxed);
 }
@@ -72,7 +76,7 @@ fn end_later_on_termination() {
     // SAFETY: the handler does nothing but to store to an atomic, which may be done at any time.
     unsafe { libc::signal(libc::SIGTERM, handler as libc::sighandler_t) };
     spawn(|| {
-        while !TERMINATED.load(Ordering::Relaxed) {
+        while !is_terminated() {
             sleep(TERMINATION / 20);
         }
         sleep(TERMINATION);

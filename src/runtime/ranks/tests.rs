@@ -1,5 +1,6 @@
 use std::net::{TcpListener, TcpStream};
 use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -140,6 +141,7 @@ enum Did {
 struct Watched {
     watch: Watch,
     did: Receiver<Did>,
+    ending: Arc<AtomicBool>,
 }
 
 fn peer(rank: usize) -> Peer {
@@ -151,11 +153,16 @@ fn begin(rank: usize, links: Vec<Link>) -> Watched {
     let sender = Arc::new(Mutex::new(sender));
     let send = move |done| sender.lock().unwrap().send(done).unwrap();
     let (tell, exit) = (send.clone(), send);
+    let ending = Arc::new(AtomicBool::new(false));
     let give_up = watch::GiveUp {
         tell: Arc::new(move |text| tell(Did::Told(text.to_owned()))),
         exit: Arc::new(move |code| exit(Did::Exit(code))),
+        ending: {
+            let ending = ending.clone();
+            Arc::new(move || ending.load(Ordering::Relaxed))
+        },
     };
-    Watched { watch: Watch::begin(peer(rank), links, give_up), did }
+    Watched { watch: Watch::begin(peer(rank), links, give_up), did, ending }
 }
 
 /// Rank 0 with a watch, and the ends of its connections to others.
@@ -217,4 +224,31 @@ fn after_a_goodbye_connections_may_close() {
     sleep(Duration::from_millis(300));
     lead.watch.end();
     assert!(lead.did.try_recv().is_err() && other.did.try_recv().is_err(), "nothing was told");
+}
+
+/// Ctrl-C tells all ranks to end, and each does when it can.
+#[test]
+fn where_all_were_told_to_end_nobody_is_at_fault() {
+    let (lead, mut ends) = rank_0(1);
+    let other = followed(ends.remove(0), 1);
+    for rank in [&lead, &other] {
+        rank.ending.store(true, Ordering::Relaxed);
+    }
+    sleep(Duration::from_millis(300));
+    other.watch.end();
+    sleep(Duration::from_millis(300));
+    assert!(lead.did.try_recv().is_err() && other.did.try_recv().is_err(), "nothing was told");
+}
+
+#[test]
+fn a_rank_that_alone_was_told_to_end_ends_all_ranks() {
+    let (lead, mut ends) = rank_0(1);
+    let other = followed(ends.remove(0), 1);
+    other.ending.store(true, Ordering::Relaxed);
+    sleep(Duration::from_millis(300));
+    assert!(lead.did.try_recv().is_err(), "it is there still");
+    other.watch.end();
+    let Did::Told(text) = lead.did.recv().unwrap() else { panic!("told first") };
+    assert!(text.starts_with("rank 1 (host here, pid 41): was told to end by a signal (SIGTERM)"), "{text}");
+    assert_eq!(lead.did.recv(), Ok(Did::Exit(1)));
 }

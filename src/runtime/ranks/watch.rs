@@ -2,9 +2,11 @@
 //!
 //! Rank 0 has a TCP connection to every other rank, and each end has a thread that does nothing else, so that a long step delays no
 //! sign of life. Lines go both ways: `alive` twice a second, `goodbye` when all is done, `fail {...}` from a rank that cannot go on and
-//! then from rank 0 to all. A connection that closes without a goodbye, as that of a killed process does at once, and one that is
+//! then from rank 0 to all, `ending` from one that a signal told to end. A connection that closes without a goodbye, as that of a killed process does at once, and one that is
 //! silent for [`SILENCE`], as that of a stopped process or a lost host is, are failures too. Rank 0 tells what happened, once; the others
 //! do only where rank 0 cannot be heard. Then the process ends, whatever its other threads are doing.
+//!
+//! Where all were told to end, as by Ctrl-C, nobody is at fault, and nothing is told.
 //!
 //! Silence is measured in the thread's own waking time, so that ranks which were all stopped and go on find nothing wrong.
 
@@ -72,6 +74,8 @@ pub struct GiveUp {
     pub tell: Arc<dyn Fn(&str) + Send + Sync>,
     /// Ends the process at once.
     pub exit: Arc<dyn Fn(u8) + Send + Sync>,
+    /// Whether a signal has told the process to end, which it does soon, by itself.
+    pub ending: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// The connection to one rank.
@@ -82,6 +86,8 @@ pub struct Link {
     line: Vec<u8>,
     silent: Duration,
     goodbye: bool,
+    /// The rank was told to end.
+    ending: bool,
     closed: bool,
 }
 
@@ -98,7 +104,7 @@ impl Link {
     pub fn new(peer: Peer, stream: TcpStream) -> std::io::Result<Link> {
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        Ok(Link { peer, stream, line: vec![], silent: Duration::ZERO, goodbye: false, closed: false })
+        Ok(Link { peer, stream, line: vec![], silent: Duration::ZERO, goodbye: false, ending: false, closed: false })
     }
 
     /// Sends a line. If it cannot be sent, reading says why: the connection is closed, or nothing comes from there.
@@ -108,8 +114,9 @@ impl Link {
         }
     }
 
-    /// Reads what has come; a failure that it says or is.
-    fn hear(&mut self) -> Option<Heard> {
+    /// Reads what has come; a failure that it says or is. If this process is `ending`, it is none that another that was told to
+    /// end has ended first.
+    fn hear(&mut self, ending: bool) -> Option<Heard> {
         let mut bytes = [0; 4096];
         while !self.closed {
             match self.stream.read(&mut bytes) {
@@ -128,7 +135,12 @@ impl Link {
                 Ok(_) | Err(_) => self.closed = true,
             }
         }
-        let text = if self.closed && !self.goodbye {
+        let text = if self.closed && self.ending {
+            if ending {
+                return None;
+            }
+            "was told to end by a signal (SIGTERM) before the work was done".to_owned()
+        } else if self.closed && !self.goodbye {
             "has ended before the work was done; what it printed last, or its host's log, may say why".to_owned()
         } else if !self.closed && self.silent >= SILENCE {
             let seconds = SILENCE.as_secs();
@@ -141,8 +153,10 @@ impl Link {
 
     fn understand(&mut self) -> Option<Heard> {
         let line = std::mem::take(&mut self.line);
-        if line == b"goodbye" {
-            self.goodbye = true;
+        match line.as_slice() {
+            b"goodbye" => self.goodbye = true,
+            b"ending" => self.ending = true,
+            _ => {}
         }
         let failure = line.strip_prefix(b"fail ")?;
         // One that cannot be read is a failure all the same.
@@ -177,8 +191,16 @@ impl Watch {
     /// Begins, with rank 0's connections to all others or another rank's to rank 0.
     pub fn begin(me: Peer, links: Vec<Link>, give_up: GiveUp) -> Watch {
         let (orders, received) = channel();
-        let mut thread =
-            Thread { me: me.clone(), links, give_up, orders: received, beat: BEAT, left: None, goodbye: None };
+        let mut thread = Thread {
+            me: me.clone(),
+            links,
+            give_up,
+            orders: received,
+            beat: BEAT,
+            left: None,
+            goodbye: None,
+            ending: false,
+        };
         Watch { me, orders, thread: spawn(move || thread.run()) }
     }
 
@@ -215,6 +237,8 @@ struct Thread {
     left: Option<Instant>,
     /// Time since all was done here.
     goodbye: Option<Duration>,
+    /// The others know that this process was told to end.
+    ending: bool,
 }
 
 impl Thread {
@@ -231,8 +255,12 @@ impl Thread {
                 Err(TryRecvError::Empty) => sleep(TICK),
             }
             let passed = self.tick();
+            if !self.ending && (self.give_up.ending)() {
+                self.ending = true;
+                self.links.iter_mut().for_each(|link| link.say("ending"));
+            }
             for at in 0..self.links.len() {
-                match self.links[at].hear() {
+                match self.links[at].hear(self.ending) {
                     Some(Heard::Said(failure)) if self.me.rank > 0 => return (self.give_up.exit)(failure.code),
                     Some(Heard::Said(failure) | Heard::Found(failure)) => return self.tell(&failure),
                     None => {}
@@ -299,7 +327,7 @@ impl Thread {
         let begun = Instant::now();
         while begun.elapsed() < HEARING && self.links.iter().any(|link| !link.closed) {
             for link in &mut self.links {
-                if link.hear().is_some_and(|heard| enough(&heard)) {
+                if link.hear(self.ending).is_some_and(|heard| enough(&heard)) {
                     return true;
                 }
             }
