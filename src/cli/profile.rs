@@ -18,8 +18,8 @@ use crate::runtime::cuda::measure::{
 
 /// Time each step of a bucket on the GPU, beside the least time that it could take.
 ///
-/// Groups steps by what they do and by layer. A step's time begins when everything before it is done; in the captured graph,
-/// whose time is told too, neighbours overlap.
+/// Groups steps by what they do and by layer. Alone, a step's time begins when everything before it is done. In the captured
+/// graph neighbours overlap: there a step's time is what it adds to the graph of all steps before it.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A plan for a GPU, or a recipe (FILE.ron) or a graph (FILE.ir) to compile for one
@@ -99,7 +99,7 @@ fn choose(program: &Program, name: Option<&str>) -> Result<usize> {
 }
 
 fn by_time(mut groups: Vec<StepGroup>) -> Vec<StepGroup> {
-    groups.sort_by(|a, b| b.us.total_cmp(&a.us));
+    groups.sort_by(|a, b| b.in_graph_us.total_cmp(&a.in_graph_us));
     groups
 }
 
@@ -112,6 +112,7 @@ fn group_table(what: &str, groups: &[StepGroup], ceilings: &Ceilings) -> String 
                 group.label.clone(),
                 group.count.to_string(),
                 format!("{:.1}", group.us),
+                format!("{:.1}", group.in_graph_us),
                 percent(group.share),
                 format!("{:.2}", group.work.bytes / 1e6),
                 format!("{:.2}", group.work.flops / 1e6),
@@ -120,14 +121,15 @@ fn group_table(what: &str, groups: &[StepGroup], ceilings: &Ceilings) -> String 
             ]
         })
         .collect();
-    table(&[what, "count", "us", "share", "MB", "Mflop", &floor, "of floor"], &rows)
+    table(&[what, "count", "alone, us", "in graph, us", "share", "MB", "Mflop", &floor, "of floor"], &rows)
 }
 
 fn step_table(steps: &[StepProfile], ceilings: &Ceilings) -> String {
     let floor = floor_heading(ceilings, "us");
     let header = [
         "step",
-        "us",
+        "alone, us",
+        "in graph, us",
         "MB",
         "Mflop",
         &*floor,
@@ -146,6 +148,7 @@ fn step_table(steps: &[StepProfile], ceilings: &Ceilings) -> String {
             vec![
                 step.name.clone(),
                 format!("{:.2}", step.us),
+                format!("{:.2}", step.in_graph_us),
                 format!("{:.3}", step.work.bytes / 1e6),
                 format!("{:.3}", step.work.flops / 1e6),
                 format!("{:.2}", step.floor_us),

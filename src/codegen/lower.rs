@@ -165,6 +165,13 @@ impl Tables<'_> {
                 cost: cost(graph, op, extents),
                 launch,
             });
+            let early = steps
+                .last()
+                .and_then(|step| step.launch.as_ref())
+                .is_some_and(|launch| !launch.early.is_empty() && !plan::settled(&steps, &launch.early));
+            if early && let Some(launch) = steps.last_mut().and_then(|step| step.launch.as_mut()) {
+                launch.early.clear();
+            }
         }
         let mut outputs = vec![];
         for &output in &graph.outputs {

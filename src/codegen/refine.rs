@@ -1,11 +1,12 @@
 //! The choice among kernels by whole graphs: from the times of single steps to what the steps of a bucket take together.
 //!
 //! In a captured graph neighbours overlap: a kernel that is slower by itself but starts early, or leaves room beside it, can make
-//! the graph faster. So a bucket begins with the better of two choices, the registry's defaults and the fastest of each problem
-//! by itself, and then takes one problem after the other, the longest first, and tries its best candidates within the whole
-//! graph. What makes the graph faster stays. Who measures is not said here: times come in.
+//! the graph faster. So a bucket begins with the best of several choices: the registry's defaults, the fastest of each problem
+//! by itself, and for each kernel that runs more than one problem, that kernel wherever it runs, since what a kernel leaves to
+//! its neighbours shows only where they are of its kind. Then it takes one problem after the other, the longest first, and tries
+//! its best candidates within the whole graph. What makes the graph faster stays. Who measures is not said here: times come in.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::codegen::select::Tactics;
 
@@ -38,13 +39,29 @@ impl Entry {
     }
 }
 
+/// The kernel of a candidate: the first word of its name.
+fn kernel_of(candidate: &str) -> &str {
+    candidate.split(' ').next().unwrap_or(candidate)
+}
+
+/// Kernels that run more than one of the problems.
+fn shared_kernels(entries: &[Entry]) -> BTreeSet<&str> {
+    let mut once = BTreeSet::new();
+    let mut shared = BTreeSet::new();
+    for entry in entries {
+        let kernels: BTreeSet<&str> = entry.candidates.iter().map(|(name, _)| kernel_of(name)).collect();
+        shared.extend(kernels.into_iter().filter(|kernel| !once.insert(*kernel)));
+    }
+    shared
+}
+
 /// The search for one bucket.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Refinement {
     /// By problem: the choice so far.
     chosen: BTreeMap<String, String>,
-    /// The other of the two beginnings.
-    fastest: BTreeMap<String, String>,
+    /// The other beginnings that are left.
+    beginnings: VecDeque<BTreeMap<String, String>>,
     /// What is left to try: problem and candidate.
     queue: VecDeque<(String, String)>,
     /// What is being timed.
@@ -59,7 +76,7 @@ pub struct Refinement {
 #[derive(Clone, PartialEq, Debug)]
 enum Trial {
     Defaults,
-    Fastest,
+    Beginning(BTreeMap<String, String>),
     One(String, String),
     Done,
 }
@@ -88,6 +105,16 @@ impl Refinement {
                 .filter_map(|entry| Some((entry.key.clone(), entry.fixed.clone().or_else(|| of(entry))?)));
             named.collect()
         };
+        let chosen = choice(&first);
+        let mut beginnings = VecDeque::from([choice(&best)]);
+        beginnings.extend(shared_kernels(entries).into_iter().map(|kernel| {
+            let of_kernel = |entry: &Entry| {
+                entry.by_time().into_iter().find(|at| kernel_of(&at.0) == kernel).map(|at| at.0.clone())
+            };
+            choice(&|entry| of_kernel(entry).or_else(|| first(entry)))
+        }));
+        let mut known = BTreeSet::from([chosen.clone()]);
+        beginnings.retain(|beginning| known.insert(beginning.clone()));
         let mut free: Vec<&Entry> =
             entries.iter().filter(|entry| entry.fixed.is_none() && entry.candidates.len() > 1).collect();
         let total = |entry: &Entry| entry.steps as f64 * entry.by_time().first().map_or(0.0, |(_, us)| *us);
@@ -103,15 +130,7 @@ impl Refinement {
             );
             queue.extend(names.into_iter().map(|name| (entry.key.clone(), name.clone())));
         }
-        Refinement {
-            chosen: choice(&first),
-            fastest: choice(&best),
-            queue,
-            trial: Trial::Defaults,
-            default_us: f64::NAN,
-            us: f64::NAN,
-            timed: 0,
-        }
+        Refinement { chosen, beginnings, queue, trial: Trial::Defaults, default_us: f64::NAN, us: f64::NAN, timed: 0 }
     }
 
     /// What to time next; none when the search is done.
@@ -119,7 +138,7 @@ impl Refinement {
         let mut chosen = self.chosen.clone();
         match &self.trial {
             Trial::Defaults => {}
-            Trial::Fastest => chosen = self.fastest.clone(),
+            Trial::Beginning(beginning) => chosen = beginning.clone(),
             Trial::One(key, name) => {
                 chosen.insert(key.clone(), name.clone());
             }
@@ -135,10 +154,10 @@ impl Refinement {
         match std::mem::replace(&mut self.trial, Trial::Done) {
             Trial::Defaults => {
                 (self.default_us, self.us) = (us.unwrap_or(f64::INFINITY), us.unwrap_or(f64::INFINITY));
-                self.trial = if self.fastest == self.chosen { self.following() } else { Trial::Fastest };
+                self.trial = self.following();
                 return;
             }
-            Trial::Fastest if faster => self.chosen = self.fastest.clone(),
+            Trial::Beginning(beginning) if faster => self.chosen = beginning,
             Trial::One(key, name) if faster => {
                 self.chosen.insert(key, name);
             }
@@ -150,8 +169,11 @@ impl Refinement {
         self.trial = self.following();
     }
 
-    /// The next single change that is one.
+    /// The next beginning, and after these the next single change that is one.
     fn following(&mut self) -> Trial {
+        if let Some(beginning) = self.beginnings.pop_front() {
+            return Trial::Beginning(beginning);
+        }
         while let Some((key, name)) = self.queue.pop_front() {
             if self.chosen.get(&key) != Some(&name) {
                 return Trial::One(key, name);
@@ -162,7 +184,7 @@ impl Refinement {
 
     /// Graphs that are left to time, at the most.
     pub fn left(&self) -> usize {
-        self.queue.len() + usize::from(self.trial != Trial::Done)
+        self.beginnings.len() + self.queue.len() + usize::from(self.trial != Trial::Done)
     }
 
     /// What was found, when the search is done.
@@ -217,6 +239,21 @@ mod tests {
         assert_eq!((found.chosen["ffn"].as_str(), found.chosen["head"].as_str()), ("wide", "a"));
         // Defaults, the fastest of each, and five single changes; `c` is too slow to be tried.
         assert_eq!(found.timed, 2 + 2 + 1);
+    }
+
+    #[test]
+    fn a_kernel_that_pays_only_among_its_kind_is_found() {
+        let entries = [
+            entry("head", 1, &[("stream 1", 50.0), ("ring 1", 51.0)]),
+            entry("ffn", 22, &[("stream 1", 10.0), ("ring 1", 12.0), ("ring 2", 11.0)]),
+            entry("conv", 18, &[("other", 3.0)]),
+        ];
+        let found = search(&entries, |chosen| {
+            let ring = ["head", "ffn"].map(|key| chosen[key].starts_with("ring"));
+            Some(if ring == [true, true] { 80.0 } else { 100.0 + f64::from(u8::from(ring[0] || ring[1])) })
+        });
+        assert_eq!((found.chosen["ffn"].as_str(), found.chosen["conv"].as_str()), ("ring 2", "other"));
+        assert_eq!(found.us, 80.0);
     }
 
     #[test]

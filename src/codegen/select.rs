@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{Phase, Program, Semantic};
+use crate::plan::{self, Instr, Phase, Program, Semantic, Slot};
 
 /// Choices among candidates, beside which the registry's first is taken.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -26,10 +26,33 @@ pub struct Known {
     pub chosen: usize,
 }
 
-/// A name for a problem that stays the same from run to run.
+/// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for.
 pub fn problem_key(problem: &Problem) -> String {
-    let text = format!("{:?} {:?}", problem.phase, problem.semantic);
+    let text = format!("{:?} {:?}", problem.phase, without_capacity(problem.semantic));
     format!("{} {}", problem.semantic.name, &blake3::hash(text.as_bytes()).to_hex()[..16])
+}
+
+/// A semantic whose states have no room: what a step does to the rows at hand does not depend on it.
+fn without_capacity(semantic: &Semantic) -> Semantic {
+    let mut bare = semantic.clone();
+    for Instr(op, args, _) in &semantic.body {
+        // States by their position among the arguments, with the sizes that are room alone.
+        let states: &[(usize, usize)] = match op {
+            plan::Op::Conv1dCausal => &[(2, 1)],
+            plan::Op::KvWrite => &[(2, 1), (3, 2)],
+            plan::Op::Attention { .. } => &[(1, 1), (2, 2)],
+            plan::Op::Sample => &[(4, 1)],
+            _ => &[],
+        };
+        for &(at, sizes) in states {
+            if let Some(Slot::In(i)) = args.get(at)
+                && let Some(ty) = bare.inputs.get_mut(*i as usize)
+            {
+                ty.1.iter_mut().take(sizes).for_each(|size| *size = 0);
+            }
+        }
+    }
+    bare
 }
 
 /// The problem of each step of a program, in order, beside the position of its bucket.
@@ -155,6 +178,26 @@ mod tests {
             let other = program(Tactics { nth: Some(nth), ..Tactics::default() });
             assert_eq!(keys(&default), keys(&other), "candidates {nth}");
         }
+    }
+
+    #[test]
+    fn problems_are_the_same_with_another_room_for_state() {
+        let keys = |slots, kv_tokens| {
+            let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
+            let options = CompileOptions {
+                target: Target::Sm90a,
+                prefill: Some(vec![]),
+                decode: Some(vec![4]),
+                max_sequences: Some(slots),
+                kv_tokens: Some(kv_tokens),
+                without_cubins: true,
+                ..CompileOptions::default()
+            };
+            let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
+            let program = compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank");
+            step_problems(&program).map(|(_, problem)| problem_key(&problem)).collect::<Vec<_>>()
+        };
+        assert_eq!(keys(4, 4096), keys(9, 8192));
     }
 
     #[test]

@@ -386,6 +386,11 @@ impl Module {
                 let allowed = result::function::set_function_attribute(handle, attribute, shared as i32);
                 during(&format!("allowing {shared} bytes of shared memory to {name}"), allowed)?;
             }
+            // All the shared memory that there is, for every kernel alike. A multiprocessor can divide its memory otherwise only
+            // while it runs no block, and so kernels that want another division could not start beside the one before.
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            let divided = result::function::set_function_attribute(handle, attribute, 100);
+            during(&format!("preferring shared memory for {name}"), divided)?;
             Ok(Function { handle, name: name.to_owned(), _module: Arc::clone(self) })
         }
     }

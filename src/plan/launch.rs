@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::DType;
+use crate::plan::{DType, Ref, Step};
 
 /// A specialised kernel, compiled for the plan's target.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -97,6 +97,14 @@ pub struct Launch {
     pub shared: u32,
     /// Whether it may start before the step before it is done; the kernel itself waits.
     pub dependent: bool,
+    /// Whether its blocks let the next kernel start only once they have waited themselves, so that when that starts, all steps
+    /// but this one are done.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub releases_late: bool,
+    /// Positions of the reads, beside weights, that it reads before it waits. None of them is written by the step before, which
+    /// releases late.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub early: Vec<u32>,
     /// What its parameters are, in order.
     pub args: Vec<Arg>,
 }
@@ -114,4 +122,20 @@ pub enum Arg {
     Long(i64),
     /// A number.
     Float(f32),
+    /// A 32-bit integer: 1 if there are [`Launch::early`] reads, else 0.
+    Early,
+}
+
+/// Whether some reads of the last of some steps are sure to be there when its kernel starts, which is as soon as the step before
+/// lets it. That is so in a chain, if the step before has itself waited for all others by then.
+pub fn settled(steps: &[Step], reads: &[u32]) -> bool {
+    let [.., before, step] = steps else { return false };
+    let chain = steps.iter().zip(0u32..).skip(1).all(|(step, i)| step.after.contains(&(i - 1)));
+    let late = before.launch.as_ref().is_some_and(|launch| launch.releases_late);
+    let written = |&i: &u32| match step.reads.get(i as usize) {
+        Some(Ref::State(state)) => before.updates.contains(state),
+        Some(place) => before.writes.contains(place),
+        None => true,
+    };
+    chain && late && !reads.iter().any(written)
 }

@@ -44,6 +44,8 @@ pub struct Builder<'a> {
     constant: Vec<bool>,
     args: Vec<Arg>,
     cluster: u32,
+    releases_late: bool,
+    early: Vec<u32>,
 }
 
 impl<'a> Builder<'a> {
@@ -56,12 +58,23 @@ impl<'a> Builder<'a> {
             constant: vec![],
             args: vec![],
             cluster: 1,
+            releases_late: false,
+            early: vec![],
         }
     }
 
     /// Nothing yet, for a kernel that no step launches.
     pub fn service() -> Self {
-        Builder { semantic: None, text: String::new(), params: vec![], constant: vec![], args: vec![], cluster: 1 }
+        Builder {
+            semantic: None,
+            text: String::new(),
+            params: vec![],
+            constant: vec![],
+            args: vec![],
+            cluster: 1,
+            releases_late: false,
+            early: vec![],
+        }
     }
 
     /// `constexpr int NAME = value;`
@@ -127,6 +140,20 @@ impl<'a> Builder<'a> {
         self
     }
 
+    /// The kernel lets the next one start only after it has waited itself.
+    pub fn releases_late(&mut self) -> &mut Self {
+        self.releases_late = true;
+        self
+    }
+
+    /// An integer that says whether the kernel may read these inputs before it waits, which lowering finds out.
+    pub fn early(&mut self, name: &str, inputs: &[Slot]) -> &mut Self {
+        let position =
+            |slot: &Slot| if let Slot::In(i) = slot { *i } else { unreachable!("only inputs are read early") };
+        self.early = inputs.iter().map(position).collect();
+        self.param(name, ParamType::Int, Arg::Early)
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
         self.constant.push(false);
@@ -143,7 +170,17 @@ impl<'a> Builder<'a> {
     pub fn finish(self, config: impl Into<String>, grid: [u64; 3], block: u32, shared: u64) -> Specialised {
         let grid = grid.map(|n| u32::try_from(n.max(1)).expect("grids are checked by the twin"));
         let shared = u32::try_from(shared).expect("shared memory is checked by the twin");
-        let launch = Launch { kernel: 0, grid, block, cluster: self.cluster, shared, dependent: true, args: self.args };
+        let launch = Launch {
+            kernel: 0,
+            grid,
+            block,
+            cluster: self.cluster,
+            shared,
+            dependent: true,
+            releases_late: self.releases_late,
+            early: self.early,
+            args: self.args,
+        };
         Specialised { config: config.into(), params: self.params, launch, constant: self.constant, text: self.text }
     }
 }

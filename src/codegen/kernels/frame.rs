@@ -165,28 +165,29 @@ impl Shape {
 }
 
 /// Warps that norm one row: all of them if there is but one.
-fn row_warps(warps: u64, list: &List) -> u64 {
+pub fn row_warps(warps: u64, list: &List) -> u64 {
     (warps / list.staged_rows.next_power_of_two()).max(1)
 }
 
 /// Sizes of the list of groups.
-struct List {
+pub struct List {
     /// Most groups.
-    groups: u64,
+    pub groups: u64,
     /// Entries of a group.
-    subs: u64,
+    pub subs: u64,
     /// Entries that there is room for, however many rows there are.
-    room: u64,
+    pub room: u64,
     /// Rows of x staged for each row of a group.
-    staged_subs: u64,
+    pub staged_subs: u64,
     /// Most rows staged.
-    staged_rows: u64,
+    pub staged_rows: u64,
     /// Adjacent groups with the same rows of x.
-    sharing: u64,
+    pub sharing: u64,
 }
 
 impl List {
-    fn of(product: &Product, columns: u64) -> List {
+    /// The list of a product, with so many rows of x at a time.
+    pub fn of(product: &Product, columns: u64) -> List {
         let one = List { groups: 1, subs: 1, room: 1, staged_subs: 1, staged_rows: 1, sharing: 1 };
         match product.routing {
             Routing::Dense { rows, .. } => List {

@@ -19,6 +19,7 @@ mod kv_write;
 mod pattern;
 mod pointwise;
 mod product;
+mod ring;
 mod rms_norm;
 mod rope;
 mod router;
@@ -71,6 +72,7 @@ pub trait Twin: Sync {
 pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
+    &ring::Ring,
     &tile::Tile,
     &tile_fma::TileFma,
     &router::Router,
@@ -97,9 +99,11 @@ pub static TWINS: &[&dyn Twin] = &[
 pub static HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../../kernels/include/attention.cuh")),
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
+    ("bulk.cuh", include_str!("../../../kernels/include/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
     ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
+    ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),

@@ -183,6 +183,17 @@ impl Product {
 }
 
 impl Routing {
+    /// What says which rows meet which matrix of several.
+    pub fn inputs(&self) -> Vec<Slot> {
+        match self {
+            Routing::Dense { .. } => vec![],
+            Routing::Pairs { experts, weighted, .. } => {
+                [*experts].into_iter().chain(weighted.map(|(weights, _)| weights)).collect()
+            }
+            Routing::Grouped { offsets, .. } => vec![*offsets],
+        }
+    }
+
     fn declare(&self, builder: &mut Builder) {
         let (mut x_row, mut used) = (String::from("(r)"), String::from("rows"));
         let list = match self {

@@ -2,7 +2,7 @@
 
 use super::Faults;
 use super::bucket::Context;
-use crate::plan::{Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target};
+use crate::plan::{Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target, settled};
 
 const MAX_KERNELS: usize = 1 << 12;
 const MAX_PARAMS: usize = 32;
@@ -56,12 +56,13 @@ fn check_kernel(kernel: &Kernel, cubins: usize) -> Result<(), String> {
 /// Checks the launches of a program's steps.
 pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
     for bucket in &context.program.buckets {
-        for step in &bucket.steps {
+        for (i, step) in bucket.steps.iter().enumerate() {
             if faults.full() {
                 return;
             }
             let at = format_args!("{at}, bucket {}, step {}", bucket.name, step.name);
-            faults.note(at, check_step(context, step));
+            let checked = check_step(context, step).and_then(|()| check_early(&bucket.steps[..=i]));
+            faults.note(at, checked);
         }
     }
 }
@@ -91,6 +92,25 @@ fn check_step(context: &Context, step: &Step) -> Result<(), String> {
     Ok(())
 }
 
+/// Checks that what the last of some steps reads before it waits is there by then.
+fn check_early(steps: &[Step]) -> Result<(), String> {
+    let Some(step) = steps.last() else { return Ok(()) };
+    let early = step.launch.as_ref().map_or(&[][..], |launch| &launch.early);
+    if early.is_empty() {
+        return Ok(());
+    }
+    if let Some(i) = early.iter().find(|&&i| i as usize >= step.reads.len()) {
+        return Err(format!("`early`: expected one of {} reads, found {i}", step.reads.len()));
+    }
+    if settled(steps, early) {
+        return Ok(());
+    }
+    Err(format!(
+        "`early`: reads {early:?} are read before the kernel waits: expected a chain of steps, of which the one before releases \
+         late and writes none of them"
+    ))
+}
+
 fn check_shape(launch: &Launch) -> Result<(), String> {
     let [x, y, z] = launch.grid;
     let shape = x >= 1
@@ -114,7 +134,9 @@ fn check_arg(arg: Arg, ty: ParamType, semantic: &Semantic) -> Result<(), String>
     let fits = match (arg, ty) {
         (Arg::Read(i), ParamType::In(dtype) | ParamType::Out(dtype)) => place(&semantic.inputs, i)? == dtype,
         (Arg::Write(i), ParamType::Out(dtype)) => place(&semantic.outputs, i)? == dtype,
-        (Arg::Int(_), ParamType::Int) | (Arg::Long(_), ParamType::Long) | (Arg::Float(_), ParamType::Float) => true,
+        (Arg::Int(_) | Arg::Early, ParamType::Int)
+        | (Arg::Long(_), ParamType::Long)
+        | (Arg::Float(_), ParamType::Float) => true,
         _ => false,
     };
     if fits { Ok(()) } else { Err(format!("expected {ty:?}, found {arg:?}")) }

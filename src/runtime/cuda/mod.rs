@@ -306,6 +306,25 @@ impl CudaExecutor {
         self.captured[bucket].as_ref().context("captured just now")
     }
 
+    /// Captures the first steps of a bucket by themselves, to be launched with [`CudaExecutor::replay_captured`].
+    ///
+    /// # Errors
+    /// As [`CudaExecutor::capture`].
+    pub fn capture_first(&self, bucket: usize, count: usize) -> Result<Captured> {
+        let steps = self.ready.get(bucket).and_then(|steps| steps.get(..count));
+        let steps = steps.with_context(|| format!("no {count} steps in bucket {bucket}"))?;
+        let lanes = Lanes::of(&self.program().buckets[bucket].steps[..count]);
+        self.streams.capture(|| self.streams.queue(steps, &lanes))
+    }
+
+    /// Queues what was captured.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn replay_captured(&self, captured: &Captured) -> Result<()> {
+        Ok(captured.graph.launch(self.streams.main())?)
+    }
+
     /// Captures all buckets, the largest first.
     ///
     /// # Errors

@@ -137,6 +137,7 @@ impl Kernels {
             Arg::Int(value) => Ok(u64::from(value as u32)),
             Arg::Long(value) => Ok(value as u64),
             Arg::Float(value) => Ok(u64::from(value.to_bits())),
+            Arg::Early => Ok(u64::from(!launch.early.is_empty())),
         });
         let shape = LaunchShape {
             grid: launch.grid,

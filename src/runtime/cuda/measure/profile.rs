@@ -19,6 +19,8 @@ pub(super) const SCRATCH_BYTES: u64 = 256 << 20;
 pub(super) const FILL_US: usize = 60;
 /// What the host needs for a step and the mark behind it, at the most.
 const QUEUE_US: usize = 10;
+/// Replays of each graph of the first steps; medians are taken.
+const PREFIX_RUNS: usize = 30;
 
 /// One step on the device.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -41,11 +43,14 @@ pub struct StepProfile {
     pub blocks_per_multiprocessor: u32,
     /// Median time, in microseconds, begun when everything before was done.
     pub us: f64,
+    /// What it adds to a graph of the steps before it, in microseconds: the time beside its neighbours. Single steps are as
+    /// precise as two such graphs can be compared, groups of them better.
+    pub in_graph_us: f64,
     /// What it must do at the least.
     pub work: Work,
     /// How long that takes.
     pub floor_us: f64,
-    /// The floor's share of the time.
+    /// The floor's share of the time in the graph.
     pub fraction: f64,
 }
 
@@ -99,9 +104,12 @@ pub fn profile(
     let (mark_us, times) = step_times(executor, bucket, count, PASSES)?;
     let transfer = transfer(executor, bucket, inputs)?;
     let graph = replays(executor, bucket, inputs, options.runs())?;
+    inputs.upload(executor, bucket)?;
+    let in_graph = in_graph_times(executor, bucket, count)?;
     let (program, kernels) = (executor.program(), &executor.manifest.kernels);
     let mut steps = Vec::with_capacity(count);
-    for (i, (step, us)) in program.buckets[bucket].steps.iter().zip(times).enumerate() {
+    let times = times.into_iter().zip(in_graph);
+    for (i, (step, (us, in_graph_us))) in program.buckets[bucket].steps.iter().zip(times).enumerate() {
         let launch = step.launch.as_ref().with_context(|| format!("step {} has no launch", step.name))?;
         let kernel = kernels.get(launch.kernel as usize).with_context(|| format!("no kernel {}", launch.kernel))?;
         let (registers, shared, local, blocks) = executor.occupancy(bucket, i).unwrap_or_default();
@@ -117,9 +125,10 @@ pub fn profile(
             local,
             blocks_per_multiprocessor: blocks,
             us,
+            in_graph_us,
             work,
             floor_us,
-            fraction: fraction(floor_us, us),
+            fraction: fraction(floor_us, in_graph_us),
         });
     }
     let steps_us: f64 = steps.iter().map(|step| step.us).sum();
@@ -178,6 +187,26 @@ pub(super) fn step_times(
     Ok((mark, medians.collect()))
 }
 
+/// What each step adds to the graph of the steps before it, in microseconds.
+fn in_graph_times(executor: &CudaExecutor, bucket: usize, count: usize) -> Result<Vec<f64>> {
+    let mut before = 0.0;
+    let mut times = Vec::with_capacity(count);
+    for steps in 1..=count {
+        let graph = executor.capture_first(bucket, steps)?;
+        let mut marks = Marks::new(executor.gpu(), 1 + PREFIX_RUNS)?;
+        executor.replay_captured(&graph)?;
+        marks.record(executor.stream())?;
+        for _ in 0..=PREFIX_RUNS {
+            executor.replay_captured(&graph)?;
+            marks.record(executor.stream())?;
+        }
+        let us = 1e3 * Times::of(marks.spans(executor.stream())?).median_ms;
+        times.push(us - before);
+        before = us;
+    }
+    Ok(times)
+}
+
 /// Steps that have something in common.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct StepGroup {
@@ -187,36 +216,49 @@ pub struct StepGroup {
     pub count: usize,
     /// Sum of their times.
     pub us: f64,
-    /// Share of all steps' time.
+    /// Sum of what they add to the graph.
+    pub in_graph_us: f64,
+    /// Share of all steps' time in the graph.
     pub share: f64,
     /// What they must do at the least.
     pub work: Work,
     /// Sum of their floors.
     pub floor_us: f64,
-    /// The floors' share of the times.
+    /// The floors' share of the times in the graph.
     pub fraction: f64,
 }
 
 /// Groups steps by a key of their names, in the order in which the keys come.
 pub fn group(steps: &[StepProfile], key: fn(&str) -> &str) -> Vec<StepGroup> {
-    let all: f64 = steps.iter().map(|step| step.us).sum();
+    let all: f64 = steps.iter().map(|step| step.in_graph_us).sum();
     let mut groups: Vec<StepGroup> = vec![];
     for step in steps {
         let label = key(&step.name);
         let at = groups.iter().position(|group| group.label == label).unwrap_or_else(|| {
             let (label, work) = (label.to_owned(), Work::default());
-            groups.push(StepGroup { label, count: 0, us: 0.0, share: 0.0, work, floor_us: 0.0, fraction: 0.0 });
+            let none = StepGroup {
+                label,
+                count: 0,
+                us: 0.0,
+                in_graph_us: 0.0,
+                share: 0.0,
+                work,
+                floor_us: 0.0,
+                fraction: 0.0,
+            };
+            groups.push(none);
             groups.len() - 1
         });
         let group = &mut groups[at];
         group.count += 1;
         group.us += step.us;
+        group.in_graph_us += step.in_graph_us;
         group.work = group.work + step.work;
         group.floor_us += step.floor_us;
     }
     for group in &mut groups {
-        group.share = fraction(group.us, all);
-        group.fraction = fraction(group.floor_us, group.us);
+        group.share = fraction(group.in_graph_us, all);
+        group.fraction = fraction(group.floor_us, group.in_graph_us);
     }
     groups
 }
@@ -253,6 +295,7 @@ pub(super) mod tests {
             local: 0,
             blocks_per_multiprocessor: 2,
             us,
+            in_graph_us: us,
             work: Work { bytes, flops: 0.0 },
             floor_us: us / 2.0,
             fraction: 0.5,

@@ -35,6 +35,7 @@ fn event(step: &StepProfile, start: f64) -> Value {
             "bytes": step.work.bytes,
             "flops": step.work.flops,
             "floor_us": step.floor_us,
+            "in_graph_us": step.in_graph_us,
             "fraction_of_floor": step.fraction,
         },
     })

@@ -1,0 +1,243 @@
+// y = epilogue(x w^T) for few rows x, with 16-bit weights and rows, on tensor cores: weights pass through a ring of slots in
+// shared memory, which bulk copies fill.
+//
+// Work is divided into items: a tile of eight rows of a weight [N, K] for a group of at most COLUMNS rows of x, which lie in
+// shared memory. Where the result has HALVES, a tile is four rows of the first and the four that belong to them of the second.
+// A block has a run of items, and an item is UNITS units: for each of SUBS matrices, CHUNKS parts of CHUNK columns. Unit u of
+// the run is copied into slot u % SLOTS, RUN adjacent rows at once; each row is a line of LINE bytes there.
+//
+// A warp multiplies its STEPS steps, of 32 columns, of every unit. Lane (g, t) reads eight adjacent elements 8t.. of row g of
+// the tile, of row g of x and of row g + 8: the first four are those of one mma, the others of the next, as a product of
+// sixteen may take its k in any order. Weights are the right operand, of eight columns; x is the left one. After the last
+// chunk of a matrix each warp leaves its sums; one barrier for each item later, one thread for each element of y adds them up,
+// by warp, then over SUBS, and finishes it while the others go on.
+//
+// No warp only copies. The last one to be done with a slot starts the copies of the unit that is next there; after the last
+// unit of an item it is the last warp, behind the barrier. So nobody waits for a turn, and the first units of a block are on
+// their way before the kernels before this one are done, unless a routing chooses them.
+//
+// Races: a slot is written when all warps have counted up, or met, after reading it, and read after its barrier's phase. Sums
+// lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x are staged
+// between barriers. A routing is read before the wait only if it is sure to be there. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor
+// on their number.
+//
+// Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
+// SUBS, EARLY, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
+
+#include "bulk.cuh"
+#include "list.cuh"
+
+constexpr int TILE = 8, TILES = N / TILE, OUT = TILE / HALVES, UNITS = SUBS * CHUNKS;
+constexpr int SPAN = 32, STEPS = (CHUNK + WARPS * SPAN - 1) / (WARPS * SPAN);
+// Whether every step of every warp is inside its unit.
+constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * WARPS * SPAN;
+static_assert(COLUMNS * OUT <= THREADS);
+// Sums of an item, and bytes of a slot.
+constexpr int SUMS = SUBS * WARPS * WIDTH * TILE, SLOT = TILE * LINE;
+
+struct Multiply {
+    static constexpr int LOADS = 1, CHAINS = STEPS > 4 ? 4 : 2;
+    float sums[CHAINS][4];
+
+    static __device__ __forceinline__ int lane_row() { return lane_id() / 4; }
+    static __device__ __forceinline__ int lane_k() { return lane_id() % 4 * 8; }
+
+    // Rows of x are an odd number of 64 bytes apart, so that eight lanes, of two rows, read different banks.
+    static __device__ __forceinline__ S* at(S* to, int r, int k) { return to + r * PITCH + k; }
+    static __device__ __forceinline__ void put(S* to, int r, int k, const float (&values)[8]) {
+        Eight<S> eight;
+        eight.set(values);
+        *(Eight<S>*)at(to, r, k) = eight;
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < CHAINS * 4; i++) sums[i / 4][i % 4] = 0;
+    }
+
+    // Adds the products of the slot's columns, of which there are `live`, with `count` rows of x. Rows of x beyond them are any
+    // other row: no row's sums depend on another row.
+    __device__ __forceinline__ void multiply(const u8* slot, const S* x, int count, int live) {
+        const int first = warp_id() * (STEPS * SPAN) + lane_k(), row = lane_row();
+        const u8* from = slot + row * LINE;
+        const S* lower = x + (row < count ? row : 0) * PITCH;
+        const S* upper = x + (row + 8 < count ? row + 8 : 0) * PITCH;
+        Quad next;
+        auto load = [&](const void* from, int column) {
+            return EXACT || column < live ? *(const Quad*)((const W*)from + column) : Quad{};
+        };
+        // Lines begin at the same bank: of two steps, odd rows read the second one first.
+        const int other = row % 2 * SPAN;
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const int column = first + i * SPAN;
+            Quad a = load(lower, column), below = {}, b;
+            if (COLUMNS > 8) below = load(upper, column);
+            if (i % 2 == 0 && i + 1 < STEPS) {
+                Quad one = load(from, column + other), two = load(from, column + SPAN - other);
+#pragma unroll
+                for (int w = 0; w < 4; w++) {
+                    b.at[w] = other ? two.at[w] : one.at[w];
+                    next.at[w] = other ? one.at[w] : two.at[w];
+                }
+            } else {
+                b = i % 2 == 0 ? load(from, column) : next;
+            }
+            mma<S>(sums[2 * i % CHAINS], {a.at[0], below.at[0], a.at[1], below.at[1]}, {b.at[0], b.at[1]});
+            mma<S>(sums[(2 * i + 1) % CHAINS], {a.at[2], below.at[2], a.at[3], below.at[3]}, {b.at[2], b.at[3]});
+        }
+    }
+
+    // Leaves the warp's sums, in lines of a tile for each row of x.
+    __device__ __forceinline__ void store(float* to, int count) {
+#pragma unroll
+        for (int half = 0; half < (COLUMNS > 8 ? 2 : 1); half++) {
+            int row = lane_row() + half * 8, column = lane_id() % 4 * 2, i = half * 2;
+            Pack<float, 2> sum;
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                sum.at[e] = sums[0][i + e] + sums[1][i + e];
+                if (CHAINS == 4) sum.at[e] += sums[CHAINS - 2][i + e] + sums[CHAINS - 1][i + e];
+            }
+            if (row < count) *(Pack<float, 2>*)(to + row * TILE + column) = sum;
+        }
+    }
+};
+
+// The row of the weight that is row r of a tile.
+__device__ __forceinline__ int row_of(int tile, int r) {
+    if (HALVES == 1) return tile * TILE + r;
+    int column = tile * OUT + r % OUT;
+    return column / BLOCK * (2 * BLOCK) + column % BLOCK + r / OUT * BLOCK;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
+    if (!ROUTED) release_next();
+    extern __shared__ Quad dynamic_shared[];
+    u8* const slots = (u8*)dynamic_shared;
+    Group* const groups = (Group*)(slots + SLOTS * SLOT);
+    float* const partial = (float*)(groups + GROUP_ROOM);
+    u64* const full = (u64*)(partial + 2 * SUMS);
+    u32* const done = (u32*)(full + SLOTS);
+    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + SUMS * 8 + SLOTS * 12 + 15) / 16);
+
+    auto row = [&](int r) -> i64 { return X_ROW(r); };
+    auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };
+    auto finish = [&](float v0, float v1, i64 row, int column) {
+        y[row * Y_COLUMNS + column] = from_f32<Y>(EPILOGUE(v0, v1, row, column));
+    };
+
+    int first = 0, last = 0;
+    // Starts the copies of a unit of the run, if there is one: a warp, one lane of it.
+    auto fill = [&](int unit) {
+        if (unit >= (last - first) * UNITS || !elected()) return;
+        int item = first + unit / UNITS, part = unit % UNITS, column = part % CHUNKS * CHUNK, expert = 0;
+        if (ROUTED) expert = groups[item / TILES * SUBS + part / CHUNKS].expert;
+        u64* barrier = full + unit % SLOTS;
+        u32 bytes = expert < 0 ? 0 : min(CHUNK, K - column) * sizeof(W);
+        barrier_expect(barrier, TILE * bytes);
+        if (expert < 0) return;
+        u8* to = slots + unit % SLOTS * SLOT;
+        const W* from = w + (i64)expert * N * K + column;
+#pragma unroll
+        for (int r = 0; r < TILE; r += RUN)
+            copy_bulk<ONCE>(to + r * LINE, from + (i64)row_of(item % TILES, r) * K, RUN * bytes, barrier);
+    };
+    auto start = [&](int count) {
+        u32 items = count * TILES, each = items / gridDim.x, longer = items % gridDim.x;
+        first = each * blockIdx.x + min(blockIdx.x, longer);
+        last = first + each + (blockIdx.x < longer ? 1 : 0);
+        for (int unit = warp_id(); unit < SLOTS; unit += WARPS) fill(unit);
+    };
+
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < SLOTS; slot++) {
+            barrier_make(full + slot);
+            done[slot] = 0;
+        }
+        barriers_made();
+    }
+    __syncthreads();
+    if (!ROUTED) start(LIST);
+    CONSTANTS;
+    if (!ROUTED) __syncthreads();
+#if EARLY
+    if (!early) wait_for_previous();
+    start(LIST);
+    wait_for_previous();
+    release_next();
+#else
+    wait_for_previous();
+#endif
+
+    Multiply product;
+    int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;
+    for (int item = first; item < last; item++, buffer ^= 1) {
+        const int group = item / TILES, tile = item % TILES;
+        const Group* const entry = groups + group * SUBS;
+        const int count = entry->count, outs = count * OUT;
+        if (group / SHARING != staged_key) {
+            // Every warp is done with the rows staged before.
+            if (staged_key >= 0) __syncthreads();
+            staged_key = group / SHARING;
+            stage(staged, entry->first, count * STAGED_SUBS, 0, tile == 0);
+            __syncthreads();
+        }
+        // Loads what the epilogue will need.
+        float touched = 0;
+        const i64 y_row = (WEIGHTED ? group : entry->first) + threadIdx.x / OUT;
+        const int column = threadIdx.x / OUT, out = threadIdx.x % OUT;
+        if ((int)threadIdx.x < outs) touched = EPILOGUE(0.0f, 0.0f, y_row, tile * OUT + out);
+
+        float* const sums = partial + buffer * SUMS;
+        for (int sub = 0; sub < SUBS; sub++) {
+            const S* x = staged + sub % STAGED_SUBS * PITCH;
+            const bool live = !ROUTED || entry[sub].expert >= 0;
+            product.clear();
+#pragma unroll 1
+            for (int from = 0; from < K; from += CHUNK) {
+                barrier_wait(full + at, odd);
+                if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
+                if (UNITS > 1 && (unit + 1) % UNITS != 0) {
+                    __syncwarp();
+                    u32 before = 0;
+                    if (elected()) before = count_up(done + at);
+                    if (__any_sync(ALL_LANES, before % WARPS == WARPS - 1)) fill(unit + SLOTS);
+                }
+                unit++;
+                if (++at == SLOTS) {
+                    at = 0;
+                    odd ^= 1;
+                }
+            }
+            product.store(sums + (sub * WARPS + warp_id()) * (WIDTH * TILE), count);
+        }
+        asm volatile("" ::"f"(touched));
+        __syncthreads();
+        if (warp_id() == WARPS - 1) fill(unit - 1 + SLOTS);
+
+        auto total = [&](int sub, int column, int row) {
+            float sum = 0;
+#pragma unroll
+            for (int g = 0; g < WARPS; g++) sum += sums[((sub * WARPS + g) * WIDTH + column) * TILE + row];
+            return sum;
+        };
+        if ((int)threadIdx.x < outs) {
+            float v0 = 0, v1 = 0;
+            if (WEIGHTED) {
+                for (int sub = 0; sub < SUBS; sub++) {
+                    float part = rounded<P>(total(sub, 0, out));
+                    if (entry[sub].expert >= 0) v0 = __fadd_rn(v0, __fmul_rn(entry[sub].weight, part));
+                }
+            } else if (!ROUTED || entry->expert >= 0) {
+                v0 = total(0, column, out);
+                if (HALVES == 2) v1 = total(0, column, out + OUT);
+            }
+            finish(v0, v1, y_row, tile * OUT + out);
+        }
+    }
+    // Rows of no group.
+    i64 step = (i64)gridDim.x * THREADS, end = (i64)rows * Y_COLUMNS;
+    for (i64 i = (i64)ROWS_USED * Y_COLUMNS + blockIdx.x * THREADS + threadIdx.x; i < end; i += step)
+        finish(0.0f, 0.0f, i / Y_COLUMNS, (int)(i % Y_COLUMNS));
+}
