@@ -44,6 +44,9 @@ use crate::runtime::{All, Executor, Finished, Generator, Options, Request, Sampl
 /// plan; at a --stop text; or after --max-new-tokens, of which there may be none. Prompt and new tokens together must fit the
 /// plan's max-context: a request that does not fit is refused before it runs, never cut. So is a prompt without tokens, which
 /// an empty text is only with --raw, or where the tokenizer adds no token.
+///
+/// Under `mpirun`, in a build with the feature `mpi`, every rank holds the model and rank 0 deals the requests; results are
+/// those of one process.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A plan, or a recipe (FILE.ron) to compile in memory
