@@ -26,7 +26,6 @@
 // have read it.
 
 extern "C" __global__ void __launch_bounds__(THREADS) advance(PARAMS) {
-    release_next();
     wait_for_previous();
     u64 step = *(u64*)number + 1;
     __syncthreads();

@@ -73,28 +73,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
         frequencies[i] = at < HALF ? FREQUENCIES[at] : 0.0f;
     }
 #endif
-    wait_for_previous();
-    int position = pos[row], sequence = slot[row];
+    // What lies in the cache is there before the step began, but for what a step before may have written.
+    if (!early) wait_for_previous();
+    int position = load_early(pos + row), sequence = load_early(slot + row);
     bool live = position >= 0 && sequence >= 0;
 #ifdef FUSED
     int cached = live ? position : 0;
-    // Warps take the query heads, then key and value, which the first block of the cluster alone needs.
-    constexpr int WARPS = THREADS / 32, TURNS = (SHARE + 2 + WARPS - 1) / WARPS;
-    int needed = rank == 0 ? SHARE + 2 : SHARE;
-    Head raw[TURNS];
-#pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-        int head = turn * WARPS + warp_id();
-        if (head < SHARE) {
-            raw[turn].load(q_in + (i64)row * Q_STRIDE + Q_AT + (first_head + head) * D, lane_id());
-        } else if (head == SHARE && head < needed) {
-            raw[turn].load(k_in + (i64)row * K_STRIDE + K_AT + kv_head * D, lane_id());
-        } else if (head < needed) {
-            raw[turn].load(v_in + (i64)row * V_STRIDE + V_AT + kv_head * D, lane_id());
-        } else {
-            raw[turn] = Head{};
-        }
-    }
 #else
     int cached = live ? position + 1 : 0;
 #endif
@@ -105,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
 #pragma unroll
         for (int j = 0; j < LOOKUPS; j++) {
             int at = LOOKUPS == 1 ? start : start + j * TEAMS + team;
-            page[j] = at < cached ? pages[at / PAGE] : 0;
+            page[j] = at < cached ? load_early(pages + at / PAGE) : 0;
         }
     };
     // Keys or values of this group's positions of a chunk whose pages have been looked up; zeros beyond the last position.
@@ -125,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
     constexpr i64 AFTER = values_after_keys<KV_HEADS, PAGE, D>();
 
 #ifdef FUSED
-    int own_page = live && rank == 0 ? pages[position / PAGE] : 0;
+    int own_page = live && rank == 0 ? load_early(pages + position / PAGE) : 0;
 #endif
     int start = rank * CHUNK;
     Words<KV, VEC> keys[STEP][SPANS], values[STEP][SPANS];
@@ -133,6 +117,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(PARAMS) {
     load(keys, start, 0);
     load(values, start, AFTER);
     look_up(start + STRIDE);
+
+    wait_for_previous();
+#ifdef FUSED
+    // Warps take the query heads, then key and value, which the first block of the cluster alone needs.
+    constexpr int WARPS = THREADS / 32, TURNS = (SHARE + 2 + WARPS - 1) / WARPS;
+    int needed = rank == 0 ? SHARE + 2 : SHARE;
+    Head raw[TURNS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        int head = turn * WARPS + warp_id();
+        if (head < SHARE) {
+            raw[turn].load(q_in + (i64)row * Q_STRIDE + Q_AT + (first_head + head) * D, lane_id());
+        } else if (head == SHARE && head < needed) {
+            raw[turn].load(k_in + (i64)row * K_STRIDE + K_AT + kv_head * D, lane_id());
+        } else if (head < needed) {
+            raw[turn].load(v_in + (i64)row * V_STRIDE + V_AT + kv_head * D, lane_id());
+        } else {
+            raw[turn] = Head{};
+        }
+    }
+#endif
 
     float query[SHARE][WIDTH], most[SHARE], total[SHARE], sums[SHARE][WIDTH];
 #ifdef FUSED

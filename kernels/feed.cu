@@ -2,7 +2,6 @@
 // sequences have ended meanwhile. Each row is one thread's. See advance.cu.
 
 extern "C" __global__ void __launch_bounds__(THREADS) feed(PARAMS) {
-    release_next();
     wait_for_previous();
     constexpr int PENDING = -2;
     for (int i = blockIdx.x * THREADS + threadIdx.x; i < count; i += gridDim.x * THREADS) {

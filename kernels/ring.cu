@@ -22,7 +22,7 @@
 // on their number.
 //
 // Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
-// SUBS, EARLY, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
+// SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
 
 #include "bulk.cuh"
 #include "list.cuh"
@@ -161,14 +161,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     if (!ROUTED) start(LIST);
     CONSTANTS;
     if (!ROUTED) __syncthreads();
-#if EARLY
-    if (!early) wait_for_previous();
-    start(LIST);
+    if (ROUTED) {
+        if (!early) wait_for_previous();
+        start(LIST);
+    }
     wait_for_previous();
-    release_next();
-#else
-    wait_for_previous();
-#endif
+    if (ROUTED) release_next();
 
     Multiply product;
     int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;

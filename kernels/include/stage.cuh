@@ -169,6 +169,40 @@ stage_norm(S* to, const X* x, int first, int count, int k0, Row row, const Weigh
     }
 }
 
+// Positions and slots of rows.
+struct Places {
+    int positions[COLUMNS];
+    int slots[COLUMNS];
+};
+__device__ __forceinline__ Places& shared_places() {
+    __shared__ Places places;
+    return places;
+}
+// The caller synchronises.
+__device__ __forceinline__ void find_places(const int* pos, const int* slot, int first, int count) {
+    Places& places = shared_places();
+    for (int r = threadIdx.x; r < count; r += THREADS) {
+        places.positions[r] = load_early(pos + first + r);
+        places.slots[r] = load_early(slot + first + r);
+    }
+}
+
+// What a convolution may find out before the wait, if its state and inputs are there: the places of the first rows, while the
+// columns of theirs that it will read are brought near. The caller synchronises.
+template <int TAPS, int RING_COLUMNS, class Ring>
+__device__ __forceinline__ void look_ahead(const Ring* ring, const int* pos, const int* slot, int rows) {
+    constexpr int LINES = (K * (int)sizeof(Ring) + 127) / 128, EACH = LINES * (TAPS - 1);
+    int count = min(rows, COLUMNS);
+    find_places(pos, slot, 0, count);
+    for (int i = threadIdx.x; i < count * EACH; i += THREADS) {
+        int r = i / EACH, column = load_early(pos + r) - (TAPS - 1 - i % EACH / LINES), at = load_early(slot + r);
+        if (at < 0 || column < 0) continue;
+        const u8* from = (const u8*)(ring + ((i64)at * RING_COLUMNS + column % RING_COLUMNS) * K) + i % LINES * 128;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+    }
+}
+
+
 // The rows c * (conv(b * x) + bias) of (b, c, x), three parts of a row of x: the columns before the row's own come from a ring
 // of RING_COLUMNS by position, TAPS - 1 of them, so each sequence may have but one row. With `writes`, b * x goes into the
 // ring, to a column that is none of those read. U, V, B and M are the types that b * x, the convolution, that with its bias,
@@ -176,17 +210,16 @@ stage_norm(S* to, const X* x, int first, int count, int k0, Row row, const Weigh
 template <class Layout, class M, class U, class V, class B, int TAPS, int RING_COLUMNS, class Weight, class Ring, class Bias>
 __device__ __forceinline__ void stage_short_conv(
     S* to, const X* x, int first, int count, int k0, const Weight* __restrict__ weight, Ring* ring, const int* pos,
-    const int* slot, const Bias* bias, bool writes
+    const int* slot, const Bias* bias, bool writes, bool known
 ) {
     constexpr int VECTORS = PART / 8, ACROSS = VECTORS < THREADS ? VECTORS : THREADS, DOWN = THREADS / ACROSS;
     constexpr int ROUND = IN_FLIGHT<Layout> > 4 && COLUMNS > DOWN ? 2 : 1, EARLIER = TAPS > 1 ? TAPS - 1 : 1;
-    __shared__ int positions[COLUMNS];
-    __shared__ int slots[COLUMNS];
-    for (int r = threadIdx.x; r < count; r += THREADS) {
-        positions[r] = load_fresh(pos + first + r);
-        slots[r] = load_fresh(slot + first + r);
+    Places& places = shared_places();
+    int *positions = places.positions, *slots = places.slots;
+    if (!known || first != 0) {
+        find_places(pos, slot, first, count);
+        __syncthreads();
     }
-    __syncthreads();
     if (threadIdx.x >= ACROSS * DOWN) return;
     for (int k = threadIdx.x % ACROSS * 8; k < PART; k += ACROSS * 8) {
         const int channel = k0 + k;

@@ -1,5 +1,6 @@
 //! `lfm2c compile --tune`: the candidates of every choice among kernels, measured on the GPU that is present.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -7,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
-use crate::codegen::refine::{Refined, Refinement};
+use crate::codegen::refine::{Entry, Refined, Refinement};
+use crate::codegen::select::{APART, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -27,23 +29,31 @@ pub fn measure(
     keep: &mut dyn FnMut(Lock) -> Result<()>,
 ) -> Result<()> {
     let gpu = gpu()?;
-    let problems = CompileOptions { without_cubins: true, tactics: Default::default(), ..options.clone() };
-    let manifest = load::compile_source(source, &problems)?.file.manifest;
+    let options = &CompileOptions { tactics: Tactics::default(), ..options.clone() };
+    let problems = CompileOptions { without_cubins: true, ..options.clone() };
+    let compiled = load::compile_source(source, &problems)?;
+    let manifest = compiled.file.manifest;
+    let mut bench = Bench { source, model, held: None };
     let mut tuning = Tuning::of(&manifest);
     let rounds = tuning.rounds();
     let mut toolkit = (0, 0);
     for (i, &round) in rounds.iter().enumerate() {
         let phase = format!("{:?}", round.phase).to_lowercase();
         note(format_args!("round {} of {}: candidates {} of {phase}", i + 1, rounds.len(), round.nth + 1));
-        toolkit = run(source, options, model, &mut tuning, round)?;
+        toolkit = bench.run(options, &mut tuning, round)?;
         keep(tuning.lock(&gpu, toolkit))?;
     }
     for (bucket, at) in manifest.ranks[RANK].buckets.iter().enumerate() {
         if at.phase == Phase::Decode {
+            note(format_args!("whole graphs of {}", at.name));
             let alone = only(&manifest, at.tokens, options);
-            let found = refine(source, &alone, model, Refinement::new(&tuning.entries(bucket)), &at.name)?;
-            tuning.refine(bucket, found);
+            let search = Refinement::new(&tuning.entries(bucket));
+            tuning.refine(bucket, bench.refine(&alone, search)?);
             keep(tuning.lock(&gpu, toolkit))?;
+            if let Some(found) = bench.apart(&alone, &mut tuning, &compiled.buckets[bucket].optional)? {
+                tuning.take_apart(bucket, found);
+                keep(tuning.lock(&gpu, toolkit))?;
+            }
         }
     }
     print(report(&tuning, &gpu))
@@ -62,51 +72,118 @@ fn gpu() -> Result<String> {
     Ok(device.name.clone())
 }
 
-/// Compiles and measures one round, as often as it takes until the device runs all of it. Gives the toolkit's version.
-fn run(
-    source: &Source,
-    options: &CompileOptions,
-    model: Option<&Path>,
-    tuning: &mut Tuning,
-    round: Round,
-) -> Result<(u32, u32)> {
-    loop {
-        let options = CompileOptions { tactics: tuning.tactics(round)?, ..options.clone() };
-        let file = load::compile_source(source, &options)?.file;
-        match time(&file, model, &tuning.measured(round))? {
-            Timed::Steps(times) => {
-                tuning.record(round, &times)?;
-                return file.manifest.toolkit.context("a plan for a GPU without machine code");
-            }
-            Timed::Refused(steps) => {
-                let buckets = &file.manifest.ranks[RANK].buckets;
-                for at in &steps {
-                    let bucket = &buckets[at.bucket];
-                    note(format_args!("bucket {}, step {}: {}", bucket.name, bucket.steps[at.step].name, at.error));
+/// Plans of one model on the device, one after the other, with weights that stay there where the next plan has the same steps.
+struct Bench<'a> {
+    source: &'a Source,
+    model: Option<&'a Path>,
+    held: Option<CudaExecutor>,
+}
+
+impl Bench<'_> {
+    /// The device with a plan.
+    fn open(&mut self, file: &PlanFile) -> Result<CudaExecutor> {
+        if let Some(mut executor) = self.held.take().filter(|executor| executor.runs_same_steps(file)) {
+            executor.adopt(file)?;
+            return Ok(executor);
+        }
+        load::cuda_executor(file, self.model, Graphs::Required)
+    }
+
+    /// Compiles and measures one round, with the options' own tactics beside it, as often as it takes until the device runs all
+    /// of it. Gives the toolkit's version.
+    fn run(&mut self, options: &CompileOptions, tuning: &mut Tuning, round: Round) -> Result<(u32, u32)> {
+        loop {
+            let mut tactics = tuning.tactics(round)?;
+            tactics.chosen.extend(options.tactics.chosen.clone());
+            let file = load::compile_source(self.source, &CompileOptions { tactics, ..options.clone() })?.file;
+            match self.time(&file, &tuning.measured(round))? {
+                Timed::Steps(times) => {
+                    tuning.record(round, &times)?;
+                    return file.manifest.toolkit.context("a plan for a GPU without machine code");
                 }
-                let steps: Vec<_> = steps.into_iter().map(|at| (at.bucket, at.step, at.error)).collect();
-                tuning.fail(round, &steps)?;
+                Timed::Refused(steps) => {
+                    let buckets = &file.manifest.ranks[RANK].buckets;
+                    for at in &steps {
+                        let bucket = &buckets[at.bucket];
+                        note(format_args!("bucket {}, step {}: {}", bucket.name, bucket.steps[at.step].name, at.error));
+                    }
+                    let steps: Vec<_> = steps.into_iter().map(|at| (at.bucket, at.step, at.error)).collect();
+                    tuning.fail(round, &steps)?;
+                }
             }
         }
     }
-}
 
-/// Times of the steps of some buckets. The device is opened anew, because a kernel that failed leaves it unusable until it is closed.
-fn time(file: &PlanFile, model: Option<&Path>, buckets: &[usize]) -> Result<Timed> {
-    check_device(&file.manifest, None)?;
-    let mut executor = match load::cuda_executor(file, model, Graphs::Off) {
-        Ok(executor) => executor,
-        Err(error) => {
-            let refused = refused_kernels(file, RANK, &cuda::Device::open(0)?)?;
-            return if refused.is_empty() { Err(error) } else { Ok(Timed::Refused(refused)) };
+    /// Times of the steps of some buckets. After a kernel that failed the device is opened anew, because it stays unusable until
+    /// it is closed.
+    fn time(&mut self, file: &PlanFile, buckets: &[usize]) -> Result<Timed> {
+        check_device(&file.manifest, None)?;
+        let mut executor = match self.open(file) {
+            Ok(executor) => executor,
+            Err(error) => {
+                let refused = refused_kernels(file, RANK, &cuda::Device::open(0)?)?;
+                return if refused.is_empty() { Err(error) } else { Ok(Timed::Refused(refused)) };
+            }
+        };
+        // Steps are timed where the inputs stand; none moves them on.
+        let options = Options { steps: 1, ..Options::default() };
+        let bar = progress::count("measuring buckets", buckets.len() as u64);
+        let timed = time_steps(&mut executor, buckets, &options, &|done| bar.set_position(done as u64));
+        bar.finish_and_clear();
+        if matches!(timed, Ok(Timed::Steps(_))) {
+            self.held = Some(executor);
         }
-    };
-    // Steps are timed where the inputs stand; none moves them on.
-    let options = Options { steps: 1, ..Options::default() };
-    let bar = progress::count("measuring buckets", buckets.len() as u64);
-    let timed = time_steps(&mut executor, buckets, &options, &|done| bar.set_position(done as u64));
-    bar.finish_and_clear();
-    timed
+        timed
+    }
+
+    /// Times a bucket's whole graphs, with the options' own tactics beside those tried.
+    fn refine(&mut self, options: &CompileOptions, mut search: Refinement) -> Result<Refined> {
+        let mut prepared: Option<Inputs> = None;
+        let all = search.left();
+        let bar = progress::count("timing graphs", all as u64);
+        while let Some(tactics) = search.next() {
+            let mut options = options.clone();
+            options.tactics.chosen.extend(tactics.chosen);
+            let file = load::compile_source(self.source, &options)?.file;
+            let stays = self.held.as_ref().is_some_and(|executor| executor.runs_same_steps(&file));
+            let mut executor = self.open(&file)?;
+            let inputs = match prepared.take().filter(|_| stays) {
+                Some(inputs) => inputs,
+                None => Inputs::prepare(&mut executor, 0, &Options::default())?,
+            };
+            search.record(Some(graph_us(&mut executor, 0, &inputs)?));
+            (self.held, prepared) = (Some(executor), Some(inputs));
+            bar.set_position((all - search.left()) as u64);
+        }
+        bar.finish_and_clear();
+        Ok(search.finish())
+    }
+
+    /// Finds out which of a bucket's fused operators are better taken apart, once what they are made of has been measured.
+    fn apart(
+        &mut self,
+        alone: &CompileOptions,
+        tuning: &mut Tuning,
+        optional: &BTreeSet<String>,
+    ) -> Result<Option<Refined>> {
+        if optional.is_empty() {
+            return Ok(None);
+        }
+        let chosen = optional.iter().map(|key| (key.clone(), APART.to_owned())).collect();
+        let all = CompileOptions { tactics: Tactics { chosen, nth: None }, ..alone.clone() };
+        let without = CompileOptions { without_cubins: true, ..all.clone() };
+        let mut parts = Tuning::of(&load::compile_source(self.source, &without)?.file.manifest);
+        parts.learn(tuning);
+        for round in parts.rounds() {
+            if !parts.measured(round).is_empty() {
+                self.run(&all, &mut parts, round)?;
+            }
+        }
+        tuning.absorb(parts);
+        let base = CompileOptions { tactics: tuning.lock("", (0, 0)).tactics(), ..alone.clone() };
+        let entries: Vec<Entry> = optional.iter().map(|key| Entry::fusion(key)).collect();
+        self.refine(&base, Refinement::new(&entries)).map(Some)
+    }
 }
 
 /// Options that compile one decode bucket with the limits of the whole plan, on which its problems depend.
@@ -120,38 +197,6 @@ fn only(manifest: &Manifest, rows: u64, options: &CompileOptions) -> CompileOpti
         kv_tokens: Some(limits.kv_tokens),
         ..options.clone()
     }
-}
-
-/// Times a bucket's whole graphs, over weights and state that are made once.
-fn refine(
-    source: &Source,
-    options: &CompileOptions,
-    model: Option<&Path>,
-    mut search: Refinement,
-    name: &str,
-) -> Result<Refined> {
-    let mut held: Option<(CudaExecutor, Inputs)> = None;
-    let all = search.left();
-    let bar = progress::count(&format!("timing graphs of {name}"), all as u64);
-    while let Some(tactics) = search.next() {
-        let file = load::compile_source(source, &CompileOptions { tactics, ..options.clone() })?.file;
-        let (mut executor, inputs) = match held.take() {
-            None => {
-                let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
-                let inputs = Inputs::prepare(&mut executor, 0, &Options::default())?;
-                (executor, inputs)
-            }
-            Some((mut executor, inputs)) => {
-                executor.adopt(&file)?;
-                (executor, inputs)
-            }
-        };
-        search.record(Some(graph_us(&mut executor, 0, &inputs)?));
-        held = Some((executor, inputs));
-        bar.set_position((all - search.left()) as u64);
-    }
-    bar.finish_and_clear();
-    Ok(search.finish())
 }
 
 /// What was found out.

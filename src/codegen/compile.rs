@@ -1,6 +1,7 @@
 //! The compile driver: description to graph, graph through the passes for each bucket, everything into one plan file.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rayon::prelude::*;
@@ -116,6 +117,8 @@ pub struct BucketReport {
     pub name: String,
     /// What each pass did.
     pub passes: Vec<PassReport>,
+    /// Problems of fused operators that tactics may want apart, by [`crate::codegen::select::problem_key`].
+    pub optional: BTreeSet<String>,
 }
 
 /// An option of the command line that no model could be compiled with.
@@ -162,39 +165,48 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let patches = first.patches();
     let done = std::sync::atomic::AtomicUsize::new(0);
     let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics));
-    let compiled: Vec<(Graph, Vec<PassReport>)> = specs
+    let compiled: Vec<(Graph, BucketReport)> = specs
         .par_iter()
         .map(|&spec| -> Result<_> {
             let context = PassContext { target: options.target, bucket: spec };
             let mut graph = graph.clone();
-            let mut driver = driver(Some(spec.name())).map_err(|fault| anyhow!(fault))?.after(patches);
             let phase = lower::plan_phase(spec.phase);
+            let optional = RefCell::new(BTreeSet::new());
+            let mut driver = driver(Some(spec.name())).map_err(|fault| anyhow!(fault))?.after(patches);
             if let Some(selector) = &selector {
-                driver = driver.admitting(move |graph, op| selector.runs(graph, op, phase, &spec.extents));
+                driver = driver.admitting(|graph, op| {
+                    selector.admits(graph, op, phase, &spec.extents, &mut optional.borrow_mut())
+                });
             }
-            let reports = driver.run_stage(Stage::PerBucket, &mut graph, &context)?;
+            let passes = driver.run_stage(Stage::PerBucket, &mut graph, &context)?;
+            drop(driver);
             if let Some(selector) = &selector {
                 selector.dissolve(&mut graph, phase, &spec.extents).map_err(|fault| anyhow!(fault))?;
             }
             observer.progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), specs.len());
-            Ok((graph, reports))
+            Ok((graph, BucketReport { name: spec.name(), passes, optional: optional.into_inner() }))
         })
         .collect::<Result<_>>()?;
     let enabled = |name: &str| !options.disabled.iter().any(|disabled| disabled == name);
     let mut texts: Vec<String> = vec![];
     let mut buckets = vec![];
     let mut prepared = vec![];
-    for (spec, (graph, mut passes)) in specs.iter().zip(compiled) {
+    for (spec, (graph, mut report)) in specs.iter().zip(compiled) {
         let text = graph.to_string();
         let at = texts.iter().position(|known| *known == text).unwrap_or_else(|| {
             texts.push(text);
             texts.len() - 1
         });
         for name in [SCHEDULE, PLAN_MEMORY].into_iter().filter(|name| enabled(name)) {
-            passes.push(PassReport { name, rewrites: 0, ops_before: graph.ops.len(), ops_after: graph.ops.len() });
+            report.passes.push(PassReport {
+                name,
+                rewrites: 0,
+                ops_before: graph.ops.len(),
+                ops_after: graph.ops.len(),
+            });
             observer.pass(Some(&spec.name()), name, &graph);
         }
-        buckets.push(BucketReport { name: spec.name(), passes });
+        buckets.push(report);
         prepared.push((*spec, graph, at as u32));
     }
     let prepared: Vec<Prepared> = prepared

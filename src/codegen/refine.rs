@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::codegen::select::Tactics;
+use crate::codegen::select::{APART, Tactics};
 
 /// How much faster a graph must be for a choice to change: less is noise.
 const MARGIN: f64 = 0.003;
@@ -16,6 +16,9 @@ const MARGIN: f64 = 0.003;
 const MOST_TRIED: usize = 3;
 /// Candidates that take this much longer than the fastest by themselves are not tried.
 const FAR: f64 = 1.6;
+
+/// What is tried of a fused operator beside [`APART`].
+const TOGETHER: &str = "together";
 
 /// A problem of the bucket: what is known of its candidates.
 #[derive(Clone, PartialEq, Debug)]
@@ -31,6 +34,12 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// Whether a fused operator stays together or is taken apart: nothing is known of either.
+    pub fn fusion(key: &str) -> Entry {
+        let candidates = [TOGETHER, APART].map(|name| (name.to_owned(), 1.0)).to_vec();
+        Entry { key: key.to_owned(), steps: 1, candidates, fixed: None }
+    }
+
     /// The candidates, the fastest first.
     fn by_time(&self) -> Vec<&(String, f64)> {
         let mut list: Vec<_> = self.candidates.iter().collect();
@@ -144,6 +153,8 @@ impl Refinement {
             }
             Trial::Done => return None,
         }
+        // Fused is what an operator is where nothing is said.
+        chosen.retain(|_, name| name != TOGETHER);
         Some(Tactics { chosen, nth: None })
     }
 
@@ -261,6 +272,19 @@ mod tests {
         let found = search(&problems(), |chosen| (chosen["ffn"] != "wide").then_some(5.0));
         assert_eq!(found.chosen["ffn"], "narrow");
         assert_eq!((found.default_us, found.us), (f64::INFINITY, 5.0));
+    }
+
+    #[test]
+    fn fused_operators_are_taken_apart_where_that_pays() {
+        let entries = ["head", "conv", "attention"].map(Entry::fusion);
+        let found = search(&entries, |chosen| {
+            assert!(chosen.values().all(|name| name == APART), "nothing is said of what stays together");
+            let us = |key: &str, gain: f64| if chosen.contains_key(key) { -gain } else { 0.0 };
+            Some(1000.0 + us("head", 100.0) + us("conv", 50.0) + us("attention", -20.0))
+        });
+        let apart: Vec<&str> =
+            found.chosen.iter().filter(|(_, name)| *name == APART).map(|(key, _)| key.as_str()).collect();
+        assert_eq!((apart, found.us), (vec!["conv", "head"], 850.0));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Which kernel runs which step: the registry's default, or what tactics say.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::codegen::kernels::{Candidate, Problem, candidates};
@@ -8,10 +8,14 @@ use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
 use crate::plan::{self, Instr, Phase, Program, Semantic, Slot};
 
+/// What tactics say of a problem that is better left as the steps that it was made of.
+pub const APART: &str = "apart";
+
 /// Choices among candidates, beside which the registry's first is taken.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
-    /// For a problem (see [`problem_key`]) the candidate's name. Names of problems and candidates that there are not are ignored.
+    /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
+    /// are ignored.
     pub chosen: BTreeMap<String, String>,
     /// Takes the candidate of this position, modulo their number, of each problem that none is chosen for: to run all of them.
     pub nth: Option<usize>,
@@ -63,6 +67,13 @@ pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<
     })
 }
 
+/// Whether a fused operator competes with its parts, so that it pays for few rows alone: rows that are prepared for a product, which
+/// each block of the product's kernel repeats, and a router that sorts all rows, which blocks that work together must do.
+fn may_be_apart(semantic: &Semantic) -> bool {
+    let last = semantic.body.last().map(|Instr(op, ..)| op);
+    semantic.body.len() > 1 && matches!(last, Some(plan::Op::Matmul | plan::Op::GroupRows))
+}
+
 /// Chooses, and remembers what it chose.
 pub struct Selector<'a> {
     tactics: &'a Tactics,
@@ -84,7 +95,7 @@ impl<'a> Selector<'a> {
         }
         let problem = Problem { semantic, phase };
         let mut list = candidates(&problem);
-        // Whatever tactics say, there is a choice if there is a candidate: what is fused must not depend on them.
+        // Whatever candidate tactics name, there is a choice if there is one: what is fused must not depend on that.
         let at = self.chosen(&problem, &list).or(self.tactics.nth.and_then(|nth| nth.checked_rem(list.len())));
         let at = at.unwrap_or(0);
         let chosen = (at < list.len()).then(|| Arc::new(list.swap_remove(at)));
@@ -112,10 +123,28 @@ impl<'a> Selector<'a> {
         Known { problems: problems.len(), chosen: problems.values().filter(|&&chosen| chosen).count() }
     }
 
-    /// Whether a kernel can run an operator of a graph.
-    pub fn runs(&self, graph: &Graph, op: &Op, phase: Phase, extents: &Extents) -> bool {
-        let lowered = semantic::lower(graph, op, &graph.state_roots(), extents);
-        lowered.is_ok_and(|lowered| self.choose(&lowered.semantic, phase).is_some())
+    /// Whether a fused operator of a graph is one that a kernel can run, and that tactics do not want apart. Those that might be
+    /// either are added to `optional`.
+    pub fn admits(
+        &self,
+        graph: &Graph,
+        op: &Op,
+        phase: Phase,
+        extents: &Extents,
+        optional: &mut BTreeSet<String>,
+    ) -> bool {
+        let Ok(lowered) = semantic::lower(graph, op, &graph.state_roots(), extents) else { return false };
+        let semantic = lowered.semantic;
+        if self.choose(&semantic, phase).is_none() {
+            return false;
+        }
+        if !may_be_apart(&semantic) {
+            return true;
+        }
+        let key = problem_key(&Problem { semantic: &semantic, phase });
+        let apart = self.tactics.chosen.get(&key).is_some_and(|chosen| chosen == APART);
+        optional.insert(key);
+        !apart
     }
 
     /// Takes apart each fused operator that no kernel can run.
@@ -167,9 +196,26 @@ mod tests {
         compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")
     }
 
+    #[test]
+    fn what_tactics_want_apart_is_not_fused() {
+        let default = program(Tactics::default());
+        let fused = |program: &Program| {
+            let of_decode = step_problems(program).filter(|(_, problem)| problem.phase == Phase::Decode);
+            let fused = of_decode.filter(|(_, problem)| may_be_apart(problem.semantic));
+            fused.map(|(_, problem)| problem_key(&problem)).collect::<BTreeSet<_>>()
+        };
+        let keys = fused(&default);
+        let (key, others) = (keys.first().expect("there are some"), keys.len() - 1);
+        let chosen = BTreeMap::from([(key.clone(), APART.to_owned())]);
+        let other = program(Tactics { chosen, nth: None });
+        assert!(fused(&other).len() >= others && !fused(&other).contains(key), "{key}");
+        let steps = |program: &Program| program.buckets.iter().map(|bucket| bucket.steps.len()).sum::<usize>();
+        assert!(steps(&other) > steps(&default));
+    }
+
     /// Steps and semantics alike: the measurements of all candidates rely on it.
     #[test]
-    fn what_is_fused_does_not_depend_on_tactics() {
+    fn what_is_fused_does_not_depend_on_candidates() {
         let keys = |program: &Program| -> Vec<(usize, String)> {
             step_problems(program).map(|(bucket, problem)| (bucket, problem_key(&problem))).collect()
         };

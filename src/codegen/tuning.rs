@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use crate::codegen::kernels::candidates;
 use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
-use crate::codegen::select::{Tactics, problem_key, step_problems};
+use crate::codegen::select::{APART, Tactics, problem_key, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
 
 /// How much faster than the default another candidate must be: less is noise, and the default needs no lock.
@@ -24,7 +24,7 @@ const MARGIN: f64 = 0.02;
 pub struct Tuning {
     problems: BTreeMap<String, Trials>,
     buckets: Vec<Steps>,
-    /// By problem: the candidate that whole graphs chose.
+    /// By problem: the candidate that whole graphs chose, or [`APART`].
     refined: BTreeMap<String, String>,
     /// By bucket: what they took.
     graphs: BTreeMap<String, GraphTime>,
@@ -156,11 +156,36 @@ impl Tuning {
     /// Takes in what whole graphs of a bucket chose.
     pub fn refine(&mut self, bucket: usize, found: Refined) {
         let Some(Steps { name, .. }) = self.buckets.get(bucket) else { return };
-        let round = |us: f64| (us * 10.0).round() / 10.0;
         let time = GraphTime { default_us: round(found.default_us), us: round(found.us), timed: found.timed };
         self.graphs.insert(name.clone(), time);
         for (key, name) in found.chosen {
             self.refined.entry(key).or_insert(name);
+        }
+    }
+
+    /// Takes in what a bucket's graph takes with some fused operators apart, if that was worth it.
+    pub fn take_apart(&mut self, bucket: usize, found: Refined) {
+        let Some(Steps { name, .. }) = self.buckets.get(bucket) else { return };
+        let Some(time) = self.graphs.get_mut(name) else { return };
+        time.us = round(found.us.min(time.us));
+        time.timed += found.timed;
+        let apart = found.chosen.into_iter().filter(|(_, chosen)| chosen == APART);
+        self.refined.extend(apart);
+    }
+
+    /// Takes over what another has measured of the same problems.
+    pub fn learn(&mut self, other: &Tuning) {
+        for (key, trials) in &mut self.problems {
+            if let Some(known) = other.problems.get(key) {
+                trials.list.clone_from(&known.list);
+            }
+        }
+    }
+
+    /// Takes over the problems of another that this one does not have.
+    pub fn absorb(&mut self, other: Tuning) {
+        for (key, trials) in other.problems {
+            self.problems.entry(key).or_insert(trials);
         }
     }
 
@@ -191,9 +216,12 @@ impl Tuning {
         [Phase::Prefill, Phase::Decode, Phase::Fixed].into_iter().flat_map(of_phase).collect()
     }
 
-    /// The buckets in which a round runs a candidate that no round before has run.
+    /// The buckets in which a round runs a candidate of which nothing is known.
     pub fn measured(&self, round: Round) -> Vec<usize> {
-        let is_new = |key: &String| self.problems.get(key).is_some_and(|trials| trials.list.len() > round.nth);
+        let is_new = |key: &String| {
+            let trial = self.problems.get(key).and_then(|trials| trials.list.get(round.nth));
+            trial.is_some_and(|trial| trial.time.is_none())
+        };
         let buckets = self.buckets.iter().enumerate();
         let found = buckets.filter(|(_, bucket)| bucket.phase == round.phase && bucket.keys.iter().any(is_new));
         found.map(|(i, _)| i).collect()
@@ -276,14 +304,22 @@ impl Tuning {
             let times = trials.list.iter().map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
             Some(Measured { candidates: times.collect::<Option<_>>()?, chosen: self.chosen(key)?.name.clone() })
         };
-        let problems = self.problems.iter().filter_map(|(key, trials)| Some((key.clone(), measured(key, trials)?)));
+        let apart = |key: &String| self.refined.get(key).is_some_and(|chosen| chosen == APART);
+        let mut problems: BTreeMap<String, Measured> = BTreeMap::new();
+        for (key, trials) in &self.problems {
+            problems.extend(measured(key, trials).map(|measured| (key.clone(), measured)));
+        }
+        for key in self.refined.keys().filter(|key| apart(key)) {
+            let none = Measured { chosen: String::new(), candidates: BTreeMap::new() };
+            APART.clone_into(&mut problems.entry(key.clone()).or_insert(none).chosen);
+        }
         Lock {
             version: LOCK_VERSION,
             compiler: env!("CARGO_PKG_VERSION").to_owned(),
             gpu: gpu.to_owned(),
             toolkit,
             graphs: self.graphs.clone(),
-            problems: problems.collect(),
+            problems,
         }
     }
 
@@ -327,6 +363,11 @@ impl Tuning {
         });
         totals.collect()
     }
+}
+
+/// No more digits than mean something.
+fn round(us: f64) -> f64 {
+    (us * 10.0).round() / 10.0
 }
 
 /// The fastest of a problem's candidates; the default, which is the first, unless another is faster by [`MARGIN`].

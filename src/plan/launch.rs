@@ -127,15 +127,21 @@ pub enum Arg {
 }
 
 /// Whether some reads of the last of some steps are sure to be there when its kernel starts, which is as soon as the step before
-/// lets it. That is so in a chain, if the step before has itself waited for all others by then.
+/// lets it. That is so of what no step before writes, and in a chain, if the step before has itself waited for all others by
+/// then, of what that step does not write.
 pub fn settled(steps: &[Step], reads: &[u32]) -> bool {
     let [.., before, step] = steps else { return false };
     let chain = steps.iter().zip(0u32..).skip(1).all(|(step, i)| step.after.contains(&(i - 1)));
     let late = before.launch.as_ref().is_some_and(|launch| launch.releases_late);
-    let written = |&i: &u32| match step.reads.get(i as usize) {
-        Some(Ref::State(state)) => before.updates.contains(state),
-        Some(place) => before.writes.contains(place),
-        None => true,
+    let touches = |other: &Step, place: &Ref| match place {
+        Ref::State(state) => other.updates.contains(state),
+        place => other.writes.contains(place),
     };
-    chain && late && !reads.iter().any(written)
+    let there = |&i: &u32| {
+        let Some(place) = step.reads.get(i as usize) else { return false };
+        let given =
+            matches!(place, Ref::State(_) | Ref::Io(_)) && !steps[..steps.len() - 1].iter().any(|s| touches(s, place));
+        given || (chain && late && !touches(before, place))
+    };
+    reads.iter().all(there)
 }

@@ -126,6 +126,8 @@ impl Attention {
             }
         }
         attend.cache.parameters(&mut builder, self.prepared.is_some());
+        let cache = attend.cache;
+        builder.early("early", &[cache.kv, cache.table, cache.pos, cache.slot]);
         builder.pointer("y", attend.y);
         let config = format!("warps={warps} cluster={cluster}");
         Some(builder.finish(config, [blocks, 1, 1], warps as u32 * 32, shared))

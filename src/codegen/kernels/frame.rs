@@ -148,6 +148,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: Shape
     for (name, value) in constants {
         builder.constant(name, value);
     }
+    builder.constant("early", 0);
     let mut config = format!("rows={stripe} split={split} depth={depth} blocks={per_sm}");
     if matches!(product.routing, Routing::Grouped { .. }) {
         config += &format!(" columns={columns}");

@@ -182,9 +182,19 @@ impl Product {
     }
 }
 
+impl Product {
+    /// What a kernel would rather read before it waits, if it is there: which rows meet which matrix, or the state of a convolution.
+    pub fn early(&self) -> Vec<Slot> {
+        match (&self.routing, &self.prologue) {
+            (Routing::Dense { .. }, Prologue::ShortConv(conv)) => vec![conv.ring, conv.pos, conv.slot],
+            (routing, _) => routing.inputs(),
+        }
+    }
+}
+
 impl Routing {
     /// What says which rows meet which matrix of several.
-    pub fn inputs(&self) -> Vec<Slot> {
+    fn inputs(&self) -> Vec<Slot> {
         match self {
             Routing::Dense { .. } => vec![],
             Routing::Pairs { experts, weighted, .. } => {
@@ -258,9 +268,10 @@ impl Prologue {
                 let (types, taps, columns) = (conv.types.map(c_type).join(", "), conv.taps, conv.columns);
                 let stage = format!(
                     "stage_short_conv<Multiply, M, {types}, {taps}, {columns}>(to, x, first, count, k0, conv, ring, pos, \
-                     slot, {bias}, writes)"
+                     slot, {bias}, writes, early)"
                 );
-                (format!("prefetch(conv, K * {taps})"), stage)
+                let ahead = format!("if (early) look_ahead<{taps}, {columns}>(ring, pos, slot, rows)");
+                (format!("prefetch(conv, K * {taps}); {ahead}"), stage)
             }
         };
         builder.line(format_args!("#define CONSTANTS {constants}"));

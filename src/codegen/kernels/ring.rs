@@ -187,10 +187,16 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     for (name, value) in constants {
         builder.constant(name, value);
     }
-    let routed = product.routing.inputs();
-    builder.line(format_args!("#define EARLY {}", u8::from(!routed.is_empty())));
-    if !routed.is_empty() {
-        builder.early("early", &routed).releases_late();
+    match product.early() {
+        none if none.is_empty() => {
+            builder.constant("early", 0);
+        }
+        inputs => {
+            builder.early("early", &inputs);
+        }
+    }
+    if !matches!(product.routing, Routing::Dense { .. }) {
+        builder.releases_late();
     }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
     if shape.apart {

@@ -126,3 +126,36 @@ fn what_whole_graphs_choose_goes_before_single_times() {
     let again = tuning.entries(bucket).into_iter().find(|other| other.key == entry.key).expect("still there");
     assert_eq!(again.fixed.as_ref(), Some(default));
 }
+
+#[test]
+fn what_is_better_apart_is_in_the_lock() {
+    let mut tuning = tuning();
+    let bucket = tuning.buckets.iter().position(|bucket| bucket.phase == Phase::Decode).expect("there is one");
+    let key = tuning.buckets[bucket].keys[0].clone();
+    let found = |chosen: &[(&str, &str)], us| {
+        let chosen = chosen.iter().map(|(key, name)| ((*key).to_owned(), (*name).to_owned())).collect();
+        Refined { chosen, default_us: 100.0, us, timed: 3 }
+    };
+    tuning.refine(bucket, found(&[], 90.0));
+    tuning.take_apart(bucket, found(&[(&key, APART), ("inner 01", APART), ("other 02", "together")], 80.0));
+    let lock = tuning.lock("a GPU", (13, 0));
+    let chosen = |key: &str| lock.problems.get(key).map(|measured| measured.chosen.as_str());
+    assert_eq!((chosen(&key), chosen("inner 01"), chosen("other 02")), (Some(APART), Some(APART), None));
+    let time = lock.graphs[&tuning.buckets[bucket].name];
+    assert_eq!((time.us, time.timed), (80.0, 6));
+}
+
+#[test]
+fn what_another_has_measured_is_not_measured_again() {
+    let mut known = tuning();
+    for round in known.rounds() {
+        let times = times(&known, round, |at| 10.0 + at as f64);
+        known.record(round, &times).expect("times of all steps");
+    }
+    let mut again = tuning();
+    again.learn(&known);
+    assert!(again.rounds().into_iter().all(|round| again.measured(round).is_empty()));
+    let before = known.problems.len();
+    known.absorb(again);
+    assert_eq!(known.problems.len(), before, "they are the same");
+}

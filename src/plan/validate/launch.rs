@@ -106,8 +106,8 @@ fn check_early(steps: &[Step]) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "`early`: reads {early:?} are read before the kernel waits: expected a chain of steps, of which the one before releases \
-         late and writes none of them"
+        "`early`: reads {early:?} are read before the kernel waits: expected what no step before writes, or a chain of steps of \
+         which the one before releases late and writes none of them"
     ))
 }
 

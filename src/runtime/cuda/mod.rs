@@ -106,6 +106,11 @@ impl CudaExecutor {
         })
     }
 
+    /// Whether a plan does the same steps over the same pool, by whatever kernels.
+    pub fn runs_same_steps(&self, file: &PlanFile) -> bool {
+        file.manifest.ranks.get(self.rank).is_some_and(|program| same_but_launches(program, self.program()))
+    }
+
     /// Goes on with another plan's kernels: one of the same steps over the same pool, which keeps its contents. Graphs are to be
     /// captured anew.
     ///
