@@ -3,13 +3,19 @@
 
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
+use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
-use lfm2c::plan::{Arg, DType, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap};
+use lfm2c::plan::{self, Arg, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap};
 
 fn plan(disabled: Vec<String>) -> PlanFile {
+    plan_in(None, disabled)
+}
+
+fn plan_in(dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
     let recipe = Recipe::parse(include_str!("../plans/synthetic.ron")).expect("the demo recipe is valid");
     let options = CompileOptions {
         target: Target::Sm90a,
+        dtype,
         without_cubins: true,
         prefill: Some(vec![16, 300]),
         decode: Some(vec![1, 16]),
@@ -61,7 +67,7 @@ fn fault(change: impl FnOnce(&mut Manifest)) -> String {
 #[test]
 fn wrong_launches_are_named() {
     type Change = fn(&mut Manifest);
-    let cases: [(Change, &str); 11] = [
+    let cases: [(Change, &str); 13] = [
         (|m| m.ranks[0].buckets[0].steps[3].launch = None, "expected a launch, found none"),
         (|m| launch(m).kernel = 9999, "`kernel`: expected one of"),
         (|m| launch(m).grid[1] = 0, "beyond the device's limits: grid"),
@@ -71,6 +77,9 @@ fn wrong_launches_are_named() {
         (|m| launch(m).args.truncate(1), "arguments for kernel"),
         (|m| launch(m).args[0] = Arg::Float(1.0), "argument `"),
         (|m| launch(m).args[0] = Arg::Read(99), "the step has"),
+        (|m| launch(m).early = vec![99], "`early`: expected one of"),
+        // What the step before writes.
+        (|m| launch_of(m, 1).early = vec![0], "`early`: reads [0] are read before the kernel waits"),
         (|m| m.kernels[0].name = "rm -rf".into(), "expected a C identifier"),
         (|m| m.kernels[0].cubin = Some(0), "`cubin`: expected one of 0 sections"),
     ];
@@ -92,8 +101,9 @@ fn wrong_launches_are_named() {
 fn map_fault(change: impl FnOnce(&mut TensorMap, [u64; 2])) -> String {
     let mut file = plan(vec![]);
     let program = &mut file.manifest.ranks[0];
-    let matrix =
-        |ty: &lfm2c::plan::TensorType| ty.1.len() == 2 && ty.0 == DType::F32 && ty.1[1] % 4 == 0 && ty.1[0] > 4;
+    let matrix = |ty: &lfm2c::plan::TensorType| {
+        ty.1.len() == 2 && ty.0 == plan::DType::F32 && ty.1[1].is_multiple_of(4) && ty.1[0] > 4
+    };
     let fits = |step: &lfm2c::plan::Step| {
         let read = program.semantics[step.op as usize].inputs.iter().position(matrix)? as u32;
         let launch = step.launch.as_ref()?;
@@ -117,7 +127,7 @@ fn map_fault(change: impl FnOnce(&mut TensorMap, [u64; 2])) -> String {
     // The kernel's other launches go on passing addresses, which is told of them and not of this one.
     let name = step.name.clone();
     step.launch.as_mut().expect("it has one").args[arg] = Arg::Map(map);
-    file.manifest.kernels[kernel].params[arg].1 = ParamType::Map(DType::F32);
+    file.manifest.kernels[kernel].params[arg].1 = ParamType::Map(plan::DType::F32);
     match file.validate() {
         Err(PlanError::Invalid(faults)) => {
             let own = faults.iter().map(|fault| format!("{fault}\n"));
@@ -150,5 +160,30 @@ fn tensor_maps_stay_inside_of_their_tensors_and_of_the_devices_limits() {
 
 /// The launch of the first step.
 fn launch(manifest: &mut Manifest) -> &mut lfm2c::plan::Launch {
-    manifest.ranks[0].buckets[0].steps[0].launch.as_mut().expect("every step has one")
+    launch_of(manifest, 0)
+}
+
+fn launch_of(manifest: &mut Manifest, step: usize) -> &mut lfm2c::plan::Launch {
+    manifest.ranks[0].buckets[0].steps[step].launch.as_mut().expect("every step has one")
+}
+
+#[test]
+fn what_is_there_is_read_before_the_wait() {
+    let file = plan_in(Some(DType::BF16), vec![]);
+    let program = &file.manifest.ranks[0];
+    let bucket = program.buckets.iter().find(|bucket| bucket.name == "decode_1").expect("it is compiled");
+    let early = |name: &str| -> Vec<&lfm2c::plan::Ref> {
+        let step = bucket.steps.iter().find(|step| step.name == name).unwrap_or_else(|| panic!("{name}"));
+        let launch = step.launch.as_ref().expect("every step has one");
+        launch.early.iter().map(|&i| &step.reads[i as usize]).collect()
+    };
+    // The router's choice is two steps old when the sum over experts begins, and one when their first product does.
+    let names: Vec<&str> = bucket.steps.iter().map(|step| step.name.as_str()).collect();
+    let named =
+        |part: &str| names.iter().find(|name| name.ends_with(part)).unwrap_or_else(|| panic!("{part}: {names:?}"));
+    assert_eq!(early(named("expert+combine+residual")).len(), 2);
+    assert!(early(named("expert+swiglu")).is_empty());
+    // Inputs of the step, and state that no step before writes.
+    let given = |place: &&lfm2c::plan::Ref| matches!(place, lfm2c::plan::Ref::Io(_) | lfm2c::plan::Ref::State(_));
+    assert_eq!(early(named("attention")).iter().filter(|place| given(place)).count(), 4);
 }

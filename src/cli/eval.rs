@@ -11,7 +11,8 @@ use rayon::prelude::*;
 use serde_json::json;
 
 use self::chunks::{Chunks, Scores, surprise};
-use crate::cli::load::{self, Choices, Device};
+use crate::cli::device::Device;
+use crate::cli::load::{self, Choices};
 use crate::cli::output::{note, print};
 use crate::cli::{progress, text, usage};
 use crate::runtime::cuda::Graphs;

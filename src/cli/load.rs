@@ -6,8 +6,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
+use crate::cli::device::Place;
 use crate::cli::measure::is_source;
-use crate::cli::output::note;
+use crate::cli::output::{note, note_once};
 use crate::cli::{lock, progress, usage};
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
@@ -83,32 +84,6 @@ pub enum DTypeChoice {
     F32,
     Bf16,
     F16,
-}
-
-/// `--device`.
-#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Device {
-    /// The GPU if the plan and the machine have one, else the CPU.
-    #[default]
-    Auto,
-    /// The CPU executor; runs every plan.
-    Cpu,
-    /// An NVIDIA GPU.
-    Cuda,
-}
-
-impl Device {
-    /// Whether a plan runs on a GPU.
-    fn is_cuda(self, manifest: &Manifest) -> bool {
-        match self {
-            Device::Cpu => false,
-            Device::Cuda => true,
-            // Where it cannot run there, the error that says why is more use than a silent CPU.
-            Device::Auto => {
-                manifest.target != plan::Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0
-            }
-        }
-    }
 }
 
 impl Choices {
@@ -248,7 +223,7 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
         if !options.tactics.chosen.is_empty()
             && let Some(line) = lock::report(path, &compiled)
         {
-            note(line);
+            note_once(line);
         }
         return Ok(compiled.file);
     }
@@ -295,9 +270,15 @@ fn short(hash: &str) -> &str {
 }
 
 /// An executor with its weights loaded: from `model`, from the directory in the plan's recipe, or synthetic.
-pub fn executor(file: &PlanFile, model: Option<&Path>, device: Device, graphs: Graphs) -> Result<Box<dyn Executor>> {
+pub fn executor(
+    file: &PlanFile,
+    model: Option<&Path>,
+    place: impl Into<Place>,
+    graphs: Graphs,
+) -> Result<Box<dyn Executor>> {
+    let Place { device, gpu } = place.into();
     if device.is_cuda(&file.manifest) {
-        return Ok(Box::new(cuda_executor(file, model, graphs)?));
+        return Ok(Box::new(executor_on_gpu(file, model, gpu, graphs)?));
     }
     if graphs == Graphs::Required {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
@@ -309,13 +290,14 @@ pub fn executor(file: &PlanFile, model: Option<&Path>, device: Device, graphs: G
 pub fn prepared_executor(
     file: &PlanFile,
     model: Option<&Path>,
-    device: Device,
+    place: impl Into<Place>,
     graphs: Graphs,
 ) -> Result<Box<dyn Executor>> {
-    if !device.is_cuda(&file.manifest) {
-        return executor(file, model, device, graphs);
+    let place = place.into();
+    if !place.device.is_cuda(&file.manifest) {
+        return executor(file, model, place, graphs);
     }
-    let mut executor = cuda_executor(file, model, graphs)?;
+    let mut executor = executor_on_gpu(file, model, place.gpu, graphs)?;
     match executor.capture_all() {
         // A bucket without a graph runs step by step, and that is told when it does.
         Err(error) if graphs == Graphs::Required => Err(error),
@@ -347,8 +329,12 @@ pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor
 
 /// The CUDA executor on the first GPU, with its weights loaded.
 pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> Result<CudaExecutor> {
+    executor_on_gpu(file, model, 0, graphs)
+}
+
+fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, gpu: usize, graphs: Graphs) -> Result<CudaExecutor> {
     check_device(&file.manifest, None)?;
-    let device = cuda::Device::open(0)?;
+    let device = cuda::Device::open(gpu)?;
     let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
     executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", executor.program().pool.weights.bytes);

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::cli::output::note;
+use crate::cli::output::note_once;
 use crate::codegen::{CompileOptions, Compiled, Lock};
 use crate::passes::Target;
 
@@ -23,7 +23,7 @@ pub fn apply(mut options: CompileOptions, path: &Path) -> Result<CompileOptions>
     let path = beside(path);
     let Some(lock) = Lock::read(&path)? else { return Ok(options) };
     if lock.compiler != env!("CARGO_PKG_VERSION") {
-        note(format_args!(
+        note_once(format_args!(
             "{}: measured by lfm2c {}, this is {}; measure again with `lfm2c compile --tune`",
             path.display(),
             lock.compiler,

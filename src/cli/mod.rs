@@ -5,6 +5,7 @@ mod bench_fusion;
 mod chat;
 mod compile;
 mod completions;
+mod device;
 mod diff;
 mod dot;
 pub mod draw;
@@ -23,6 +24,7 @@ mod table;
 mod text;
 mod tune;
 mod verify;
+mod world;
 
 use std::process::ExitCode;
 
@@ -58,6 +60,28 @@ enum Command {
     Man(completions::ManArguments),
 }
 
+impl Command {
+    /// Refuses to run several times over what runs in one process.
+    fn check_world(&self) -> anyhow::Result<()> {
+        let name = match self {
+            Command::Run(_) => return Ok(()),
+            Command::Compile(_) => "compile",
+            Command::Chat(_) => "chat",
+            Command::Eval(_) => "eval",
+            Command::Dot(_) => "dot",
+            Command::Inspect(_) => "inspect",
+            Command::Verify(_) => "verify",
+            Command::Diff(_) => "diff",
+            Command::Bench(_) => "bench",
+            Command::Profile(_) => "profile",
+            Command::Samples(_) => "samples",
+            Command::Completions(_) => "completions",
+            Command::Man(_) => "man",
+        };
+        world::World::refuse(name)
+    }
+}
+
 /// A fault in how a command was called: exit code 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -71,7 +95,7 @@ fn usage<V>(message: impl Into<String>) -> anyhow::Result<V> {
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let result = match arguments.command {
+    let result = arguments.command.check_world().and_then(|()| match arguments.command {
         Command::Compile(arguments) => compile::execute(&arguments),
         Command::Run(arguments) => run::execute(&arguments),
         Command::Chat(arguments) => chat::execute(&arguments),
@@ -85,12 +109,15 @@ pub fn main() -> ExitCode {
         Command::Samples(arguments) => samples::execute(&arguments),
         Command::Completions(arguments) => completions::execute(&arguments, Arguments::command()),
         Command::Man(arguments) => completions::man(&arguments, Arguments::command()),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            output::note(format_args!("lfm2c: {}", output::describe(&error)));
+            // Nothing to tell: another rank does.
+            if !error.to_string().is_empty() {
+                output::note(format_args!("lfm2c: {}", output::describe(&error)));
+            }
             ExitCode::from(if is_usage(&error) { 2 } else { 1 })
         }
     }

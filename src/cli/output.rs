@@ -6,15 +6,24 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::runtime::ranks::launched;
+
 /// Writes to standard output, now.
 pub fn print(text: impl Display) -> Result<()> {
     let mut out = std::io::stdout().lock();
     write!(out, "{text}").and_then(|()| out.flush()).context("cannot write to standard output")
 }
 
-/// Writes a line to standard error, where nobody could be told that it failed.
+/// Writes a line to standard error, where nobody could be told that it failed; in one piece, since other processes may write there.
 pub fn note(text: impl Display) {
-    let _ = writeln!(std::io::stderr().lock(), "{text}");
+    let _ = std::io::stderr().lock().write_all(format!("{text}\n").as_bytes());
+}
+
+/// As [`note`], what every rank of `mpirun` has to say alike: rank 0 says it.
+pub fn note_once(text: impl Display) {
+    if launched().is_none_or(|launched| launched.rank == 0) {
+        note(text);
+    }
 }
 
 /// Whether two paths name the same file, which is there: what is written to one must not be read from the other.

@@ -3,6 +3,7 @@
 mod batch;
 mod batch_arguments;
 mod evaluate;
+mod follow;
 mod line;
 mod lines;
 mod print;
@@ -10,6 +11,7 @@ mod prompt;
 mod results;
 
 use std::path::{Path, PathBuf};
+use std::slice::from_ref;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -19,14 +21,17 @@ pub use self::evaluate::write_answers;
 use self::print::Texts;
 use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
-use crate::cli::load::{self, Choices, Device, has_extension};
+use crate::cli::device::Device;
+use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::output::note;
 use crate::cli::sampling::Sampling;
 use crate::cli::table::{regions, size};
+use crate::cli::world::{World, rank_table};
 use crate::cli::{text, usage};
 use crate::plan::PlanFile;
 use crate::runtime::cuda::Graphs;
-use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
+use crate::runtime::ranks::{Mode, Peer, Summary};
+use crate::runtime::{All, Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
 
 /// Run a plan, or compile a recipe in memory and run that.
 ///
@@ -39,6 +44,9 @@ use crate::runtime::{Executor, Finished, Generator, Options, Request, SamplingPa
 /// plan; at a --stop text; or after --max-new-tokens, of which there may be none. Prompt and new tokens together must fit the
 /// plan's max-context: a request that does not fit is refused before it runs, never cut. So is a prompt without tokens, which
 /// an empty text is only with --raw, or where the tokenizer adds no token.
+///
+/// Under `mpirun`, in a build with the feature `mpi`, every rank holds the model and rank 0 deals the requests; results are
+/// those of one process.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A plan, or a recipe (FILE.ron) to compile in memory
@@ -94,11 +102,13 @@ pub enum Format {
     Json,
 }
 
-/// What a run did, for reports.
+/// What a run did, on all ranks together, for reports.
 struct Timing {
     ready_seconds: f64,
     generate_seconds: f64,
     statistics: Statistics,
+    /// What each rank did, if there are several.
+    ranks: Vec<Summary>,
 }
 
 /// Does it.
@@ -106,24 +116,46 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = Instant::now();
     check_options(arguments)?;
     let sampling = arguments.sampling.params()?;
-    match &arguments.batch.input {
-        Some(input) if has_extension(input, "bin") => {
-            if let Some(option) = arguments.text.given() {
-                return usage(format!("{option}: expected text, found {}, which holds token ids", input.display()));
-            }
-            return evaluate::execute(arguments, input);
-        }
-        Some(input) => return batch::execute(arguments, sampling, input, started),
-        None => {}
+    if is_samples(arguments)
+        && let (Some(option), Some(input)) = (arguments.text.given(), &arguments.batch.input)
+    {
+        return usage(format!("{option}: expected text, found {}, which holds token ids", input.display()));
     }
+    let mut world = World::join()?;
+    let result = match &arguments.batch.input {
+        _ if world.follower().is_some() => follow::execute(arguments, &mut world),
+        Some(input) if is_samples(arguments) => evaluate::execute(arguments, input, &mut world),
+        Some(input) => batch::execute(arguments, sampling, input, started, &mut world),
+        None => prompts(arguments, sampling, started, &mut world),
+    };
+    world.end(result)
+}
+
+/// Whether the input is one of samples.
+fn is_samples(arguments: &Arguments) -> bool {
+    arguments.batch.input.as_ref().is_some_and(|input| has_extension(input, "bin"))
+}
+
+/// The plan, and that of `--compare`.
+fn plans(arguments: &Arguments) -> Result<Vec<PlanFile>> {
+    let options = arguments.choices.options_for(&arguments.input_plan)?;
+    let paths = [&arguments.input_plan].into_iter().chain(&arguments.batch.compare);
+    paths.map(|path| load::plan(path, arguments.model.as_deref(), &options)).collect()
+}
+
+/// Runs the prompts that the command line has, or the recipe's own.
+fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, world: &mut World) -> Result<()> {
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
+    let place = world.agree(from_ref(&file), arguments.device)?;
     let prompts = arguments.text.prompts(&arguments.tokens, &file, model)?;
     let count = prompts.tokens.len();
     if arguments.prompt_logits.is_some() && count != 1 {
         return usage(format!("--prompt-logits: expected a single prompt, found {count}"));
     }
-    let mut executor = load::executor(&file, model, arguments.device, arguments.graphs())?;
+    world.load(0)?;
+    let mut executor = load::executor(&file, model, place, arguments.graphs())?;
+    world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();
     let mut generator = Generator::new(&mut *executor, arguments.generating())?;
@@ -131,8 +163,13 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let format = arguments.format.unwrap_or(Format::Text);
     let live = prompts.text && count == 1 && format == Format::Text;
     let mut texts = Texts::new(prompts.rules.as_ref(), count, &arguments.text.stop, live);
-    let finished = generator.generate(requests, |id, token| texts.token(id, token))?;
-    let timing = Timing::new(ready_seconds, begun, generator.statistics());
+    let stops = if prompts.rules.is_some() { &arguments.text.stop[..] } else { &[] };
+    let mut all = All::new(requests, |id, token| texts.token(id, token)).stopping_at(stops);
+    let ranks = world.run(&mut generator, &mut all, arguments.generating(), Mode::Deal)?;
+    let finished = all.results()?;
+    let peers = world.peers().to_vec();
+    world.leave()?;
+    let timing = Timing::new(ready_seconds, begun, generator.statistics(), ranks);
     let results: Vec<std::result::Result<Finished, String>> =
         finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
@@ -144,7 +181,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         Format::Text if prompts.text => print::texts(&results, &texts)?,
         Format::Text => print::tokens(&results)?,
     }
-    summary(&file, &timing, &*executor);
+    summary(&file, &timing, &peers, &*executor);
     let failed: Vec<&String> = results.iter().filter_map(|result| result.as_ref().err()).collect();
     match failed[..] {
         [] => Ok(()),
@@ -159,9 +196,18 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 }
 
 impl Timing {
-    /// Of a run that has just ended.
-    fn new(ready_seconds: f64, begun: Instant, statistics: &Statistics) -> Timing {
-        Timing { ready_seconds, generate_seconds: begun.elapsed().as_secs_f64(), statistics: statistics.clone() }
+    /// Of a run that has just ended. The statistics are this process's, if there are no ranks.
+    fn new(ready_seconds: f64, begun: Instant, statistics: &Statistics, ranks: Vec<Summary>) -> Timing {
+        let mut statistics = statistics.clone();
+        // The first of the ranks is this process.
+        ranks.iter().skip(1).for_each(|rank| statistics.merge(&rank.statistics));
+        Timing { ready_seconds, generate_seconds: begun.elapsed().as_secs_f64(), statistics, ranks }
+    }
+
+    /// New tokens a second of all ranks, if there are several.
+    fn tokens_per_second(&self) -> Option<f64> {
+        let tokens = self.statistics.tokens as f64;
+        (!self.ranks.is_empty() && self.generate_seconds > 0.0).then(|| tokens / self.generate_seconds)
     }
 }
 
@@ -230,7 +276,7 @@ fn write_npy(path: &Path, shape: &[u64], data: &[f32]) -> Result<()> {
 }
 
 /// What ran, on standard error.
-fn summary(file: &PlanFile, timing: &Timing, executor: &dyn Executor) {
+fn summary(file: &PlanFile, timing: &Timing, peers: &[Peer], executor: &dyn Executor) {
     let device = executor.device();
     let program = &file.manifest.ranks[0];
     let statistics = &timing.statistics;
@@ -264,4 +310,8 @@ fn summary(file: &PlanFile, timing: &Timing, executor: &dyn Executor) {
         statistics.tokens,
         timing.generate_seconds,
     ));
+    if let Some(rate) = timing.tokens_per_second() {
+        let table = rank_table(peers, &timing.ranks, timing.generate_seconds);
+        note(format_args!("  {} ranks: {rate:.0} new tokens/s in all\n{}", timing.ranks.len(), table.trim_end()));
+    }
 }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::cli::load::{self, Device};
+use crate::cli::device::Device;
+use crate::cli::load;
 use crate::cli::output::{note, same_file};
 use crate::cli::run::write_answers;
 use crate::cli::{text, usage};

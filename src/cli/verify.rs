@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::cli::load::{self, Choices, Device};
+use crate::cli::device::Device;
+use crate::cli::load::{self, Choices};
 use crate::cli::output::print;
 use crate::cli::table::table;
 use crate::cli::usage;

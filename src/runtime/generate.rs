@@ -1,17 +1,21 @@
 //! The generate loop: requests in, tokens out, over any executor.
 
+mod work;
+
 use std::cell::RefCell;
 use std::mem;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
+use self::work::Feed;
+pub use self::work::{All, Next, Work};
 use super::Executor;
 use super::request::{FinishReason, Finished, Request, RequestError, Session};
 use super::scheduler::{Scheduler, Step};
 use super::statistics::Statistics;
-use crate::plan::{Bucket, Phase};
+use crate::plan::{Bucket, Manifest, Phase};
 
 /// What a generator does besides generating.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -38,68 +42,6 @@ pub struct Generator<'e, E: ?Sized> {
     chosen: Vec<i32>,
     /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
     since: Instant,
-}
-
-/// Where requests come from and their results go.
-pub trait Work {
-    /// The next request, or `None` after the last; not called again after that. It is called when a request is needed to
-    /// fill the slots, and one ahead, so that an input of any length needs no more memory than the sequences at work.
-    ///
-    /// # Errors
-    /// It cannot be had: the run ends.
-    fn next(&mut self) -> Result<Option<Request>>;
-
-    /// A new token of the request with that id, as `on_token` of [`Generator::generate`] sees it.
-    fn token(&mut self, id: u64, token: u32) -> ControlFlow<()>;
-
-    /// What became of a request, in the order in which they end; `index` counts the requests given.
-    ///
-    /// # Errors
-    /// It cannot be kept: the run ends.
-    fn finished(&mut self, index: usize, result: Result<Finished, RequestError>) -> Result<()>;
-}
-
-/// Work, and how much of it was asked for.
-struct Feed<'w, W> {
-    work: &'w mut W,
-    given: usize,
-    dry: bool,
-}
-
-impl<W: Work> Feed<'_, W> {
-    fn next(&mut self) -> Result<Option<(usize, Request)>> {
-        if self.dry {
-            return Ok(None);
-        }
-        let Some(request) = self.work.next()? else {
-            self.dry = true;
-            return Ok(None);
-        };
-        self.given += 1;
-        Ok(Some((self.given - 1, request)))
-    }
-}
-
-/// Requests that are all there, and results that are kept.
-struct All<F> {
-    requests: std::vec::IntoIter<Request>,
-    on_token: F,
-    results: Vec<Option<Result<Finished, RequestError>>>,
-}
-
-impl<F: FnMut(u64, u32) -> ControlFlow<()>> Work for All<F> {
-    fn next(&mut self) -> Result<Option<Request>> {
-        Ok(self.requests.next())
-    }
-
-    fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
-        (self.on_token)(id, token)
-    }
-
-    fn finished(&mut self, index: usize, result: Result<Finished, RequestError>) -> Result<()> {
-        self.results[index] = Some(result);
-        Ok(())
-    }
 }
 
 #[derive(Clone, Default)]
@@ -134,6 +76,11 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         })
     }
 
+    /// The plan that it runs.
+    pub fn manifest(&self) -> &Manifest {
+        self.executor.manifest()
+    }
+
     /// Forgets a session: its slot and its pages are free.
     pub fn forget(&mut self, session: Session) {
         self.scheduler.forget(session);
@@ -166,11 +113,9 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         requests: Vec<Request>,
         on_token: impl FnMut(u64, u32) -> ControlFlow<()>,
     ) -> Result<Vec<Result<Finished, RequestError>>> {
-        let results = requests.iter().map(|_| None).collect();
-        let mut all = All { requests: requests.into_iter(), on_token, results };
+        let mut all = All::new(requests, on_token);
         self.run(&mut all)?;
-        let results = all.results.into_iter().collect::<Option<Vec<_>>>();
-        results.context("scheduler: expected every request to end, found one that did not; this is a bug")
+        all.results()
     }
 
     /// Runs requests that are asked for as places for them become free, and gives each result when its sequence has ended.
@@ -179,7 +124,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     /// # Errors
     /// The executor failed, or the work did; what had not ended is forgotten.
     pub fn run(&mut self, work: &mut impl Work) -> Result<()> {
-        let mut feed = Feed { work, given: 0, dry: false };
+        let mut feed = Feed::new(work);
         while let Some(outcome) = self.advance(&mut feed).transpose() {
             if let Err(error) = outcome {
                 self.scheduler.clear();
@@ -211,8 +156,13 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
 
     /// Enqueues steps until none more may be in flight, then takes the tokens of the oldest; `None` if nothing is left.
     fn advance<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<Option<()>> {
+        feed.work.turn(&self.scheduler)?;
         self.enqueue(feed)?;
-        let Some(step) = self.scheduler.oldest() else { return Ok(None) };
+        let Some(step) = self.scheduler.oldest() else {
+            // What comes later may still come, unless something waits that nothing will make room for.
+            let over = feed.dry || self.scheduler.waiting() > 0;
+            return Ok(if over { None } else { Some(()) });
+        };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
         if self.options.capture_logits && !step.batch.rows.is_empty() {
@@ -255,7 +205,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
     fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
         loop {
             while self.scheduler.waiting() == 0
-                && let Some((index, request)) = feed.next()?
+                && let Some((index, request)) = feed.next(self.scheduler.is_idle())?
             {
                 if let Some(result) = self.submit(index, request) {
                     feed.work.finished(index, result)?;

@@ -13,6 +13,7 @@ pub mod io;
 #[cfg(test)]
 pub(crate) mod mock;
 pub mod pages;
+pub mod ranks;
 pub mod request;
 pub mod sampling;
 pub mod scheduler;
@@ -23,7 +24,7 @@ pub mod workload;
 
 pub use buckets::{Buckets, Capacity, Padding, padding};
 pub use executor::{Batch, Executor, PENDING, SamplingParams};
-pub use generate::{Generator, Options, Work, logits_table};
+pub use generate::{All, Generator, Next, Options, Work, logits_table};
 pub use request::{FinishReason, Finished, Request, RequestError, Session};
 pub use scheduler::Scheduler;
 pub use score::{Scored, score};

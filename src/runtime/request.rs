@@ -117,6 +117,11 @@ pub enum RequestError {
 }
 
 impl Request {
+    /// Rows that it runs if nothing ends it early: the last new token is never run.
+    pub fn rows(&self) -> usize {
+        self.prompt.len().saturating_add(self.max_new_tokens.saturating_sub(1))
+    }
+
     /// Checks the sampling parameters, which need no plan.
     pub(super) fn check_sampling(&self) -> Result<(), RequestError> {
         match self.sampling.fault() {

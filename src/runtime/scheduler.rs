@@ -47,6 +47,7 @@
 //! Sessions that have ended wait for nobody: a request that can be admitted only when a session is forgotten is refused as soon
 //! as no sequence is left in a slot ([`Scheduler::refuse`]).
 
+mod load;
 mod sequence;
 mod session;
 mod step;

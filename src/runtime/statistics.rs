@@ -4,10 +4,12 @@
 
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::plan::{Phase, Program};
 
 /// Counts since the generator was made.
-#[derive(Clone, Default, PartialEq, Debug)]
+#[derive(Clone, Default, Serialize, Deserialize, PartialEq, Debug)]
 pub struct Statistics {
     /// Steps that ran rows of prompts.
     pub prefill: PhaseStatistics,
@@ -20,7 +22,7 @@ pub struct Statistics {
 }
 
 /// Counts of one phase.
-#[derive(Clone, Copy, Default, PartialEq, Debug)]
+#[derive(Clone, Copy, Default, Serialize, Deserialize, PartialEq, Debug)]
 pub struct PhaseStatistics {
     /// Steps.
     pub steps: u64,
@@ -43,7 +45,7 @@ impl PhaseStatistics {
 }
 
 /// Counts of one bucket.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, Serialize, Deserialize, PartialEq, Eq, Debug)]
 pub struct BucketStatistics {
     /// Its name.
     pub name: String,
@@ -61,6 +63,22 @@ impl Statistics {
         let named = program.buckets.iter().map(|bucket| bucket.name.clone());
         let buckets = named.map(|name| BucketStatistics { name, steps: 0, rows: 0, padding: 0 }).collect();
         Statistics { buckets, ..Statistics::default() }
+    }
+
+    /// Adds what ran elsewhere at the same time: times are then those of whoever took longest.
+    pub fn merge(&mut self, other: &Statistics) {
+        for (sum, phase) in [(&mut self.prefill, &other.prefill), (&mut self.decode, &other.decode)] {
+            sum.steps += phase.steps;
+            sum.rows += phase.rows;
+            sum.padding += phase.padding;
+            sum.elapsed = sum.elapsed.max(phase.elapsed);
+        }
+        for (sum, bucket) in self.buckets.iter_mut().zip(&other.buckets) {
+            sum.steps += bucket.steps;
+            sum.rows += bucket.rows;
+            sum.padding += bucket.padding;
+        }
+        self.tokens += other.tokens;
     }
 
     /// Counts one step of `rows` rows in a bucket of `capacity`.

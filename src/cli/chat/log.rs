@@ -23,7 +23,11 @@ impl Log {
     /// Writes a turn.
     pub(super) fn write(&mut self, turn: &Value) -> Result<()> {
         match &mut self.0 {
-            Some((path, file)) => writeln!(file, "{turn}").with_context(|| format!("cannot write {}", path.display())),
+            Some((path, file)) => {
+                // In one piece, since somebody may read along.
+                let line = format!("{turn}\n");
+                file.write_all(line.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+            }
             None => Ok(()),
         }
     }

@@ -1,30 +1,44 @@
 //! `lfm2c run --input FILE.jsonl`: many requests, results in the order of the input.
 
+mod captured;
+
 use std::collections::BTreeMap;
 use std::io::BufRead;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::slice::from_ref;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
+use self::captured::Captured;
 use super::line::{Asked, Defaults, Fault, Reader, key};
 use super::lines::{Lines, count, is_regular};
 use super::results::Results;
 use super::{Arguments, Format, Timing, summary, write_npy};
+use crate::cli::device::Place;
 use crate::cli::output::{describe, note};
 use crate::cli::progress::Sequences;
+use crate::cli::world::World;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
-use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work, logits_table};
+use crate::runtime::ranks::Mode;
+use crate::runtime::{Finished, Generator, Request, RequestError, SamplingParams, Work};
 use crate::text::{Text, TextStream};
 
 /// Does it.
-pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, started: Instant) -> Result<()> {
+pub fn execute(
+    arguments: &Arguments,
+    sampling: SamplingParams,
+    input: &Path,
+    started: Instant,
+    world: &mut World,
+) -> Result<()> {
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
+    let place = world.agree(from_ref(&file), arguments.device)?;
     let mut lines = Lines::open(input, arguments.batch.first)?;
     let total = count(input, arguments.batch.first, arguments.prompt_logits.is_some())?;
     if arguments.prompt_logits.is_some() && total != Some(1) {
@@ -51,8 +65,9 @@ pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, st
     // What an earlier run left is checked before weights are loaded; there may be nothing to load them for.
     batch.first = batch.read()?;
     if batch.first.is_some() {
-        generate(arguments, &file, &mut batch, started)?;
+        generate(arguments, &file, place, &mut batch, started, world)?;
     }
+    world.leave()?;
     let Batch { results, captured, bar, done, failed, .. } = batch;
     bar.end();
     results.finish()?;
@@ -68,17 +83,21 @@ pub fn execute(arguments: &Arguments, sampling: SamplingParams, input: &Path, st
 fn generate<R: BufRead>(
     arguments: &Arguments,
     file: &PlanFile,
+    place: Place,
     batch: &mut Batch<'_, '_, R>,
     started: Instant,
+    world: &mut World,
 ) -> Result<()> {
-    let mut executor = load::executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    world.load(0)?;
+    let mut executor = load::executor(file, arguments.model.as_deref(), place, arguments.graphs())?;
+    world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();
     batch.bar.start();
     let mut generator = Generator::new(&mut *executor, arguments.generating())?;
-    generator.run(batch)?;
-    let timing = Timing::new(ready_seconds, begun, generator.statistics());
-    batch.bar.suspend(|| summary(file, &timing, &*executor));
+    let ranks = world.run(&mut generator, batch, arguments.generating(), Mode::Deal)?;
+    let timing = Timing::new(ready_seconds, begun, generator.statistics(), ranks);
+    batch.bar.suspend(|| summary(file, &timing, world.peers(), &*executor));
     Ok(())
 }
 
@@ -169,6 +188,8 @@ struct AtWork<'t> {
     key: String,
     id: Option<String>,
     max_new_tokens: usize,
+    /// Texts that end it.
+    stops: Vec<String>,
     /// The text of its new tokens, where there is a tokenizer.
     stream: Option<TextStream<'t>>,
 }
@@ -222,7 +243,7 @@ impl<R: BufRead> Batch<'_, '_, R> {
                     continue;
                 }
             }
-            let mut at_work = AtWork { number, place, key, id: None, max_new_tokens: 0, stream: None };
+            let mut at_work = AtWork { number, place, key, id: None, max_new_tokens: 0, stops: vec![], stream: None };
             let Asked { id, request, stop } = match asked {
                 Ok(asked) => asked,
                 Err(Fault { id, what }) => {
@@ -233,6 +254,7 @@ impl<R: BufRead> Batch<'_, '_, R> {
             at_work.id = id;
             at_work.max_new_tokens = request.max_new_tokens;
             at_work.stream = self.reader.text.as_ref().ok().map(|text| text.stream(&stop));
+            at_work.stops = stop;
             let request = Request { id: self.asked, ..request };
             self.at_work.insert(self.asked, at_work);
             self.asked += 1;
@@ -244,6 +266,10 @@ impl<R: BufRead> Batch<'_, '_, R> {
 impl<R: BufRead> Work for Batch<'_, '_, R> {
     fn next(&mut self) -> Result<Option<Request>> {
         self.first.take().map_or_else(|| self.read(), |first| Ok(Some(first)))
+    }
+
+    fn stops(&self, id: u64) -> Vec<String> {
+        self.at_work.get(&id).map(|at_work| at_work.stops.clone()).unwrap_or_default()
     }
 
     fn token(&mut self, id: u64, token: u32) -> ControlFlow<()> {
@@ -343,34 +369,6 @@ impl AtWork<'_> {
 
 fn tokens(finished: &Finished) -> String {
     finished.tokens.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
-}
-
-/// Sequences whose logits are to be written, by place.
-#[derive(Default)]
-struct Captured {
-    sequences: BTreeMap<usize, Finished>,
-    max_new_tokens: usize,
-}
-
-impl Captured {
-    fn keep(&mut self, place: usize, max_new_tokens: usize, finished: Finished) {
-        self.max_new_tokens = self.max_new_tokens.max(max_new_tokens);
-        self.sequences.insert(place, finished);
-    }
-
-    /// Writes what was asked for, if any sequence ran.
-    fn write(&self, arguments: &Arguments, count: usize, vocab: u64) -> Result<()> {
-        let Some(first) = self.sequences.values().next() else { return Ok(()) };
-        if let Some(path) = &arguments.logits {
-            let rows = (0..count).map(|place| self.sequences.get(&place));
-            let table = logits_table(rows, self.max_new_tokens, vocab as usize);
-            write_npy(path, &[count as u64, self.max_new_tokens as u64, vocab], &table)?;
-        }
-        if let Some(path) = &arguments.prompt_logits {
-            write_npy(path, &[first.prompt_tokens as u64, vocab], &first.prompt_logits)?;
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

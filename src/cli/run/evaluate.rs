@@ -2,18 +2,21 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Arguments, Format};
+use crate::cli::device::Place;
 use crate::cli::load;
-use crate::cli::output::{print, same_file};
-use crate::cli::samples::file::{Answers, Inputs, run};
+use crate::cli::output::{note, print, same_file};
+use crate::cli::samples::file::{Answers, How, Inputs, Timed, run};
 use crate::cli::usage;
+use crate::cli::world::{World, rank_table};
 use crate::plan::PlanFile;
 use crate::runtime::Executor;
+use crate::runtime::ranks::Mode;
 
 /// Samples that run first and do not count: memory is touched, threads are started, clocks are up.
 const WARM_UP: usize = 16;
@@ -49,15 +52,13 @@ struct Bad {
 }
 
 /// Does it.
-pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
+pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result<()> {
     check_options(arguments, input)?;
-    let options = arguments.choices.options_for(&arguments.input_plan)?;
-    let model = arguments.model.as_deref();
-    let mut plans = vec![(&arguments.input_plan, load::plan(&arguments.input_plan, model, &options)?)];
+    let plans = super::plans(arguments)?;
     if let Some(path) = &arguments.batch.compare {
-        plans.push((path, load::plan(path, model, &options)?));
-        check_models(&plans)?;
+        check_models(path, &plans)?;
     }
+    let place = world.agree(&plans, arguments.device)?;
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
     if count == 0 || count > inputs.count {
@@ -68,10 +69,12 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
         ));
     }
     let mut reports = vec![];
-    for (path, file) in &plans {
-        let name = path.display().to_string();
-        reports.push(evaluate(arguments, name, file, input, count)?);
+    let names = [&arguments.input_plan].into_iter().chain(&arguments.batch.compare);
+    for (at, (name, file)) in names.zip(&plans).enumerate() {
+        world.load(at)?;
+        reports.push(evaluate(arguments, name.display().to_string(), file, place, input, count, world)?);
     }
+    world.leave()?;
     match arguments.format.unwrap_or(Format::Text) {
         Format::Text => print(text(arguments, &reports, count, inputs.length))?,
         Format::Json => print(format_args!("{}\n", object(arguments, &reports, count, inputs.length)))?,
@@ -84,12 +87,12 @@ pub fn execute(arguments: &Arguments, input: &Path) -> Result<()> {
 }
 
 /// Refuses plans of different models, whose times say nothing about each other.
-fn check_models(plans: &[(&PathBuf, PlanFile)]) -> Result<()> {
-    let [expected, found] = [0, 1].map(|index| &plans[index].1.manifest.model);
+fn check_models(compare: &Path, plans: &[PlanFile]) -> Result<()> {
+    let [expected, found] = [0, 1].map(|index| &plans[index].manifest.model);
     ensure!(
         expected.config_hash == found.config_hash,
         "--compare {}: expected a plan of the same model, `{}` with configuration {:.12}, found `{}` with configuration {:.12}",
-        plans[1].0.display(),
+        compare.display(),
         expected.name,
         expected.config_hash,
         found.name,
@@ -122,30 +125,47 @@ fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
 }
 
 /// Runs samples with a plan, compares and writes as the options say.
-fn evaluate(arguments: &Arguments, plan: String, file: &PlanFile, input: &Path, count: usize) -> Result<Report> {
+fn evaluate(
+    arguments: &Arguments,
+    plan: String,
+    file: &PlanFile,
+    place: Place,
+    input: &Path,
+    count: usize,
+    world: &mut World,
+) -> Result<Report> {
     let mut inputs = Inputs::open(input)?;
     let batch = &arguments.batch;
     let vocab = file.manifest.model.vocab;
     let open = |path| Answers::open(path, inputs.count, vocab);
     let mut answers = batch.validate.as_deref().map(open).transpose()?;
     let mut output = batch.output.as_deref().map(Output::create).transpose()?;
-    let mut executor = load::prepared_executor(file, arguments.model.as_deref(), arguments.device, arguments.graphs())?;
+    let mut executor = load::prepared_executor(file, arguments.model.as_deref(), place, arguments.graphs())?;
     let mut verdict = Verdict { largest: 0.0, bad: 0, first: None };
     let length = inputs.length;
     let warm_up = count.min(WARM_UP);
-    run(&mut *executor, arguments.chunk, &mut Inputs::open(input)?, warm_up, &mut |_, _| Ok(()))?;
-    let statistics = run(&mut *executor, arguments.chunk, &mut inputs, count, &mut |sample, logits| {
-        if let Some(answers) = &mut answers {
-            verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
-        }
-        output.as_mut().map_or(Ok(()), |output| output.write(logits))
-    })?;
+    world.wait_until_ready()?;
+    let how = |mode| How { chunk: arguments.chunk, mode };
+    // Every rank gets all of them: nothing that runs for the first time is timed.
+    run(&mut *executor, how(Mode::Copy), &mut Inputs::open(input)?, warm_up, world, &mut |_, _| Ok(()))?;
+    let Timed { seconds, ranks } =
+        run(&mut *executor, how(Mode::Deal), &mut inputs, count, world, &mut |sample, logits| {
+            if let Some(answers) = &mut answers {
+                verdict.compare(sample, &answers.read()?, logits, batch.tolerance);
+            }
+            output.as_mut().map_or(Ok(()), |output| output.write(logits))
+        })?;
     output.map_or(Ok(()), Output::finish)?;
-    let seconds = (statistics.prefill.elapsed + statistics.decode.elapsed).as_secs_f64();
+    if !ranks.is_empty() {
+        note(rank_table(world.peers(), &ranks, seconds).trim_end());
+    }
     Ok(Report {
         plan,
         dtype: format!("{:?}", file.manifest.dtype).to_lowercase(),
-        device: executor.device(),
+        device: match ranks.len() {
+            0 => executor.device(),
+            count => format!("{}, {count} ranks", executor.device()),
+        },
         seconds,
         tokens_per_second: if seconds > 0.0 { (count * length) as f64 / seconds } else { 0.0 },
         verdict: batch.validate.is_some().then_some(verdict),
@@ -203,7 +223,8 @@ impl<'p> Output<'p> {
 /// The samples are none for the plan, the executor failed, or the file cannot be written.
 pub fn write_answers(executor: &mut dyn Executor, inputs: &mut Inputs, count: usize, path: &Path) -> Result<()> {
     let mut output = Output::create(path)?;
-    run(executor, None, inputs, count, &mut |_, logits| output.write(logits))?;
+    let how = How { chunk: None, mode: Mode::Deal };
+    run(executor, how, inputs, count, &mut World::alone(), &mut |_, logits| output.write(logits))?;
     output.finish()
 }
 

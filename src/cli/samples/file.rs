@@ -9,13 +9,16 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use indicatif::ProgressBar;
 
 use crate::cli::progress;
 use crate::cli::run::Ordered;
-use crate::runtime::{Executor, Finished, Generator, Options, Request, RequestError, SamplingParams, Statistics, Work};
+use crate::cli::world::World;
+use crate::runtime::ranks::{Mode, Summary};
+use crate::runtime::{Executor, Finished, Generator, Options, Request, RequestError, SamplingParams, Work};
 
 /// Bytes of an int32 and of a float32.
 const WORD: u64 = 4;
@@ -130,26 +133,48 @@ fn read(file: &mut impl Read, path: &Path, count: usize, words: &mut Vec<[u8; 4]
     file.read_exact(words.as_flattened_mut()).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// How samples run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct How {
+    /// Rows of one sample in a step, at the most.
+    pub chunk: Option<usize>,
+    /// On which ranks, if there are several.
+    pub mode: Mode,
+}
+
 /// Runs the first `count` samples, each as a prompt of one new token, and gives `take` their logits in order. The time is that
-/// in which steps ran, without reading samples and taking logits.
+/// in which steps ran, without reading samples and taking logits; among ranks, that until the last logits were taken.
 ///
 /// # Errors
 /// A sample is none for this plan, the executor failed, or `take` did.
 pub fn run(
     executor: &mut dyn Executor,
-    chunk: Option<usize>,
+    how: How,
     inputs: &mut Inputs,
     count: usize,
+    world: &mut World,
     take: &mut dyn FnMut(usize, &[f32]) -> Result<()>,
-) -> Result<Statistics> {
+) -> Result<Timed> {
     let vocab = executor.manifest().model.vocab;
-    let options = Options { chunk, capture_logits: true, capture_prompt_logits: false };
+    let options = Options { chunk: how.chunk, capture_logits: true, capture_prompt_logits: false };
     let bar = progress::count("samples", count as u64);
     let mut run = Run { inputs, vocab, count, asked: 0, taken: 0, ordered: Ordered::default(), take, bar };
     let mut generator = Generator::new(executor, options)?;
-    generator.run(&mut run)?;
+    let begun = Instant::now();
+    let ranks = world.run(&mut generator, &mut run, options, how.mode)?;
+    let elapsed = begun.elapsed();
     run.bar.finish_and_clear();
-    Ok(generator.statistics().clone())
+    let statistics = generator.statistics();
+    let steps = statistics.prefill.elapsed + statistics.decode.elapsed;
+    Ok(Timed { seconds: if ranks.is_empty() { steps } else { elapsed }.as_secs_f64(), ranks })
+}
+
+/// How long samples took.
+pub struct Timed {
+    /// In all.
+    pub seconds: f64,
+    /// What each rank did, if there are several.
+    pub ranks: Vec<Summary>,
 }
 
 struct Run<'r> {

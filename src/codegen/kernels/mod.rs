@@ -2,8 +2,9 @@
 //! constants to specialise it with, its parameters and its launch.
 //!
 //! A twin looks at a step's semantic alone, never at a name or a label. What it returns are *candidates*: configurations that
-//! all compute the step, best guess first. The twins stand in one table, the more special before the more general; the first
-//! candidate of the first twin that has one is the default, and tactics may name another.
+//! all compute the step, best guess first. The twins stand in one table, the more special before the more general and, where
+//! several run a step, what measurements mostly chose before the others; the first candidate of the first twin that has one is
+//! the default, and tactics may name another.
 
 mod attention;
 mod attention_decode;
@@ -71,11 +72,11 @@ pub trait Twin: Sync {
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
-    &stream::Stream,
-    &stream_fma::StreamFma,
     &ring::Ring,
     &tile::Tile,
     &wgmma::Wgmma,
+    &stream::Stream,
+    &stream_fma::StreamFma,
     &tile_fma::TileFma,
     &router::Router,
     &group_rows::GroupRows,

@@ -132,7 +132,7 @@ mod tests {
     fn a_state_is_written_where_the_convolution_is_in_the_prologue() {
         let sample = samples::short_conv(DType::BF16, DType::BF16, 2, 64, true);
         let text = found(&sample)[0].prelude();
-        assert!(text.contains("bf16* ring") && text.contains(", bias, writes)"), "{text}");
+        assert!(text.contains("bf16* ring") && text.contains(", bias, writes, early)"), "{text}");
         assert!(matches!(sample.semantic.body[2].1[2], Slot::In(_)));
     }
 
@@ -140,6 +140,6 @@ mod tests {
     #[test]
     fn texts() {
         let Some(folder) = std::env::var_os("KERNEL_TEXTS") else { return };
-        samples::write(&super::super::TWINS[..2], folder.as_ref());
+        samples::write(&[&Stream, &super::super::stream_fma::StreamFma], folder.as_ref());
     }
 }

@@ -1,0 +1,46 @@
+//! `--device`: what plans run on.
+
+use clap::ValueEnum;
+
+use crate::cuda;
+use crate::plan::{Manifest, Target};
+
+/// `--device`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Device {
+    /// The GPU if the plan and the machine have one, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU executor; runs every plan.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl Device {
+    /// Whether a plan runs on a GPU.
+    pub fn is_cuda(self, manifest: &Manifest) -> bool {
+        match self {
+            Device::Cpu => false,
+            Device::Cuda => true,
+            // Where it cannot run there, the error that says why is more use than a silent CPU.
+            Device::Auto => manifest.target != Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0,
+        }
+    }
+}
+
+/// A device, and which of the host's GPUs if it is one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    /// As asked for.
+    pub device: Device,
+    /// The GPU's number.
+    pub gpu: usize,
+}
+
+impl From<Device> for Place {
+    /// The first GPU, for a process that has them all to itself.
+    fn from(device: Device) -> Place {
+        Place { device, gpu: 0 }
+    }
+}

@@ -1,0 +1,178 @@
+//! A command among the ranks of `mpirun`, or alone, which is the usual case and costs nothing.
+
+use anyhow::{Result, bail};
+
+use crate::cli::device::{Device, Place};
+use crate::cli::output::{describe, note};
+use crate::cli::table::table;
+use crate::cli::{is_usage, usage};
+use crate::cuda;
+use crate::plan::PlanFile;
+use crate::runtime::ranks::{self, Introduction, Message, Mode, Peer, Ranks, Summary};
+use crate::runtime::{Executor, Generator, Options, Work};
+
+/// The ranks of which this process is one, or nothing.
+pub struct World {
+    ranks: Option<Ranks>,
+}
+
+impl World {
+    /// Joins the ranks that a launcher has started.
+    ///
+    /// # Errors
+    /// It has started several, and this binary was built without MPI.
+    pub fn join() -> Result<World> {
+        match ranks::join(|text| note(format_args!("lfm2c: {text}"))) {
+            Ok(ranks) => Ok(World { ranks }),
+            Err(error) => usage_of_all(error.to_string()),
+        }
+    }
+
+    /// No ranks.
+    pub fn alone() -> World {
+        World { ranks: None }
+    }
+
+    /// Refuses to run a command several times over.
+    ///
+    /// # Errors
+    /// A launcher has started several processes.
+    pub fn refuse(command: &str) -> Result<()> {
+        match ranks::launched() {
+            None => Ok(()),
+            Some(launched) => usage_of_all(format!(
+                "lfm2c {command}: expected one process, found {} = {}; of all commands only `run` works on several ranks",
+                launched.by, launched.size
+            )),
+        }
+    }
+
+    /// The ranks, if this one is not rank 0.
+    pub fn follower(&mut self) -> Option<&mut Ranks> {
+        self.ranks.as_mut().filter(|ranks| ranks.rank() > 0)
+    }
+
+    /// Sees to it that all ranks have the same plans and devices, and each a GPU of its own if plans run on GPUs: tells which.
+    ///
+    /// # Errors
+    /// They have not, or the plans are not for so many ranks.
+    pub fn agree(&mut self, plans: &[PlanFile], device: Device) -> Result<Place> {
+        let Some(ranks) = &mut self.ranks else { return Ok(device.into()) };
+        let (gpu, name) = match plans.iter().any(|plan| device.is_cuda(&plan.manifest)) {
+            false => (0, "the CPU".to_owned()),
+            true => {
+                // Where there is none, opening it says why.
+                let gpu = match cuda::Device::count() {
+                    0 => 0,
+                    gpus => ranks.local().gpu(gpus)?,
+                };
+                (gpu, cuda::Device::open(gpu)?.name.clone())
+            }
+        };
+        let place = Place { device, gpu };
+        let introduction = Introduction {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            plans: plans.iter().map(PlanFile::hash).collect(),
+            device: name,
+        };
+        if ranks.rank() > 0 {
+            ranks.send(0, &Message::Introduction(introduction))?;
+            return Ok(place);
+        }
+        ranks.meet(&introduction)?;
+        for plan in plans {
+            let (found, size) = (plan.manifest.ranks.len(), ranks.size());
+            if found != 1 {
+                bail!(
+                    "plan `{}`: expected a program for one rank, of which each of the {size} is a replica, found programs for {found}; \
+                     compile it without --ranks",
+                    plan.manifest.model.name
+                );
+            }
+        }
+        Ok(place)
+    }
+
+    /// Rank 0 tells the others to load a plan's weights, by its place among those that were agreed on.
+    ///
+    /// # Errors
+    /// The ranks cannot be reached.
+    pub fn load(&mut self, plan: usize) -> Result<()> {
+        self.ranks.as_mut().map_or(Ok(()), |ranks| ranks.send_to_others(&Message::Load(plan)))
+    }
+
+    /// Waits until all have loaded them.
+    ///
+    /// # Errors
+    /// The ranks cannot be reached.
+    pub fn wait_until_ready(&mut self) -> Result<()> {
+        self.ranks.as_mut().map_or(Ok(()), Ranks::wait_until_ready)
+    }
+
+    /// Runs work on all ranks, or here; tells what each rank did, if there are several.
+    ///
+    /// # Errors
+    /// The work or the executor failed.
+    pub fn run<E: Executor + ?Sized>(
+        &mut self,
+        generator: &mut Generator<'_, E>,
+        work: &mut impl Work,
+        options: Options,
+        mode: Mode,
+    ) -> Result<Vec<Summary>> {
+        match &mut self.ranks {
+            Some(ranks) => ranks::lead(ranks, generator, work, options, mode),
+            None => generator.run(work).map(|()| vec![]),
+        }
+    }
+
+    /// The ranks by number, if there are several.
+    pub fn peers(&self) -> &[Peer] {
+        self.ranks.as_ref().map_or(&[], Ranks::peers)
+    }
+
+    /// All that ranks do together is done; this process goes on alone.
+    ///
+    /// # Errors
+    /// The ranks cannot be reached.
+    pub fn leave(&mut self) -> Result<()> {
+        self.ranks.take().map_or(Ok(()), Ranks::leave)
+    }
+
+    /// The end of a command. A failure while ranks work together ends all of them.
+    ///
+    /// # Errors
+    /// The command's own.
+    pub fn end(mut self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(error) => match &mut self.ranks {
+                Some(ranks) => ranks.fail(if is_usage(&error) { 2 } else { 1 }, &error, describe(&error)),
+                None => Err(error),
+            },
+            Ok(()) => self.leave(),
+        }
+    }
+}
+
+/// A usage error of every rank, which rank 0 tells.
+fn usage_of_all<V>(message: String) -> Result<V> {
+    usage(if ranks::launched().is_some_and(|launched| launched.rank > 0) { String::new() } else { message })
+}
+
+/// What each rank did in so many seconds.
+pub fn rank_table(peers: &[Peer], summaries: &[Summary], seconds: f64) -> String {
+    let rows = peers.iter().zip(summaries).map(|(peer, summary)| {
+        let statistics = &summary.statistics;
+        let busy = if seconds > 0.0 { 100.0 * summary.busy_seconds() / seconds } else { 0.0 };
+        vec![
+            peer.rank.to_string(),
+            peer.host.clone(),
+            peer.pid.to_string(),
+            summary.sequences.to_string(),
+            (statistics.prefill.rows + statistics.decode.rows).to_string(),
+            statistics.tokens.to_string(),
+            format!("{busy:.1} %"),
+        ]
+    });
+    table(&["rank", "host", "pid", "sequences", "rows", "new tokens", "busy"], &rows.collect::<Vec<_>>())
+}

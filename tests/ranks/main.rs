@@ -1,0 +1,216 @@
+//! `lfm2c run` on the ranks of `mpirun`, through the built binary: the results of one rank, and what happens when a rank is no more.
+//!
+//!     cargo test --features mpi --test ranks
+
+mod failures;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+const LFM2C: &str = env!("CARGO_BIN_EXE_lfm2c");
+
+fn project(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().expect("UTF-8").to_owned()
+}
+
+/// One thread a rank: there are more ranks than cores.
+fn command(folder: &Path, program: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(folder).args(arguments).env("RAYON_NUM_THREADS", "1");
+    command
+}
+
+fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
+    command(folder, LFM2C, arguments).output().expect("the binary starts")
+}
+
+fn mpirun(folder: &Path, arguments: &[&str]) -> Command {
+    let start = ["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"];
+    command(folder, "mpirun", &[&start, arguments].concat())
+}
+
+/// On so many ranks.
+fn on_ranks(folder: &Path, ranks: &str, arguments: &[&str]) -> Output {
+    mpirun(folder, &[&["-n", ranks, LFM2C], arguments].concat()).output().expect("mpirun starts")
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn succeeded(output: &Output) -> &[u8] {
+    assert!(output.status.success(), "{}", errors(output));
+    &output.stdout
+}
+
+fn compile(folder: &Path, recipe: &str, name: &str, more: &[&str]) {
+    let recipe = project(recipe);
+    succeeded(&lfm2c(folder, &[&["compile", &recipe, "--target", "cpu", "-o", name], more].concat()));
+}
+
+/// Lines of all kinds: token ids and texts, long and short, with stop texts, by chance, and some that cannot run.
+fn lines() -> String {
+    let line = |i: usize| match i % 12 {
+        0 => r#"{"prompt": "What is gold?", "stop": " metallic"}"#.to_owned(),
+        1 => r#"{"prompt": "What is a dog?", "temperature": 0.7, "top_k": 20}"#.to_owned(),
+        2 => r#"{"messages": [{"role": "user", "content": "Hello!"}], "stop": ["a", " word"]}"#.to_owned(),
+        3 if i < 12 => "nonsense".to_owned(),
+        4 if i < 24 => r#"{"tokens": [1, 99999999], "id": "beyond"}"#.to_owned(),
+        5 => String::new(),
+        _ => {
+            let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
+            let new = [0, 1, 3, 12, 40][i % 5];
+            format!(
+                r#"{{"tokens": {prompt:?}, "max_new_tokens": {new}, "ignore_eos": true, "temperature": {}}}"#,
+                i % 2
+            )
+        }
+    };
+    (0..90).map(|i| line(i) + "\n").collect()
+}
+
+#[test]
+fn results_are_those_of_one_rank() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/demo.ron", "demo.plan", &["--dtype", "f32", "--max-sequences", "4"]);
+    fs::write(at.join("in.jsonl"), lines()).expect("it is written");
+    let model = project("models/demo");
+    let run = ["run", "demo.plan", "--model", &model, "--chat", "--input", "in.jsonl", "--output"];
+    let told = |output: &Output| {
+        assert_eq!(output.status.code(), Some(1), "some lines cannot run: {}", errors(output));
+        let lines = errors(output).lines().filter(|line| line.starts_with("lfm2c: ")).map(str::to_owned).collect();
+        let mut lines: Vec<String> = lines;
+        lines.sort();
+        lines
+    };
+    let alone = told(&lfm2c(at, &[&run[..], &["1.jsonl"]].concat()));
+    let whole = fs::read(at.join("1.jsonl")).expect("it was written");
+    assert!(String::from_utf8_lossy(&whole).contains(r#""finish_reason":"stop""#), "a stop text stops something");
+    for ranks in ["2", "4"] {
+        let name = format!("{ranks}.jsonl");
+        let output = on_ranks(at, ranks, &[&run[..], &[&name]].concat());
+        assert_eq!(told(&output), alone, "{ranks} ranks say the same");
+        assert!(fs::read(at.join(&name)).expect("it was written") == whole, "{ranks} ranks: another result");
+        let table = errors(&output);
+        assert!(table.contains(&format!("{ranks} ranks: ")) && table.contains("sequences"), "{table}");
+        // Interrupted somewhere, by any number of ranks; the second time nothing is left to do.
+        fs::write(at.join(&name), &whole[..whole.len() * 2 / 3]).expect("it is written");
+        for _ in 0..2 {
+            told(&on_ranks(at, ranks, &[&run[..], &[&name, "--resume"]].concat()));
+            assert!(fs::read(at.join(&name)).expect("it was written") == whole, "{ranks} ranks: another result");
+        }
+        // What could not run cannot run now.
+        told(&on_ranks(at, ranks, &[&run[..], &[&name, "--resume", "--retry-errors"]].concat()));
+        assert!(fs::read(at.join(&name)).expect("it was written") == whole, "{ranks} ranks: another result");
+    }
+}
+
+#[test]
+fn prompts_of_the_command_line_and_their_logits() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "demo.plan", &[]);
+    let tokens = ["--tokens", "5,17,3", "--tokens", "9", "--tokens", "8,8", "--tokens", "1,2,3,4", "--tokens", "600"];
+    let run = |name| [&["run", "demo.plan", "--max-new-tokens", "9", "--logits", name], &tokens[..]].concat();
+    let one = lfm2c(at, &run("1.npy"));
+    let three = on_ranks(at, "3", &run("3.npy"));
+    assert!(one.stdout == three.stdout && !one.stdout.is_empty(), "{}", errors(&three));
+    assert!(errors(&three).contains("lfm2c: 1 of 5 sequences could not run"), "{}", errors(&three));
+    assert!(fs::read(at.join("1.npy")).expect("written") == fs::read(at.join("3.npy")).expect("written"));
+}
+
+/// Texts in, texts out: those of one process, be they printed as they are made or at the end.
+#[test]
+fn texts_are_those_of_one_rank() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/demo.ron", "demo.plan", &["--dtype", "f32"]);
+    let model = project("models/demo");
+    let run = ["run", "demo.plan", "--model", &model, "--chat"];
+    let cases: [&[&str]; 3] = [
+        &["--prompt", "What is a cat?"],
+        &["--prompt", "What is a cat?", "--prompt", "What is a dog?", "--prompt", "Hello!", "--stop", " domest"],
+        &["--prompt", "What is gold?", "--temperature", "0.9", "--seed", "7"],
+    ];
+    for case in cases {
+        let alone = lfm2c(at, &[&run[..], case].concat());
+        for ranks in ["2", "4"] {
+            let output = on_ranks(at, ranks, &[&run[..], case].concat());
+            assert!(succeeded(&output) == succeeded(&alone), "{ranks} ranks, {case:?}: another text");
+        }
+    }
+}
+
+#[test]
+fn samples_are_valid_to_the_bit() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "demo.plan", &[]);
+    compile(at, "plans/synthetic.ron", "f16.plan", &["--dtype", "f16"]);
+    let samples =
+        ["samples", "demo.plan", "--count", "64", "--length", "32", "-o", "in.bin", "--answers", "answers.bin"];
+    succeeded(&lfm2c(at, &samples));
+    let run = ["run", "demo.plan", "--input", "in.bin"];
+    let validate = ["-n", "50", "--validate", "answers.bin", "--tolerance", "0"];
+    let text =
+        String::from_utf8(succeeded(&on_ranks(at, "4", &[&run[..], &validate].concat())).to_vec()).expect("UTF-8");
+    assert!(text.contains("4 ranks)") && text.contains("VALID: largest difference 0.000e0"), "{text}");
+    let compare = ["--compare", "f16.plan", "--validate", "answers.bin", "--tolerance", "100"];
+    let text =
+        String::from_utf8(succeeded(&on_ranks(at, "2", &[&run[..], &compare].concat())).to_vec()).expect("UTF-8");
+    assert!(text.contains("times as fast as demo.plan"), "{text}");
+    succeeded(&on_ranks(at, "3", &[&run[..], &["--output", "again.bin"]].concat()));
+    assert!(fs::read(at.join("again.bin")).expect("written") == fs::read(at.join("answers.bin")).expect("written"));
+}
+
+/// Only rank 0 has standard input, and results come while it is open.
+#[test]
+fn standard_input_streams() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    compile(folder.path(), "plans/synthetic.ron", "demo.plan", &["--max-sequences", "2"]);
+    let mut child = mpirun(folder.path(), &["-n", "2", LFM2C, "run", "demo.plan", "--input", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("mpirun starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let mut results = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let line = |i: usize| format!("{{\"tokens\": [{i}], \"max_new_tokens\": {}, \"ignore_eos\": true}}\n", 1 + i % 7);
+    let mut expect = |numbers: std::ops::RangeInclusive<usize>| {
+        for number in numbers {
+            let line = results.next().expect("a result").expect("UTF-8");
+            assert!(line.starts_with(&format!("{{\"line\":{number},")), "{line}");
+        }
+    };
+    stdin.write_all((1..=60).map(line).collect::<String>().as_bytes()).expect("it reads");
+    expect(1..=40);
+    stdin.write_all((61..=70).map(line).collect::<String>().as_bytes()).expect("it still reads");
+    drop(stdin);
+    expect(41..=70);
+    assert!(child.wait().expect("it ends").success());
+}
+
+#[test]
+fn other_commands_run_in_one_process() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let recipe = project("plans/synthetic.ron");
+    let commands: [&[&str]; 3] =
+        [&["compile", "-o", "demo.plan"], &["chat", "--max-new-tokens", "1"], &["eval", "--text", "none.txt"]];
+    for command in commands {
+        let output = on_ranks(folder.path(), "2", &[&[command[0], &recipe], &command[1..]].concat());
+        let text = errors(&output);
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        let expected = format!("lfm2c {}: expected one process, found OMPI_COMM_WORLD_SIZE = 2", command[0]);
+        assert_eq!(text.matches(&expected).count(), 1, "{text}");
+        assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
+    }
+    // A world of one is none.
+    compile(folder.path(), "plans/synthetic.ron", "demo.plan", &[]);
+    let output = on_ranks(folder.path(), "1", &["run", "demo.plan"]);
+    succeeded(&output);
+    assert!(!errors(&output).contains("ranks"), "{}", errors(&output));
+}
