@@ -224,9 +224,9 @@ impl Shape {
         // An instruction reads the weight's 64 rows and those of x while it multiplies.
         let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
         let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
-        // A copying warp begins the copies of four gathered rows in some 40 cycles.
+        // A copying warp begins the copies of four gathered rows in some 50 cycles.
         let copies = match self.warps(true).0 {
-            copiers if gathers(product) => each * k / 64.0 * rows / 4.0 / copiers as f64 * 23e-9,
+            copiers if gathers(product) => each * k / 64.0 * rows / 4.0 / copiers as f64 * 30e-9,
             _ => 0.0,
         };
         let arithmetic = arithmetic.max(copies);
