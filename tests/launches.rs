@@ -5,7 +5,7 @@ use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
-use lfm2c::plan::{Arg, Manifest, Param, ParamType, PlanError, PlanFile};
+use lfm2c::plan::{Arg, DType, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap};
 
 fn plan(disabled: Vec<String>) -> PlanFile {
     plan_in(None, disabled)
@@ -95,6 +95,66 @@ fn wrong_launches_are_named() {
     assert!(other_type.contains("expected Int, found"), "{other_type}");
     let on_cpu = fault(|m| m.target = lfm2c::plan::Target::Cpu);
     assert!(on_cpu.contains("none for the CPU"), "{on_cpu}");
+}
+
+/// What the validator says of a tensor map of a step's read, of `[rows, columns]` elements of two bytes: nothing if it is sound.
+fn map_fault(change: impl FnOnce(&mut TensorMap, [u64; 2])) -> String {
+    let mut file = plan(vec![]);
+    let program = &mut file.manifest.ranks[0];
+    let matrix =
+        |ty: &lfm2c::plan::TensorType| ty.1.len() == 2 && ty.0 == DType::F32 && ty.1[1] % 4 == 0 && ty.1[0] > 4;
+    let fits = |step: &lfm2c::plan::Step| {
+        let read = program.semantics[step.op as usize].inputs.iter().position(matrix)? as u32;
+        let launch = step.launch.as_ref()?;
+        let arg = launch.args.iter().position(|arg| *arg == Arg::Read(read))?;
+        Some((read, arg, launch.kernel as usize))
+    };
+    let found = program.buckets[0].steps.iter().enumerate().find_map(|(i, step)| Some((i, fits(step)?)));
+    let (at, (read, arg, kernel)) = found.expect("a step reads a matrix");
+    let step = &mut program.buckets[0].steps[at];
+    let shape: [u64; 2] = program.semantics[step.op as usize].inputs[read as usize].1[..].try_into().expect("a matrix");
+    let [rows, columns] = shape;
+    let mut map = TensorMap {
+        read,
+        sizes: [columns, rows, 1],
+        strides: [4 * columns, 4 * columns * rows],
+        tile: [32, 64, 1],
+        swizzle: Swizzle::Bytes128,
+        promotion: Promotion::Bytes256,
+    };
+    change(&mut map, shape);
+    // The kernel's other launches go on passing addresses, which is told of them and not of this one.
+    let name = step.name.clone();
+    step.launch.as_mut().expect("it has one").args[arg] = Arg::Map(map);
+    file.manifest.kernels[kernel].params[arg].1 = ParamType::Map(DType::F32);
+    match file.validate() {
+        Err(PlanError::Invalid(faults)) => {
+            let own = faults.iter().map(|fault| format!("{fault}\n"));
+            own.filter(|fault| fault.contains("prefill_16") && fault.contains(&format!("step {name}:"))).collect()
+        }
+        other => other.map(|()| String::new()).expect("faults are faults of the plan"),
+    }
+}
+
+#[test]
+fn tensor_maps_stay_inside_of_their_tensors_and_of_the_devices_limits() {
+    assert_eq!(map_fault(|_, _| ()), "");
+    type Change = fn(&mut TensorMap, [u64; 2]);
+    let cases: [(Change, &str); 9] = [
+        (|map, [rows, _]| map.sizes[1] = rows + 1, "it ends at byte"),
+        (|map, _| map.sizes[2] = 2, "it ends at byte"),
+        (|map, _| map.strides[0] += 16, "it ends at byte"),
+        (|map, _| map.strides[0] -= 8, "takes no such map"),
+        (|map, _| map.tile[1] = 257, "takes no such map"),
+        (|map, _| map.tile[0] = 33, "takes no such map"),
+        (|map, _| map.swizzle = Swizzle::Bytes64, "takes no such map"),
+        (|map, _| map.sizes[0] = 0, "takes no such map"),
+        (|map, _| map.read = 99, "the step has"),
+    ];
+    for (change, expected) in cases {
+        let found = map_fault(change);
+        assert!(found.contains(expected), "expected `{expected}`, found `{found}`");
+    }
 }
 
 /// The launch of the first step.

@@ -10,6 +10,8 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use thiserror::Error;
 
+use super::tensor::TensorMap;
+
 /// What the driver refused, and while doing what.
 #[derive(Clone, Debug, Error)]
 pub enum DeviceError {
@@ -214,11 +216,11 @@ impl Stream {
         during("waiting for an event", unsafe { result::stream::wait_event(self.handle, event.handle, flags) })
     }
 
-    /// Launches a kernel; `args` holds each argument's bits.
+    /// Launches a kernel.
     ///
     /// # Errors
     /// The driver refused the launch.
-    pub fn launch(&self, function: &Function, shape: &LaunchShape, args: &[u64]) -> Result<(), DeviceError> {
+    pub fn launch(&self, function: &Function, shape: &LaunchShape, args: &[Argument]) -> Result<(), DeviceError> {
         let mut attributes = [const { std::mem::MaybeUninit::<sys::CUlaunchAttribute>::zeroed() }; 2];
         let mut count = 0;
         let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
@@ -227,10 +229,13 @@ impl Stream {
             return Err(DeviceError::Call { what: format!("launching {}", function.name), error });
         }
         for (pointer, arg) in pointers.iter_mut().zip(args) {
-            *pointer = std::ptr::from_ref(arg).cast_mut().cast();
+            *pointer = match arg {
+                Argument::Bits(bits) => std::ptr::from_ref(bits).cast_mut().cast(),
+                Argument::Map(map) => std::ptr::from_ref(&map.0).cast_mut().cast(),
+            };
         }
         // SAFETY: zeroed attributes are valid; the pointers are to as many arguments as the module's parameters, which
-        // `Module::function` has checked, each of at most 8 bytes; the driver copies all of it before it returns.
+        // `Module::function` has checked, each of at most 8 bytes or a map; the driver copies all of it before it returns.
         unsafe {
             if shape.cluster > 1 {
                 let attribute = attributes[count].assume_init_mut();
@@ -265,6 +270,15 @@ impl Stream {
             })
         }
     }
+}
+
+/// A kernel's argument.
+#[derive(Clone, Copy, Debug)]
+pub enum Argument {
+    /// The bits of an address or number of up to eight bytes.
+    Bits(u64),
+    /// A tensor map, by value.
+    Map(TensorMap),
 }
 
 /// Arguments of any kernel.

@@ -5,8 +5,10 @@ pub mod driver;
 pub mod graph;
 pub mod memory;
 pub mod nvrtc;
+pub mod tensor;
 
-pub use driver::{Device, DeviceError, Event, Function, LaunchShape, Module, Stream};
+pub use driver::{Argument, Device, DeviceError, Event, Function, LaunchShape, Module, Stream};
 pub use graph::Graph;
 pub use memory::{DeviceMemory, HostMemory};
 pub use nvrtc::{Nvrtc, NvrtcError};
+pub use tensor::{Boxes, Element, TensorMap};

@@ -39,12 +39,15 @@ pub enum ParamType {
     Long,
     /// A binary32 number.
     Float,
+    /// What the device's copy engine is told of a tensor that the kernel reads: 128 bytes, by value.
+    Map(DType),
 }
 
 impl ParamType {
-    /// Size in bytes, which is also its alignment.
+    /// Size in bytes.
     pub fn bytes(self) -> usize {
         match self {
+            ParamType::Map(_) => 128,
             ParamType::In(_) | ParamType::Out(_) | ParamType::Long => 8,
             ParamType::Int | ParamType::Float => 4,
         }
@@ -124,6 +127,65 @@ pub enum Arg {
     Float(f32),
     /// A 32-bit integer: 1 if there are [`Launch::early`] reads, else 0.
     Early,
+    /// How boxes of one of the step's reads are copied; the runtime makes the driver's form of it.
+    Map(TensorMap),
+}
+
+/// A tensor as the copy engine sees it: a read of the step, or a part of it from its beginning on, cut into boxes. Axes are listed
+/// from the innermost, whose elements are adjacent. Elements of a box outside of the tensor are zeros.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorMap {
+    /// Position among the step's reads.
+    pub read: u32,
+    /// Elements along each axis.
+    pub sizes: [u64; 3],
+    /// Bytes from one to the next along the second and the third axis.
+    pub strides: [u64; 2],
+    /// Elements of a box along each axis.
+    pub tile: [u32; 3],
+    /// How a box lies in shared memory.
+    pub swizzle: Swizzle,
+    /// How much is brought into the L2 cache where a part of it is asked for.
+    pub promotion: Promotion,
+}
+
+/// How a box's rows of so many bytes lie in shared memory: chunks of 16 bytes permuted within so many bytes by their row.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Swizzle {
+    /// As they are.
+    None,
+    /// Within 32 bytes.
+    Bytes32,
+    /// Within 64 bytes.
+    Bytes64,
+    /// Within 128 bytes.
+    Bytes128,
+}
+
+impl Swizzle {
+    /// Bytes of a box's row, at the most.
+    pub fn span(self) -> Option<u64> {
+        match self {
+            Swizzle::None => None,
+            Swizzle::Bytes32 => Some(32),
+            Swizzle::Bytes64 => Some(64),
+            Swizzle::Bytes128 => Some(128),
+        }
+    }
+}
+
+/// Bytes that are brought into the L2 cache together.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum Promotion {
+    /// What is asked for.
+    None,
+    /// 64 bytes.
+    Bytes64,
+    /// 128 bytes.
+    Bytes128,
+    /// 256 bytes.
+    Bytes256,
 }
 
 /// Whether some reads of the last of some steps are sure to be there when its kernel starts, which is as soon as the step before

@@ -38,6 +38,10 @@ pub fn trials() -> Vec<Trial> {
                 check(shape, &CompileOptions { disabled, ..options(dtype) }).map(drop)
             }));
             trials.push(Trial::test(format!("candidates {} {dtype}", shape.name), move || candidates(shape, dtype)));
+            if dtype != DType::F32 {
+                let name = format!("many rows {} {dtype}", shape.name);
+                trials.push(Trial::test(name, move || many_rows(shape, dtype)));
+            }
         }
         for left_out in passes::names().into_iter().filter(|name| name.starts_with("fuse") || name.starts_with("group"))
         {
@@ -97,6 +101,26 @@ fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
         seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
     }
     println!("{} {dtype}: {} kernels of {most} rounds", shape.name, seen.len());
+    Ok(())
+}
+
+/// Runs every candidate of `wgmma` with more rows than its largest tiles have.
+fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
+    let options = CompileOptions { prefill: Some(vec![600]), decode: Some(vec![100]), ..options(dtype) };
+    let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
+    let own = |names: Vec<&str>| -> Vec<String> {
+        names.into_iter().filter(|name| name.starts_with("wgmma ")).map(str::to_owned).collect()
+    };
+    let own: Vec<(&str, Vec<String>)> = problems.problems().map(|(key, names)| (key, own(names))).collect();
+    let most = own.iter().map(|(_, names)| names.len()).max().unwrap_or(0);
+    let mut seen = BTreeSet::new();
+    for nth in 0..most {
+        let chosen = own.iter().filter(|(_, names)| !names.is_empty());
+        let chosen = chosen.map(|(key, names)| ((*key).to_owned(), names[nth % names.len()].clone())).collect();
+        let tactics = Tactics { chosen, ..Tactics::default() };
+        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
+    }
+    println!("{} {dtype}: {} kernels", shape.name, seen.iter().filter(|name| name.starts_with("wgmma ")).count());
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::{Display, Write};
 
-use crate::plan::{Arg, DType, Launch, Param, ParamType, Semantic, Slot, TensorType};
+use crate::plan::{Arg, DType, Launch, Param, ParamType, Promotion, Semantic, Slot, Swizzle, TensorMap, TensorType};
 
 use super::Problem;
 
@@ -122,6 +122,25 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Out(dtype), Arg::Read(i))
     }
 
+    /// A tensor map of an input of up to three axes, for boxes of `rows` times 128 bytes that lie in shared memory as products of
+    /// warpgroups want them (`kernels/include/wgmma.cuh`).
+    pub fn map(&mut self, name: &str, slot: Slot, rows: u32) -> &mut Self {
+        let TensorType(dtype, shape) = self.ty(slot);
+        let Slot::In(read) = slot else { unreachable!("a map is of an input") };
+        let axis = |i: usize| shape.len().checked_sub(i + 1).map_or(1, |i| shape[i]);
+        let sizes = [axis(0), axis(1), axis(2)];
+        let row = sizes[0] * dtype.bytes();
+        let map = TensorMap {
+            read,
+            sizes,
+            strides: [row, row * sizes[1]],
+            tile: [(128 / dtype.bytes()) as u32, rows, 1],
+            swizzle: Swizzle::Bytes128,
+            promotion: Promotion::Bytes256,
+        };
+        self.param(name, ParamType::Map(*dtype), Arg::Map(map))
+    }
+
     /// An integer that the launch passes: what differs between buckets that should share a kernel, such as rows.
     pub fn int(&mut self, name: &str, value: u64) -> &mut Self {
         self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
@@ -213,5 +232,6 @@ fn c_param(ty: ParamType, constant: bool) -> String {
         ParamType::Int => "int ".into(),
         ParamType::Long => "long long ".into(),
         ParamType::Float => "float ".into(),
+        ParamType::Map(_) => "const __grid_constant__ TensorMap ".into(),
     }
 }

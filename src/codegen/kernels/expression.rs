@@ -14,6 +14,8 @@ use crate::plan::{BinaryFn, Expr, Instr, Op, Semantic, Slot, UnaryFn};
 pub struct Registers {
     /// The statements.
     pub text: String,
+    /// Whether exponentials and the divisions by them may be off by some units in the last place.
+    pub fast: bool,
     count: usize,
 }
 
@@ -35,6 +37,7 @@ impl Registers {
                 Expr::Arg(i) => operands[i as usize].clone(),
                 Expr::Const(x) => c_number(x),
                 Expr::Round(x, dtype) => format!("rounded<{}>({})", c_type(dtype), at(x)),
+                Expr::Unary(function, x) if self.fast => fast_unary(function, at(x)),
                 Expr::Unary(function, x) => unary(function, at(x)),
                 Expr::Binary(function, x, y) => binary(function, at(x), at(y)),
             };
@@ -56,6 +59,15 @@ fn unary(function: UnaryFn, x: &str) -> String {
         UnaryFn::Sigmoid => format!("1.0f / (1.0f + expf(-{x}))"),
         UnaryFn::Silu => format!("{x} / (1.0f + expf(-{x}))"),
         UnaryFn::Relu => format!("fmaxf({x}, 0.0f)"),
+    }
+}
+
+/// The same without branches, off by a few units in the last place of binary32.
+fn fast_unary(function: UnaryFn, x: &str) -> String {
+    match function {
+        UnaryFn::Sigmoid => format!("__fdividef(1.0f, 1.0f + __expf(-{x}))"),
+        UnaryFn::Silu => format!("__fdividef({x}, 1.0f + __expf(-{x}))"),
+        other => unary(other, x),
     }
 }
 
@@ -90,17 +102,28 @@ pub struct Epilogue {
     pub output: Slot,
     /// Size of the interleaved blocks, if the product is two halves.
     pub block: Option<u64>,
-    operands: Vec<Slot>,
+    /// Values read beside the product, and where, in terms of row and column.
+    operands: Vec<(Slot, String)>,
     text: String,
+    /// The same with [`Registers::fast`], if the result is of 16 bits, which do not show it.
+    fast: String,
 }
 
 impl Epilogue {
     /// The epilogue that computes the rest of a body from the product in `product`; none if the rest is something else, or
     /// the product is needed beside it.
     pub fn new(semantic: &Semantic, rest: &[Instr], product: Slot) -> Option<Epilogue> {
-        let mut registers = Registers::default();
+        let exact = Epilogue::with(semantic, rest, product, false)?;
+        match ty(semantic, exact.output).0.bytes() {
+            2 => Some(Epilogue { fast: Epilogue::with(semantic, rest, product, true)?.text, ..exact }),
+            _ => Some(exact),
+        }
+    }
+
+    fn with(semantic: &Semantic, rest: &[Instr], product: Slot, fast: bool) -> Option<Epilogue> {
+        let mut registers = Registers { fast, ..Registers::default() };
         let mut known: Vec<(Slot, String)> = vec![];
-        let mut operands: Vec<Slot> = vec![];
+        let mut operands: Vec<(Slot, String)> = vec![];
         let mut rest = rest;
         let mut block = None;
         let stored = |registers: &mut Registers, value: &str, slot: Slot| match slot {
@@ -131,11 +154,12 @@ impl Epilogue {
                     return Some(register.clone());
                 }
                 let index = operand_index(semantic, slot, result, columns)?;
-                let at = operands.iter().position(|known| *known == slot).unwrap_or_else(|| {
-                    operands.push(slot);
+                let wanted = (slot, index);
+                let at = operands.iter().position(|known| *known == wanted).unwrap_or_else(|| {
+                    operands.push(wanted);
                     operands.len() - 1
                 });
-                matches!(slot, Slot::In(_)).then(|| format!("to_f32(e{at}[{index}])"))
+                matches!(slot, Slot::In(_)).then(|| format!("o{at}"))
             });
             let values = values.collect::<Option<Vec<_>>>()?;
             let register = registers.expression(exprs, &values);
@@ -148,7 +172,7 @@ impl Epilogue {
             return None;
         }
         let text = format!("{}    return {last};\n", registers.text);
-        Some(Epilogue { output, block, operands, text })
+        Some(Epilogue { output, block, operands, fast: text.clone(), text })
     }
 
     /// Writes the function and adds its parameters.
@@ -158,17 +182,57 @@ impl Epilogue {
         builder.constant("HALVES", if self.block.is_some() { 2 } else { 1 });
         builder.pointer("y", self.output);
         let (mut formal, mut actual) = (String::new(), String::new());
-        for (i, &slot) in self.operands.iter().enumerate() {
-            let name = format!("e{i}");
-            builder.pointer(&name, slot);
-            write!(formal, ", const {}* {name}", c_type(builder.ty(slot).0)).expect("writing to a String");
-            write!(actual, ", {name}").expect("writing to a String");
+        let mut loads = String::new();
+        for (i, (slot, index)) in self.operands.iter().enumerate() {
+            builder.pointer(&format!("e{i}"), *slot);
+            write!(formal, ", const {}* e{i}", c_type(builder.ty(*slot).0)).expect("writing to a String");
+            write!(actual, ", e{i}").expect("writing to a String");
+            writeln!(loads, "    float o{i} = to_f32(e{i}[{index}]);").expect("writing to a String");
         }
         builder.line(format_args!(
-            "__device__ __forceinline__ float epilogue(float v0, float v1, i64 row, int column{formal}) {{\n{}}}",
+            "__device__ __forceinline__ float epilogue(float v0, float v1, i64 row, int column{formal}) {{\n{loads}{}}}",
             self.text
         ));
         builder.line(format_args!("#define EPILOGUE(v0, v1, row, column) epilogue(v0, v1, row, column{actual})"));
+    }
+
+    /// Whether it reads anything beside the product.
+    pub fn reads(&self) -> bool {
+        !self.operands.is_empty()
+    }
+
+    /// Writes, after [`Epilogue::declare`], the same for adjacent columns whose operands are loaded together and before they are
+    /// used, the first column a multiple of their number, the result's columns too:
+    ///
+    /// ```text
+    /// struct Operands<COUNT>
+    /// #define OPERANDS(COUNT, row, column) a loaded Operands<COUNT>
+    /// float finished(float v0, float v1, const Operands<COUNT>& operands, int c)
+    /// ```
+    pub fn declare_vectors(&self, builder: &mut Builder) {
+        let (mut fields, mut loads, mut values) = (String::new(), String::new(), String::new());
+        let (mut formal, mut actual) = (String::new(), String::new());
+        for (i, (slot, index)) in self.operands.iter().enumerate() {
+            let ty = c_type(builder.ty(*slot).0);
+            let (count, c) = if index.ends_with("column") { ("COUNT", "c") } else { ("1", "0") };
+            write!(fields, " Pack<{ty}, {count}> o{i};").expect("writing to a String");
+            write!(loads, " operands.o{i} = *(const Pack<{ty}, {count}>*)(e{i} + {index});")
+                .expect("writing to a String");
+            write!(values, " float o{i} = to_f32(operands.o{i}.at[{c}]);").expect("writing to a String");
+            write!(formal, ", const {ty}* e{i}").expect("writing to a String");
+            write!(actual, ", e{i}").expect("writing to a String");
+        }
+        builder.line(format_args!("template <int COUNT> struct Operands {{{fields} }};"));
+        builder.line(format_args!(
+            "template <int COUNT> __device__ __forceinline__ Operands<COUNT> operands_at(i64 row, int column{formal}) {{\n    \
+             Operands<COUNT> operands;{loads} return operands;\n}}"
+        ));
+        builder.line(format_args!("#define OPERANDS(COUNT, row, column) operands_at<COUNT>(row, column{actual})"));
+        builder.line(format_args!(
+            "template <int COUNT> __device__ __forceinline__ float finished(float v0, float v1, const Operands<COUNT>& operands, \
+             int c) {{\n   {values}\n{}}}",
+            self.fast
+        ));
     }
 }
 

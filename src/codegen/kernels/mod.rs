@@ -41,6 +41,7 @@ mod tiles;
 #[cfg(test)]
 mod trial;
 mod weighted_sum;
+mod wgmma;
 
 pub use self::builder::{Builder, Specialised};
 pub use self::pattern::is_weight;
@@ -72,6 +73,7 @@ pub trait Twin: Sync {
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
     &ring::Ring,
+    &wgmma::Wgmma,
     &tile::Tile,
     &stream::Stream,
     &stream_fma::StreamFma,
@@ -106,12 +108,14 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
     ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
+    ("wgmma.cuh", include_str!("../../../kernels/include/wgmma.cuh")),
 ];
 
 /// A kernel with a configuration for a step.

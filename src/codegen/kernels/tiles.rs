@@ -104,6 +104,11 @@ impl Product {
         builder.alias("X", x).alias("W", w);
         builder.constant("K", self.k).constant("N", self.n);
         builder.pointer("x", self.x).pointer("w", self.w);
+        self.declare_rest(builder);
+    }
+
+    /// The same without `X`, `W`, sizes, `x` and `w`.
+    pub fn declare_rest(&self, builder: &mut Builder) {
         let (mut grouped, mut gathered, mut by_pair) = (0, 0, 0);
         match self.form {
             Form::Plain => {}

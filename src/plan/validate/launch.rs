@@ -2,7 +2,9 @@
 
 use super::Faults;
 use super::bucket::Context;
-use crate::plan::{Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target, settled};
+use crate::plan::{
+    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target, TensorMap, TensorType, settled,
+};
 
 const MAX_KERNELS: usize = 1 << 12;
 const MAX_PARAMS: usize = 32;
@@ -12,6 +14,12 @@ const MAX_CLUSTER: u32 = 8;
 const MAX_SHARED: u32 = 227 << 10;
 /// Blocks along y and z.
 const MAX_GRID_YZ: u32 = 65535;
+/// What the copy engine takes: elements along an axis, bytes of a stride, elements of a box along an axis; and what divides
+/// strides and the bytes of a box's row.
+const MAX_MAP_SIZE: u64 = 1 << 32;
+const MAX_MAP_STRIDE: u64 = 1 << 40;
+const MAX_MAP_TILE: u32 = 256;
+const MAP_ALIGNMENT: u64 = 16;
 
 /// Checks the tables of kernels and services.
 pub(super) fn check_kernels(manifest: &Manifest, cubins: usize, faults: &mut Faults) {
@@ -134,10 +142,39 @@ fn check_arg(arg: Arg, ty: ParamType, semantic: &Semantic) -> Result<(), String>
     let fits = match (arg, ty) {
         (Arg::Read(i), ParamType::In(dtype) | ParamType::Out(dtype)) => place(&semantic.inputs, i)? == dtype,
         (Arg::Write(i), ParamType::Out(dtype)) => place(&semantic.outputs, i)? == dtype,
+        (Arg::Map(map), ParamType::Map(dtype)) => {
+            let ty = semantic.inputs.get(map.read as usize);
+            let ty = ty.ok_or_else(|| format!("{arg:?}: the step has {} reads", semantic.inputs.len()))?;
+            check_map(&map, ty)?;
+            ty.0 == dtype
+        }
         (Arg::Int(_) | Arg::Early, ParamType::Int)
         | (Arg::Long(_), ParamType::Long)
         | (Arg::Float(_), ParamType::Float) => true,
         _ => false,
     };
     if fits { Ok(()) } else { Err(format!("expected {ty:?}, found {arg:?}")) }
+}
+
+/// Checks that a tensor map is one that the copy engine takes, and that it stays inside of its tensor. Buffers are aligned to
+/// more than it asks for.
+fn check_map(map: &TensorMap, ty: &TensorType) -> Result<(), String> {
+    let TensorMap { sizes, strides, tile, swizzle, .. } = *map;
+    let element = ty.0.bytes();
+    let row = u64::from(tile[0]) * element;
+    let rows = sizes.iter().all(|&size| (1..=MAX_MAP_SIZE).contains(&size));
+    let steps = strides.iter().all(|&stride| stride.is_multiple_of(MAP_ALIGNMENT) && stride < MAX_MAP_STRIDE);
+    let boxes = tile.iter().all(|&size| (1..=MAX_MAP_TILE).contains(&size)) && row.is_multiple_of(MAP_ALIGNMENT);
+    let span = swizzle.span().is_none_or(|span| row <= span);
+    if !(rows && steps && boxes && span) {
+        return Err(format!("{map:?}: the copy engine takes no such map"));
+    }
+    // All factors are bounded by now: no sum exceeds 2^74.
+    let [first, second, third] = sizes.map(u128::from);
+    let [row_stride, matrix_stride] = strides.map(u128::from);
+    let end = first * u128::from(element) + (second - 1) * row_stride + (third - 1) * matrix_stride;
+    match ty.bytes() {
+        Some(bytes) if end <= u128::from(bytes) => Ok(()),
+        bytes => Err(format!("{map:?}: it ends at byte {end} of a tensor of {}", bytes.unwrap_or(0))),
+    }
 }

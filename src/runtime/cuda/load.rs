@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::CudaExecutor;
-use crate::cuda::{Event, HostMemory, LaunchShape, Stream};
+use crate::cuda::{Argument, Event, HostMemory, LaunchShape, Stream};
 use crate::plan::{SERVICE_THREADS, ServiceRole, WeightSource};
 use crate::runtime::weights::{Origin, Window, places, synthetic};
 
@@ -63,7 +63,7 @@ impl CudaExecutor {
                 let (center, scale) = (bits(tensor.synthetic.center), bits(tensor.synthetic.scale));
                 let args = [to, 0, count, key, center, scale, at.part, at.whole, at.run, at.stride, at.offset];
                 let kernel = self.kernels.service(ServiceRole::Synthesize(tensor.dtype, weight.ty.0))?;
-                self.streams.main().launch(kernel, &shape, &args)?;
+                self.streams.main().launch(kernel, &shape, &args.map(Argument::Bits))?;
             }
             done += weight.ty.bytes().unwrap_or(0);
             progress(done);

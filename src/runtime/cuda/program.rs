@@ -5,15 +5,17 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::cuda::{Device, Function, LaunchShape, Module, Stream};
-use crate::plan::{Arg, Kernel, Manifest, Param, PlanFile, Program, Ref, ServiceRole, Step, Target};
+use crate::cuda::{Argument, Boxes, Device, Element, Function, LaunchShape, Module, Stream, TensorMap};
+use crate::plan::{
+    self, Arg, DType, Kernel, Manifest, Param, PlanFile, Program, Promotion, Ref, ServiceRole, Step, Target,
+};
 
 /// A step, ready to be launched.
 #[derive(Clone, Debug)]
 pub(super) struct Ready {
     pub(super) function: Function,
     pub(super) shape: LaunchShape,
-    pub(super) args: Vec<u64>,
+    pub(super) args: Vec<Argument>,
 }
 
 impl Ready {
@@ -132,12 +134,20 @@ impl Kernels {
             Ok(pool + offset(program, bucket, *place)?)
         };
         let args = launch.args.iter().map(|arg| match *arg {
-            Arg::Read(i) => address(&step.reads, i),
-            Arg::Write(i) => address(&step.writes, i),
-            Arg::Int(value) => Ok(u64::from(value as u32)),
-            Arg::Long(value) => Ok(value as u64),
-            Arg::Float(value) => Ok(u64::from(value.to_bits())),
-            Arg::Early => Ok(u64::from(!launch.early.is_empty())),
+            Arg::Read(i) => address(&step.reads, i).map(Argument::Bits),
+            Arg::Write(i) => address(&step.writes, i).map(Argument::Bits),
+            Arg::Int(value) => Ok(Argument::Bits(u64::from(value as u32))),
+            Arg::Long(value) => Ok(Argument::Bits(value as u64)),
+            Arg::Float(value) => Ok(Argument::Bits(u64::from(value.to_bits()))),
+            Arg::Map(map) => {
+                let semantic = program.semantics.get(step.op as usize);
+                let ty = semantic.and_then(|semantic| semantic.inputs.get(map.read as usize));
+                let ty = ty.with_context(|| format!("step {} has no operand {}", step.name, map.read))?;
+                let boxes = boxes(&map, ty.0, address(&step.reads, map.read)?);
+                let made = TensorMap::new(&boxes).with_context(|| format!("step {}", step.name))?;
+                Ok(Argument::Map(made))
+            }
+            Arg::Early => Ok(Argument::Bits(u64::from(!launch.early.is_empty()))),
         });
         let shape = LaunchShape {
             grid: launch.grid,
@@ -148,6 +158,24 @@ impl Kernels {
         };
         Ok(Ready { function: self.function(launch.kernel)?.clone(), shape, args: args.collect::<Result<_>>()? })
     }
+}
+
+/// A plan's tensor map in the driver's words, of a tensor at this address.
+fn boxes(map: &plan::TensorMap, dtype: DType, address: u64) -> Boxes {
+    let element = match dtype {
+        DType::F32 => Element::F32,
+        DType::F16 => Element::F16,
+        DType::BF16 => Element::BF16,
+        DType::I32 => Element::I32,
+    };
+    let promotion = match map.promotion {
+        Promotion::None => 0,
+        Promotion::Bytes64 => 64,
+        Promotion::Bytes128 => 128,
+        Promotion::Bytes256 => 256,
+    };
+    let swizzle = map.swizzle.span().unwrap_or(0) as u32;
+    Boxes { address, element, sizes: map.sizes, strides: map.strides, tile: map.tile, swizzle, promotion }
 }
 
 /// For each kernel the most shared memory that a launch gives it.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::CudaExecutor;
 use super::program::{Kernels, Ready, offset};
-use crate::cuda::{Device, DeviceMemory, HostMemory, LaunchShape, Stream};
+use crate::cuda::{Argument, Device, DeviceMemory, HostMemory, LaunchShape, Stream};
 use crate::plan::{
     Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole,
 };
@@ -112,12 +112,16 @@ impl Flight {
             advance.push(Ready {
                 function: kernels.service(ServiceRole::Advance)?.clone(),
                 shape: shape(1),
-                args: [&[next, tokens, pos, slot, rows, last, stops][..], &ring].concat(),
+                args: [next, tokens, pos, slot, rows, last, stops]
+                    .into_iter()
+                    .chain(ring)
+                    .map(Argument::Bits)
+                    .collect(),
             });
             feed.push(Ready {
                 function: kernels.service(ServiceRole::Feed)?.clone(),
                 shape: shape(bucket.tokens.div_ceil(u64::from(SERVICE_THREADS))),
-                args: vec![tokens, pos, slot, last, bucket.tokens],
+                args: [tokens, pos, slot, last, bucket.tokens].map(Argument::Bits).to_vec(),
             });
         }
         let staging = Staging { memory: HostMemory::new(device, STAGING_BYTES)?, at: 0 };

@@ -1,0 +1,259 @@
+//! `kernels/wgmma.cu`: products of many rows by warpgroups, their operands copied by the copy engine.
+
+use super::builder::{Builder, Specialised};
+use super::pattern::{dtype, is_half};
+use super::tiles::{Form, Product};
+use super::{Problem, Twin};
+use crate::plan::DType;
+
+/// The twin.
+pub struct Wgmma;
+
+const PROCESSORS: u64 = 132;
+/// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
+const MOST_SHARED: u64 = 232_448;
+const ALL_SHARED: u64 = 233_472;
+const SYSTEM_SHARED: u64 = 1024;
+/// Bytes of a row in a buffer, which is 64 columns of K.
+const ROW_BYTES: u64 = 128;
+/// Buffers without which copies do not run ahead.
+const FEWEST_STAGES: u64 = 3;
+const MOST_STAGES: u64 = 8;
+/// Rows of x in a box.
+const BOX: u64 = 64;
+/// Candidates that are worth a try.
+const MOST_CANDIDATES: usize = 8;
+
+/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, and whether
+/// other warps finish a tile while the next is multiplied.
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Shape {
+    weights: u64,
+    rows: u64,
+    groups: u64,
+    resident: u64,
+    apart: bool,
+}
+
+const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { weights, rows, groups, resident, apart: false }
+}
+
+const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { weights, rows, groups, resident, apart: true }
+}
+
+const SHAPES: [Shape; 15] = [
+    shape(128, 256, 2, 1),
+    apart(128, 256, 2, 1),
+    shape(256, 128, 2, 1),
+    apart(256, 128, 2, 1),
+    shape(128, 192, 2, 1),
+    apart(128, 192, 2, 1),
+    shape(128, 128, 2, 1),
+    apart(128, 128, 2, 1),
+    shape(128, 64, 2, 2),
+    shape(128, 32, 2, 2),
+    shape(64, 256, 1, 1),
+    shape(64, 128, 1, 2),
+    shape(64, 64, 1, 2),
+    shape(64, 32, 1, 2),
+    shape(64, 16, 1, 3),
+];
+
+impl Twin for Wgmma {
+    fn name(&self) -> &'static str {
+        "wgmma"
+    }
+
+    fn source(&self) -> &'static str {
+        include_str!("../../../kernels/wgmma.cu")
+    }
+
+    fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
+        let Some(product) = matched(problem) else { return vec![] };
+        let mut shapes = SHAPES;
+        shapes.sort_by(|a, b| a.seconds(&product).total_cmp(&b.seconds(&product)));
+        shapes.iter().filter_map(|shape| shape.specialise(problem, &product)).take(MOST_CANDIDATES).collect()
+    }
+}
+
+/// The product, if warpgroups can compute it and the copy engine take its rows: whole chunks of 16 bytes.
+fn matched(problem: &Problem) -> Option<Product> {
+    let semantic = problem.semantic;
+    let product = Product::of(semantic)?;
+    let (x, w) = (dtype(semantic, product.x), dtype(semantic, product.w));
+    let chunked = product.k > 0 && product.k.is_multiple_of(8) && product.n.is_multiple_of(8 * product.halves());
+    let halves = product.epilogue.block.is_none_or(|block| block == 8);
+    let tiled = !matches!(product.form, Form::ByPair { .. });
+    // Places in x are counted in chunks, in 32 bits.
+    let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
+    (is_half(x) && x == w && chunked && halves && tiled && counted).then_some(product)
+}
+
+fn gathers(product: &Product) -> bool {
+    matches!(product.form, Form::Grouped { gathered: Some(_), .. })
+}
+
+/// Rows of x that meet one matrix, were all equally likely.
+fn rows_together(product: &Product) -> f64 {
+    match product.form {
+        Form::Grouped { .. } => product.rows as f64 / product.experts.min(product.rows).max(1) as f64,
+        _ => product.rows as f64,
+    }
+}
+
+impl Shape {
+    /// Steps in the number of rows that a tile computes: each number is a loop of its own in the kernel.
+    fn unit(&self) -> u64 {
+        if self.rows > 128 { 16 } else { 8 }
+    }
+
+    fn threads(&self) -> u64 {
+        (self.groups + 1) * 128
+    }
+
+    fn stage_bytes(&self) -> u64 {
+        (self.weights + self.rows) * ROW_BYTES
+    }
+
+    /// Buffers, as many as there is room for, rows of a piece of results, of elements of so many bytes, and shared memory in
+    /// all; none if there is too little.
+    fn memory(&self, product: &Product, bytes: u64) -> Option<(u64, u64, u64)> {
+        let groups = if matches!(product.form, Form::Grouped { .. }) { product.experts + 1 } else { 1 };
+        let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
+        let stage = self.stage_bytes() + 16;
+        let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
+        pieces.into_iter().find_map(|piece| {
+            let buffers = if self.apart { 1 } else { 2 };
+            let results = self.groups * buffers * piece * (self.weights / self.groups * bytes + 16);
+            let fixed = results + 2 * (groups + 1) * 4;
+            let stages = (most.checked_sub(fixed)? / stage).min(MOST_STAGES);
+            (stages >= FEWEST_STAGES).then_some((stages, piece, stages * stage + fixed))
+        })
+    }
+
+    /// Warps that copy, and that finish.
+    fn warps(&self, gathers: bool) -> (u64, u64) {
+        match (self.apart, gathers) {
+            (true, true) => (2, 2),
+            (true, false) => (1, 3),
+            (false, true) => (4, 0),
+            (false, false) => (1, 0),
+        }
+    }
+
+    /// Registers of copying and of multiplying threads, where a multiplying one needs more than there are for each: together no
+    /// more than a block begins with.
+    fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
+        let sums = self.weights / self.groups / 64 * self.rows / 2;
+        match (self.groups, self.resident, sums) {
+            (2, 1, 64..) if self.apart => Some((104, 200)),
+            (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
+            _ => None,
+        }
+    }
+
+    fn specialise(&self, problem: &Problem, product: &Product) -> Option<Specialised> {
+        let semantic = problem.semantic;
+        let made = dtype(semantic, *semantic.body.first()?.2.first()?);
+        let (stages, piece, shared) = self.memory(product, made.bytes())?;
+        let tiles = product.row_tiles(self.rows) * product.n.div_ceil(self.weights);
+        // A tile taller than the weight or the rows, where a lower one does, is work for nothing.
+        let wasteful = (self.weights > 64 && self.weights / 2 >= product.n)
+            || (self.rows > 16 && self.rows as f64 / 2.0 >= product.rows as f64);
+        if wasteful || tiles > i32::MAX as u64 {
+            return None;
+        }
+        let (copiers, finishers) = self.warps(gathers(product));
+        let once = rows_together(product) <= self.rows as f64;
+        let mut builder = Builder::new(problem);
+        let constants = [
+            ("K", product.k),
+            ("N", product.n),
+            ("BM", self.weights),
+            ("BN", self.rows),
+            ("UNIT", self.unit()),
+            ("BOX", self.rows.min(BOX)),
+            ("STAGES", stages),
+            ("RESIDENT", self.resident),
+            ("PIECE", piece),
+            ("COPIERS", copiers),
+            ("FINISHERS", finishers),
+            ("BAND", (2048 / self.rows).max(1)),
+        ];
+        for (name, value) in constants {
+            builder.constant(name, value);
+        }
+        builder.line(format_args!("constexpr bool W_ONCE = {once};"));
+        let registers = self.registers(gathers(product));
+        builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
+        if let Some((copy, multiply)) = registers {
+            builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
+        }
+        builder.alias("P", made);
+        builder.line("template <int COUNT> __device__ void product(float (&d)[BN / 2], u64 w, u64 x);");
+        for count in (self.unit()..=self.rows).step_by(self.unit() as usize) {
+            builder.line(instruction(dtype(semantic, product.x), count));
+        }
+        builder.map("w_map", product.w, self.weights as u32);
+        match gathers(product) {
+            true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
+            false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
+        };
+        product.declare_rest(&mut builder);
+        product.epilogue.declare_vectors(&mut builder);
+        let blocks = tiles.min(PROCESSORS * self.resident);
+        let apart = if self.apart { " apart" } else { "" };
+        let config = format!("tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
+        Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
+    }
+
+    /// A guess at the time: of arithmetic, of the caches, or of memory, whichever is longest.
+    fn seconds(&self, product: &Product) -> f64 {
+        let (weights, k) = (self.weights as f64, product.k.next_multiple_of(64) as f64);
+        let columns = product.n.div_ceil(self.weights) as f64;
+        // Rows that a tile computes, and tiles.
+        let together = rows_together(product);
+        let groups = (product.rows as f64 / together).max(1.0);
+        let parts = (together / self.rows as f64 + if groups > 1.0 { 0.5 } else { 0.0 }).ceil();
+        let unit = self.unit() as f64;
+        let rows = ((together / parts / unit).ceil() * unit).min(self.rows as f64);
+        let tiles = groups * parts * columns;
+        let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
+        // An instruction reads the weight's 64 rows and those of x while it multiplies.
+        let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
+        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
+        // A copying warp begins the copies of four gathered rows in some 40 cycles.
+        let copies = match self.warps(true).0 {
+            copiers if gathers(product) => each * k / 64.0 * rows / 4.0 / copiers as f64 * 23e-9,
+            _ => 0.0,
+        };
+        let arithmetic = arithmetic.max(copies);
+        let cache = tiles * (weights + rows) * k * 2.0 / 5.5e12;
+        let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
+        let fill = (tiles / PROCESSORS as f64).min(1.0);
+        // What follows the products, beside them if it is left to others but for a block's last tile.
+        let more = product.halves() == 2 || product.epilogue.reads();
+        let finish = if more { 3e-6 } else { 1.5e-6 } * weights * rows / 32768.0;
+        let after = if self.apart { finish + each * 0.7e-6 } else { finish * each };
+        arithmetic.max(cache / fill).max(memory / fill) + after + each * 0.5e-6
+    }
+}
+
+/// The product's instruction for so many rows of x.
+fn instruction(ty: DType, count: u64) -> String {
+    let name = if ty == DType::F16 { "f16" } else { "bf16" };
+    let sums = count / 2;
+    let list = |item: &dyn Fn(u64) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
+    let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
+    format!(
+        "template <> __device__ __forceinline__ void product<{count}>(float (&d)[BN / 2], u64 w, u64 x) {{\n    asm \
+         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, %{sums}, %{}, 1, 1, 1, 0, 0;\" \
+         : {bound} : \"l\"(w), \"l\"(x));\n}}",
+        sums + 1
+    )
+}
+
+#[cfg(test)]
+mod tests;

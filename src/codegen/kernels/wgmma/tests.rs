@@ -1,0 +1,166 @@
+//! Which steps match, what is specialised to, and texts to compile by hand.
+
+use super::super::tiles::testing::{After, semantic, typed, write};
+use super::*;
+use crate::plan::{Arg, Op, Phase, Semantic, Slot, TensorMap};
+
+const GATHER: Op = Op::GroupedMatmulGather { k: 4 };
+
+fn of(semantic: &Semantic) -> Vec<Specialised> {
+    Wgmma.candidates(&Problem { semantic, phase: Phase::Prefill })
+}
+
+#[test]
+fn products_of_one_16_bit_type_match_in_each_form_with_each_epilogue() {
+    for op in [Op::Matmul, GATHER, Op::GroupedMatmul] {
+        for ty in [DType::BF16, DType::F16] {
+            for after in [After::Nothing, After::Residual, After::Swiglu(Some(8))] {
+                let (few, many) =
+                    (semantic(op.clone(), ty, 3, 8, 16, after), semantic(op.clone(), ty, 2048, 64, 512, after));
+                assert!(!of(&few).is_empty(), "{op:?} {ty:?} {after:?}");
+                assert_eq!(of(&many).len(), MOST_CANDIDATES, "{op:?} {ty:?} {after:?}");
+            }
+        }
+    }
+    assert!(!of(&typed(Op::Matmul, [DType::BF16, DType::BF16, DType::F32], 3, 8, 8, After::Nothing)).is_empty());
+}
+
+#[test]
+fn other_types_sizes_and_wires_do_not_match() {
+    let bf16 = |k, n, after| semantic(Op::Matmul, DType::BF16, 24, k, n, after);
+    let mut swapped = bf16(64, 64, After::Swiglu(Some(8)));
+    swapped.body[1].1 = vec![Slot::Temp(1)];
+    let mut gathered = semantic(GATHER, DType::BF16, 24, 64, 48, After::Nothing);
+    gathered.body[0].1.swap(2, 3);
+    let none = [
+        semantic(Op::Matmul, DType::F32, 24, 64, 48, After::Nothing),
+        typed(Op::Matmul, [DType::BF16, DType::F16, DType::BF16], 24, 64, 48, After::Nothing),
+        semantic(Op::ExpertMatmul, DType::BF16, 24, 64, 48, After::Nothing),
+        bf16(60, 48, After::Nothing),
+        bf16(64, 44, After::Nothing),
+        bf16(64, 64, After::Swiglu(Some(16))),
+        bf16(64, 64, After::Swiglu(None)),
+        swapped,
+        gathered,
+    ];
+    none.iter().for_each(|semantic| assert_eq!(of(semantic), [], "{semantic:?}"));
+}
+
+#[test]
+fn rows_do_not_occur_in_the_text_so_that_buckets_share_a_kernel() {
+    for op in [Op::Matmul, GATHER] {
+        let texts = |rows| {
+            let found = of(&semantic(op.clone(), DType::BF16, rows, 2048, 3584, After::Swiglu(Some(8))));
+            found.into_iter().map(|found| (found.config.clone(), found.prelude())).collect::<Vec<_>>()
+        };
+        let (some, more) = (texts(8192), texts(6000));
+        assert!(some.iter().any(|text| more.contains(text)), "{op:?}");
+    }
+}
+
+#[test]
+fn maps_are_of_the_weight_and_of_rows_that_are_not_gathered() {
+    let maps = |op: Op| -> Vec<TensorMap> {
+        let found = of(&semantic(op, DType::BF16, 300, 264, 48, After::Nothing)).remove(0);
+        let args = found.launch.args.into_iter();
+        args.filter_map(|arg| if let Arg::Map(map) = arg { Some(map) } else { None }).collect()
+    };
+    let grouped = maps(Op::GroupedMatmul);
+    assert_eq!(grouped.iter().map(|map| map.read).collect::<Vec<_>>(), [1, 0]);
+    assert_eq!((grouped[0].sizes, grouped[0].strides), ([264, 48, 5], [528, 528 * 48]));
+    assert_eq!((grouped[1].sizes, grouped[1].strides), ([264, 300, 1], [528, 528 * 300]));
+    assert_eq!(maps(GATHER).iter().map(|map| map.read).collect::<Vec<_>>(), [1]);
+}
+
+#[test]
+fn blocks_on_a_multiprocessor_have_room_and_large_products_large_tiles() {
+    for after in [After::Nothing, After::Residual, After::Swiglu(Some(8))] {
+        for (ty, y) in [(DType::BF16, DType::BF16), (DType::F16, DType::F32)] {
+            let semantic = typed(Op::Matmul, [ty, ty, y], 8192, 2048, 6144, after);
+            let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
+            let product = matched(&problem).expect("a product");
+            for shape in SHAPES {
+                let Some((stages, piece, shared)) = shape.memory(&product, y.bytes()) else {
+                    assert!(y == DType::F32 && shape.apart, "{shape:?}");
+                    continue;
+                };
+                assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
+                assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
+                let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
+                for (copy, multiply) in [true, false].into_iter().filter_map(|gathers| shape.registers(gathers)) {
+                    assert!((copy + multiply * shape.groups) * 128 <= first * shape.threads(), "{shape:?}");
+                }
+            }
+            let first = of(&semantic).remove(0);
+            assert!(first.config.starts_with("tile=128x256") || first.config.starts_with("tile=256x128"));
+        }
+    }
+}
+
+/// A kernel's text, with its launch at the end.
+fn write_all(name: &str, text: String, found: &Specialised) {
+    write(name, &format!("{text}// {} {:?}\n", found.config, found.launch));
+}
+
+/// With `KERNELS_OUT=folder cargo test --lib codegen::kernels::wgmma::tests::texts`, writes kernels to compile.
+#[test]
+fn texts() {
+    let cases = [
+        (Op::Matmul, 8192, 2048, 6144, After::Nothing, DType::BF16),
+        (Op::Matmul, 100, 2048, 2048, After::Residual, DType::F16),
+        (Op::Matmul, 16, 264, 72, After::Nothing, DType::BF16),
+        (GATHER, 2048, 2048, 3584, After::Swiglu(Some(8)), DType::BF16),
+        (Op::GroupedMatmul, 8192, 1792, 2048, After::Residual, DType::BF16),
+        (Op::Matmul, 150, 200, 272, After::Swiglu(Some(8)), DType::F16),
+        (GATHER, 37, 200, 272, After::Swiglu(Some(8)), DType::BF16),
+    ];
+    let mut cases: Vec<_> = cases.map(|(op, rows, k, n, after, ty)| semantic(op, ty, rows, k, n, after)).into();
+    let types = [DType::BF16, DType::BF16, DType::F32];
+    cases.push(typed(Op::Matmul, types, 512, 2048, 2048, After::Nothing));
+    cases.push(typed(Op::Matmul, types, 512, 2048, 2048, After::Residual));
+    for (case, semantic) in cases.iter().enumerate() {
+        let problem = Problem { semantic, phase: Phase::Prefill };
+        let product = matched(&problem).expect("a product");
+        for (i, shape) in SHAPES.iter().enumerate() {
+            let Some(found) = shape.specialise(&problem, &product) else { continue };
+            write_all(&format!("wgmma.{case}.{i}"), format!("{}\n{}", found.prelude(), Wgmma.source()), &found);
+        }
+    }
+}
+
+/// The same, of products as a large model has them, beside those of `tile`: to measure.
+#[test]
+fn texts_to_measure() {
+    let experts = 32;
+    let of_model = |op: Op, rows: u64, k, n, after| {
+        let mut semantic = semantic(op, DType::BF16, rows, k, n, after);
+        if let [_, w, rest @ ..] = &mut semantic.inputs[..]
+            && w.1.len() == 3
+        {
+            w.1[0] = experts;
+            rest.iter_mut().filter(|ty| ty.1 == [6]).for_each(|ty| ty.1 = vec![experts + 1]);
+        }
+        semantic
+    };
+    let rows = [64, 128, 256, 512, 2048, 8192];
+    for (kind, op, each, k, n, after) in [
+        ("up", GATHER, 1, 2048, 3584, After::Swiglu(Some(8))),
+        ("down", Op::GroupedMatmul, 4, 1792, 2048, After::Nothing),
+        ("in", Op::Matmul, 1, 2048, 6144, After::Nothing),
+        ("out", Op::Matmul, 1, 2048, 2048, After::Residual),
+        ("ffn", Op::Matmul, 1, 2048, 14336, After::Swiglu(Some(8))),
+        ("back", Op::Matmul, 1, 7168, 2048, After::Residual),
+    ] {
+        for rows in rows {
+            let semantic = of_model(op.clone(), rows * each, k, n, after);
+            let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
+            let twins: [&dyn Twin; 2] = [&Wgmma, &super::super::tile::Tile];
+            for (twin, most) in twins.into_iter().zip([8, 2]) {
+                for (i, found) in twin.candidates(&problem).into_iter().take(most).enumerate() {
+                    let text = format!("{}\n{}", found.prelude(), twin.source());
+                    write_all(&format!("measure.{kind}.{rows}.{}.{i}", twin.name()), text, &found);
+                }
+            }
+        }
+    }
+}
