@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every candidate of every kernel under compute-sanitizer: tests/sanitize.sh [memcheck|racecheck|initcheck|synccheck]...
 # Several processes at a time share the device, because most of the time goes to the sanitizer's own work on the host. Prints a
-# line for each tool, shape and type, and fails if one of them is not clean or did not run. TEST=FILE names a built test binary.
+# line for each tool, shape and type, and fails if one of them is not clean or did not run. TEST=FILE names a built test binary,
+# LIMIT=SECONDS says when to stop and count what was not run as a failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 tools=("$@")
@@ -22,17 +23,20 @@ one() {
 export -f one
 
 "$test" --list | sed -n 's/: test$//p' | grep '^candidates ' >"$logs/trials" || { cat "$logs/trials"; exit 1; }
-rounds=$(seq 1 32)
-for tool in "${tools[@]}"; do
-    while IFS= read -r trial; do for round in $rounds; do echo "$tool|$trial|$round"; done; done <"$logs/trials"
-done | xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {}
+while IFS= read -r trial; do
+    rounds=$(LFM2C_CANDIDATES=0 "$test" "$trial" --exact | sed -n 's/.* of \([0-9]*\) rounds$/\1/p')
+    for tool in "${tools[@]}"; do for round in $(seq 1 "${rounds:?}"); do echo "$tool|$trial|$round"; done; done
+done <"$logs/trials" | shuf --random-source=<(yes) >"$logs/list"
+timeout "${LIMIT:-0}" xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {} <"$logs/list"
+touch "$logs/codes"
 
 failed=0
 for tool in "${tools[@]}"; do
     while IFS= read -r trial; do
-        all=$(grep -c " $tool|$trial\$" "$logs/codes") bad=$(grep " $tool|$trial\$" "$logs/codes" | grep -vc '^0 ')
-        printf '%-10s %-22s %2d rounds, %d not clean\n' "$tool" "${trial#candidates }" "$all" "$bad"
-        [ "$all" = 32 ] && [ "$bad" = 0 ] || failed=1
+        rounds=$(grep -c "^$tool|$trial|" "$logs/list") run=$(grep -c " $tool|$trial\$" "$logs/codes")
+        bad=$(grep " $tool|$trial\$" "$logs/codes" | grep -vc '^0 ')
+        printf '%-10s %-22s %2d of %2d rounds, %d not clean\n' "$tool" "${trial#candidates }" "$run" "$rounds" "$bad"
+        [ "$run" = "$rounds" ] && [ "$bad" = 0 ] || failed=1
     done <"$logs/trials"
 done
 [ $failed = 0 ] || grep -h '=========' "$logs"/*check* | grep -v -e COMPUTE-SANITIZER -e 'SUMMARY: 0' | sort | uniq -c | sort -rn | head -20

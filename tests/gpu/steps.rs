@@ -86,7 +86,7 @@ fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Fa
 }
 
 /// Runs every candidate of every problem at least once. `LFM2C_CANDIDATES=3,4` runs those rounds alone, so that what is slow
-/// under a sanitizer can be divided among processes.
+/// under a sanitizer can be divided among processes; `0` only says how many there are.
 fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     let options = CompileOptions { prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
     let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
@@ -100,7 +100,7 @@ fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
         let tactics = Tactics { nth: Some(nth), ..Tactics::default() };
         seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
     }
-    println!("{} {dtype}: {} kernels", shape.name, seen.len());
+    println!("{} {dtype}: {} kernels of {most} rounds", shape.name, seen.len());
     Ok(())
 }
 

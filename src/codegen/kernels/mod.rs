@@ -73,8 +73,8 @@ pub trait Twin: Sync {
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
     &ring::Ring,
-    &tile::Tile,
     &wgmma::Wgmma,
+    &tile::Tile,
     &stream::Stream,
     &stream_fma::StreamFma,
     &tile_fma::TileFma,
