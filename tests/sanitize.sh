@@ -22,11 +22,11 @@ one() {
 }
 export -f one
 
-"$test" --list | sed -n 's/: test$//p' | grep '^candidates ' >"$logs/trials" || { cat "$logs/trials"; exit 1; }
+"$test" --list | sed -n 's/: test$//p' | grep '^candidates ' | sort -k3 >"$logs/trials" || { cat "$logs/trials"; exit 1; }
 while IFS= read -r trial; do
     rounds=$(LFM2C_CANDIDATES=0 "$test" "$trial" --exact | sed -n 's/.* of \([0-9]*\) rounds$/\1/p')
     for tool in "${tools[@]}"; do for round in $(seq 1 "${rounds:?}"); do echo "$tool|$trial|$round"; done; done
-done <"$logs/trials" | shuf --random-source=<(yes) >"$logs/list"
+done <"$logs/trials" >"$logs/list"
 timeout "${LIMIT:-0}" xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {} <"$logs/list"
 touch "$logs/codes"
 
