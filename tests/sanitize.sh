@@ -18,7 +18,9 @@ one() {
     log="$logs/$tool ${trial#candidates } $round"
     LFM2C_CANDIDATES="$round" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
         "$test" "$trial" --exact >"$log" 2>&1
-    echo "$? $tool|$trial" >>"$logs/codes"
+    code=$?
+    echo "$code $tool|$trial" >>"$logs/codes"
+    [ $code = 0 ] || { echo "round $round:"; tail -n 8 "$log"; } >>"$logs/failures"
 }
 export -f one
 
@@ -39,5 +41,8 @@ for tool in "${tools[@]}"; do
         [ "$run" = "$rounds" ] && [ "$bad" = 0 ] || failed=1
     done <"$logs/trials"
 done
-[ $failed = 0 ] || grep -h '=========' "$logs"/*check* | grep -v -e COMPUTE-SANITIZER -e 'SUMMARY: 0' | sort | uniq -c | sort -rn | head -20
+if [ -s "$logs/failures" ]; then
+    grep -h '=========' "$logs"/*check* | grep -v -e COMPUTE-SANITIZER -e 'SUMMARY: 0' | sort | uniq -c | sort -rn | head -20
+    head -n 60 "$logs/failures"
+fi
 exit $failed
