@@ -165,13 +165,7 @@ impl Tables<'_> {
                 cost: cost(graph, op, extents),
                 launch,
             });
-            let early = steps
-                .last()
-                .and_then(|step| step.launch.as_ref())
-                .is_some_and(|launch| !launch.early.is_empty() && !plan::settled(&steps, &launch.early));
-            if early && let Some(launch) = steps.last_mut().and_then(|step| step.launch.as_mut()) {
-                launch.early.clear();
-            }
+            read_in_time(&mut steps);
         }
         let mut outputs = vec![];
         for &output in &graph.outputs {
@@ -361,6 +355,17 @@ fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
 fn weights_are_constant(semantic: &Semantic, reads: &[Ref]) -> bool {
     let mut inputs = reads.iter().zip(0..);
     inputs.all(|(place, i)| matches!(place, Ref::Weight(_)) || !is_weight(semantic, plan::Slot::In(i)))
+}
+
+/// The last step reads nothing early that may not be there.
+fn read_in_time(steps: &mut [Step]) {
+    let launch = |step: &Step| step.launch.as_ref().map(|launch| launch.early.clone());
+    let early = steps.last().and_then(launch).unwrap_or_default();
+    if !plan::settled(steps, &early)
+        && let Some(launch) = steps.last_mut().and_then(|step| step.launch.as_mut())
+    {
+        launch.early.clear();
+    }
 }
 
 /// The plan's word for a phase.

@@ -104,8 +104,7 @@ pub struct Launch {
     /// but this one are done.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub releases_late: bool,
-    /// Positions of the reads, beside weights, that it reads before it waits. None of them is written by the step before, which
-    /// releases late.
+    /// Positions of the reads, beside weights, that it reads before it waits, because they are [`settled`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub early: Vec<u32>,
     /// What its parameters are, in order.

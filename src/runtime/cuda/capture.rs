@@ -116,8 +116,9 @@ impl Streams {
                     alone = false;
                 }
             }
-            // A dependent launch waits for the kernel before it in its stream, and only for that.
-            if alone {
+            // A dependent launch waits for the kernel before it in its stream, and only for that. The first begins when all that
+            // was queued before is done, which early reads of the others rely on.
+            if alone && i > 0 {
                 step.launch(stream)?
             } else {
                 step.launch_after_all(stream)?
