@@ -55,10 +55,9 @@ fn compile_prints_what_the_passes_did() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/lfm2-8b-a1b.ron");
     let recipe = recipe.to_str().expect("UTF-8");
-    let text = done(
-        folder.path(),
-        &["compile", recipe, "--target", "sm_90a", "--without-cubins", "--decode", "1,64", "-o", "big.plan"],
-    );
+    // As the passes make it; measured choices may take apart what is faster so.
+    let compile = ["compile", recipe, "--target", "sm_90a", "--without-cubins", "--decode", "1,64", "-o", "big.plan"];
+    let text = done(folder.path(), &[&compile[..], &["--no-lock"]].concat());
     assert!(text.contains("rewrites") && text.contains("fuse-shortconv"), "{text}");
     let manifest = json(&done(folder.path(), &["inspect", "big.plan", "--format", "json"]));
     let buckets = manifest["ranks"][0]["buckets"].as_array().expect("buckets");
