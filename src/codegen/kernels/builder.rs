@@ -51,16 +51,7 @@ pub struct Builder<'a> {
 impl<'a> Builder<'a> {
     /// Nothing yet.
     pub fn new(problem: &'a Problem<'a>) -> Self {
-        Builder {
-            semantic: Some(problem.semantic),
-            text: String::new(),
-            params: vec![],
-            constant: vec![],
-            args: vec![],
-            cluster: 1,
-            releases_late: false,
-            early: vec![],
-        }
+        Builder { semantic: Some(problem.semantic), ..Builder::service() }
     }
 
     /// Nothing yet, for a kernel that no step launches.

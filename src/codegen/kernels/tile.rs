@@ -1,8 +1,7 @@
 //! `kernels/tile.cu`: products of many rows on tensor cores.
 
 use super::builder::{Builder, Specialised};
-use super::pattern::{dtype, is_half};
-use super::tiles::{Form, Product};
+use super::tiles::Product;
 use super::{Problem, Twin};
 
 /// The twin.
@@ -54,22 +53,11 @@ impl Twin for Tile {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let Some(product) = matched(problem) else { return vec![] };
+        let Some(product) = Product::of_tensor_cores(problem.semantic) else { return vec![] };
         let mut shapes = SHAPES;
         shapes.sort_by(|a, b| a.seconds(&product).total_cmp(&b.seconds(&product)));
         shapes.iter().filter_map(|shape| shape.specialise(problem, &product)).take(MOST_CANDIDATES).collect()
     }
-}
-
-/// The product, if tensor cores can compute it and its rows are whole chunks of 16 bytes.
-fn matched(problem: &Problem) -> Option<Product> {
-    let semantic = problem.semantic;
-    let product = Product::of(semantic)?;
-    let (x, w) = (dtype(semantic, product.x), dtype(semantic, product.w));
-    let chunked = product.k > 0 && product.k.is_multiple_of(8) && product.n.is_multiple_of(8 * product.halves());
-    let halves = product.epilogue.block.is_none_or(|block| block == 8);
-    let tiled = !matches!(product.form, Form::ByPair { .. });
-    (is_half(x) && x == w && chunked && halves && tiled).then_some(product)
 }
 
 impl Shape {
@@ -89,7 +77,7 @@ impl Shape {
         let [rows, columns] = self.block;
         let blocks = product.row_tiles(rows) * product.n.div_ceil(columns);
         // A thread keeps the sources of the rows that it copies: no more of them than registers are left.
-        let gathers = matches!(product.form, Form::Grouped { gathered: Some(_), .. });
+        let gathers = product.gathers();
         let full = gathers && self.warp == [64, 64] && rows > columns;
         if full || self.shared() > MOST_SHARED || blocks > i32::MAX as u64 {
             return None;
@@ -240,7 +228,7 @@ mod tests {
         for (case, (op, rows, k, n, after, ty)) in cases.into_iter().enumerate() {
             let semantic = semantic(op, ty, rows, k, n, after);
             let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
-            let product = matched(&problem).expect("a product");
+            let product = Product::of_tensor_cores(problem.semantic).expect("a product");
             for (i, shape) in SHAPES.iter().enumerate() {
                 let Some(found) = shape.specialise(&problem, &product) else { continue };
                 write(&format!("tile.{case}.{i}"), &format!("{}\n{}", found.prelude(), Tile.source()));

@@ -2,7 +2,7 @@
 
 use super::builder::Builder;
 use super::expression::Epilogue;
-use super::pattern::{Body, args, dims, dtype, results, rows_and_last};
+use super::pattern::{Body, args, dims, dtype, is_half, results, rows_and_last};
 use crate::plan::{DType, Instr, Op, Semantic, Slot};
 
 /// A body that is a product, `x [..,K]` times `w [..,N,K]`, and an epilogue.
@@ -48,6 +48,21 @@ pub enum Form {
 }
 
 impl Product {
+    /// The product that a body begins with ([`Product::of`]), if tensor cores can compute it from rows of whole chunks of 16 bytes.
+    pub fn of_tensor_cores(semantic: &Semantic) -> Option<Product> {
+        let product = Product::of(semantic)?;
+        let (x, w) = (dtype(semantic, product.x), dtype(semantic, product.w));
+        let chunked = product.k > 0 && product.k.is_multiple_of(8) && product.n.is_multiple_of(8 * product.halves());
+        let halves = product.epilogue.block.is_none_or(|block| block == 8);
+        let tiled = !matches!(product.form, Form::ByPair { .. });
+        (is_half(x) && x == w && chunked && halves && tiled).then_some(product)
+    }
+
+    /// Whether a list says which rows of x they are.
+    pub fn gathers(&self) -> bool {
+        matches!(self.form, Form::Grouped { gathered: Some(_), .. })
+    }
+
     /// The product that a body begins with; none if it is none, or if anything but an epilogue follows.
     pub fn of(semantic: &Semantic) -> Option<Product> {
         let mut body = Body::of(semantic);

@@ -1,7 +1,7 @@
 //! `kernels/wgmma.cu`: products of many rows by warpgroups, their operands copied by the copy engine.
 
 use super::builder::{Builder, Specialised};
-use super::pattern::{dtype, is_half};
+use super::pattern::dtype;
 use super::tiles::{Form, Product};
 use super::{Problem, Twin};
 use crate::plan::DType;
@@ -23,6 +23,9 @@ const MOST_STAGES: u64 = 8;
 const BOX: u64 = 64;
 /// Candidates that are worth a try.
 const MOST_CANDIDATES: usize = 8;
+
+/// Rows of x in a band of tiles, whose weights blocks that run at the same time share.
+const BAND_ROWS: u64 = 2048;
 
 /// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, and whether
 /// other warps finish a tile while the next is multiplied.
@@ -78,21 +81,12 @@ impl Twin for Wgmma {
     }
 }
 
-/// The product, if warpgroups can compute it and the copy engine take its rows: whole chunks of 16 bytes.
+/// The product, if warpgroups can compute it.
 fn matched(problem: &Problem) -> Option<Product> {
-    let semantic = problem.semantic;
-    let product = Product::of(semantic)?;
-    let (x, w) = (dtype(semantic, product.x), dtype(semantic, product.w));
-    let chunked = product.k > 0 && product.k.is_multiple_of(8) && product.n.is_multiple_of(8 * product.halves());
-    let halves = product.epilogue.block.is_none_or(|block| block == 8);
-    let tiled = !matches!(product.form, Form::ByPair { .. });
+    let product = Product::of_tensor_cores(problem.semantic)?;
     // Places in x are counted in chunks, in 32 bits.
     let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
-    (is_half(x) && x == w && chunked && halves && tiled && counted).then_some(product)
-}
-
-fn gathers(product: &Product) -> bool {
-    matches!(product.form, Form::Grouped { gathered: Some(_), .. })
+    counted.then_some(product)
 }
 
 /// Rows of x that meet one matrix, were all equally likely.
@@ -165,7 +159,7 @@ impl Shape {
         if wasteful || tiles > i32::MAX as u64 {
             return None;
         }
-        let (copiers, finishers) = self.warps(gathers(product));
+        let (copiers, finishers) = self.warps(product.gathers());
         let once = rows_together(product) <= self.rows as f64;
         let mut builder = Builder::new(problem);
         let constants = [
@@ -180,13 +174,13 @@ impl Shape {
             ("PIECE", piece),
             ("COPIERS", copiers),
             ("FINISHERS", finishers),
-            ("BAND", (2048 / self.rows).max(1)),
+            ("BAND", (BAND_ROWS / self.rows).max(1)),
         ];
         for (name, value) in constants {
             builder.constant(name, value);
         }
         builder.line(format_args!("constexpr bool W_ONCE = {once};"));
-        let registers = self.registers(gathers(product));
+        let registers = self.registers(product.gathers());
         builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
         if let Some((copy, multiply)) = registers {
             builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
@@ -197,7 +191,7 @@ impl Shape {
             builder.line(instruction(dtype(semantic, product.x), count));
         }
         builder.map("w_map", product.w, self.weights as u32);
-        match gathers(product) {
+        match product.gathers() {
             true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
             false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
         };
@@ -226,7 +220,7 @@ impl Shape {
         let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
         // A copying warp begins the copies of four gathered rows in some 50 cycles.
         let copies = match self.warps(true).0 {
-            copiers if gathers(product) => each * k / 64.0 * rows / 4.0 / copiers as f64 * 30e-9,
+            copiers if product.gathers() => each * k / 64.0 * rows / 4.0 / copiers as f64 * 30e-9,
             _ => 0.0,
         };
         let arithmetic = arithmetic.max(copies);
