@@ -12,28 +12,36 @@
 // chunk of a matrix each warp leaves its sums; one barrier for each item later, one thread for each element of y adds them up,
 // by warp, then over SUBS, and finishes it while the others go on.
 //
-// No warp only copies. The last one to be done with a slot starts the copies of the unit that is next there; after the last
-// unit of an item it is the last warp, behind the barrier. So nobody waits for a turn, and the first units of a block are on
-// their way before the kernels before this one are done, unless a routing chooses them.
+// The last warp only copies: when the others are done with a slot, it starts the copies of the unit that is next there, and
+// nobody waits for it. The first units of a block are on their way before the kernels before this one are done, unless a routing
+// chooses them.
 //
-// Races: a slot is written when all warps have counted up, or met, after reading it, and read after its barrier's phase. Sums
-// lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x are staged
-// between barriers. A routing is read before the wait only if it is sure to be there. Each element of y belongs to one item. The order of sums depends on constants only: not on other rows, nor
-// on their number.
+// With CLAIMS a block has but its first OWN items for sure and claims the others one by one from a counter, one ahead of what it
+// copies: blocks are spread unevenly, as they start where there is room beside the kernel before, and the memory serves some
+// multiprocessors faster. Claims go round: after one from each block that finds nothing left, the counter is zero again.
+//
+// Races: a slot is written when all warps have met, or have arrived at its barrier `empty`, after reading it, and read after a
+// phase of its barrier `full`. What is claimed is told a barrier before it is asked for, because the unit copied next is at least
+// two ahead. Sums lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x
+// are staged between barriers. A routing is read before the wait only if it is sure to be there. Each element of y belongs to one
+// item. The order of sums depends on constants only: not on other rows, nor on their number.
 //
 // Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
-// SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, and for weighted sums the type P of the products.
+// SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block remembers), OWN,
+// and for weighted sums the type P of the products.
 
 #include "bulk.cuh"
 #include "list.cuh"
 
 constexpr int TILE = 8, TILES = N / TILE, OUT = TILE / HALVES, UNITS = SUBS * CHUNKS;
-constexpr int SPAN = 32, STEPS = (CHUNK + WARPS * SPAN - 1) / (WARPS * SPAN);
+// One warp fills slots, the others multiply.
+constexpr int MULTIPLIERS = WARPS - 1;
+constexpr int SPAN = 32, STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS * SPAN);
 // Whether every step of every warp is inside its unit.
-constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * WARPS * SPAN;
-static_assert(COLUMNS * OUT <= THREADS);
+constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * MULTIPLIERS * SPAN;
+static_assert(COLUMNS * OUT <= THREADS && (!CLAIMS || (SLOTS >= 2 && SLOTS <= OWN * UNITS && SLOTS + 1 < CLAIMED)));
 // Sums of an item, and bytes of a slot.
-constexpr int SUMS = SUBS * WARPS * WIDTH * TILE, SLOT = TILE * LINE;
+constexpr int SUMS = SUBS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 
 struct Multiply {
     static constexpr int LOADS = 1, CHAINS = STEPS > 4 ? 4 : 2;
@@ -118,8 +126,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     Group* const groups = (Group*)(slots + SLOTS * SLOT);
     float* const partial = (float*)(groups + GROUP_ROOM);
     u64* const full = (u64*)(partial + 2 * SUMS);
-    u32* const done = (u32*)(full + SLOTS);
-    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + SUMS * 8 + SLOTS * 12 + 15) / 16);
+    u64* const empty = full + SLOTS;
+    int* const claimed = (int*)(empty + SLOTS);
+    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + SUMS * 8 + SLOTS * 16 + CLAIMED * 4 + 15) / 16);
 
     auto row = [&](int r) -> i64 { return X_ROW(r); };
     auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };
@@ -127,11 +136,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         y[row * Y_COLUMNS + column] = from_f32<Y>(EPILOGUE(v0, v1, row, column));
     };
 
-    int first = 0, last = 0;
+    const bool filler = warp_id() == MULTIPLIERS;
+    int first = 0, own = 0, items = 0;
+    // Of the lane that claims: the item whose units are being copied, and what it has claimed beyond that.
+    int current = 0;
+    u32 next = 0;
     // Starts the copies of a unit of the run, if there is one: a warp, one lane of it.
     auto fill = [&](int unit) {
-        if (unit >= (last - first) * UNITS || !elected()) return;
+        if ((!CLAIMS && unit >= own * UNITS) || !elected()) return;
         int item = first + unit / UNITS, part = unit % UNITS, column = part % CHUNKS * CHUNK, expert = 0;
+        if (CLAIMS && unit >= own * UNITS) {
+            if (part == 0) {
+                current = own * (int)gridDim.x + (int)next;
+                if (current >= items) current = -1;
+                else next = claim(claims, items - (own - 1) * gridDim.x - 1);
+                claimed[unit / UNITS % CLAIMED] = current;
+            }
+            item = current;
+            if (item < 0) return;
+        }
         if (ROUTED) expert = groups[item / TILES * SUBS + part / CHUNKS].expert;
         u64* barrier = full + unit % SLOTS;
         u32 bytes = expert < 0 ? 0 : min(CHUNK, K - column) * sizeof(W);
@@ -144,16 +167,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             copy_bulk<ONCE>(to + r * LINE, from + (i64)row_of(item % TILES, r) * K, RUN * bytes, barrier);
     };
     auto start = [&](int count) {
-        u32 items = count * TILES, each = items / gridDim.x, longer = items % gridDim.x;
-        first = each * blockIdx.x + min(blockIdx.x, longer);
-        last = first + each + (blockIdx.x < longer ? 1 : 0);
+        items = count * TILES;
+        int each = CLAIMS ? OWN : items / (int)gridDim.x, longer = CLAIMS ? 0 : items % (int)gridDim.x, block = blockIdx.x;
+        first = each * block + min(block, longer);
+        own = each + (block < longer ? 1 : 0);
         for (int unit = warp_id(); unit < SLOTS; unit += WARPS) fill(unit);
     };
 
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < SLOTS; slot++) {
-            barrier_make(full + slot);
-            done[slot] = 0;
+            barrier_make(full + slot, 1);
+            barrier_make(empty + slot, MULTIPLIERS);
         }
         barriers_made();
     }
@@ -167,10 +191,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     }
     wait_for_previous();
     if (ROUTED) release_next();
+    if (CLAIMS && filler && elected()) next = claim(claims, items - (own - 1) * gridDim.x - 1);
 
     Multiply product;
     int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;
-    for (int item = first; item < last; item++, buffer ^= 1) {
+    for (int nth = 0; CLAIMS || nth < own; nth++, buffer ^= 1) {
+        const int item = nth < own ? first + nth : claimed[nth % CLAIMED];
+        if (CLAIMS && item < 0) break;
         const int group = item / TILES, tile = item % TILES;
         const Group* const entry = groups + group * SUBS;
         const int count = entry->count, outs = count * OUT;
@@ -194,13 +221,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             product.clear();
 #pragma unroll 1
             for (int from = 0; from < K; from += CHUNK) {
-                barrier_wait(full + at, odd);
-                if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
-                if (UNITS > 1 && (unit + 1) % UNITS != 0) {
-                    __syncwarp();
-                    u32 before = 0;
-                    if (elected()) before = count_up(done + at);
-                    if (__any_sync(ALL_LANES, before % WARPS == WARPS - 1)) fill(unit + SLOTS);
+                if (!filler) {
+                    barrier_wait(full + at, odd);
+                    if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
+                    if (UNITS > 1) {
+                        __syncwarp();
+                        if (elected()) barrier_arrive(empty + at);
+                    }
+                } else if (UNITS > 1) {
+                    barrier_wait(empty + at, odd);
+                    fill(unit + SLOTS);
                 }
                 unit++;
                 if (++at == SLOTS) {
@@ -208,16 +238,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
                     odd ^= 1;
                 }
             }
-            product.store(sums + (sub * WARPS + warp_id()) * (WIDTH * TILE), count);
+            if (!filler) product.store(sums + (sub * MULTIPLIERS + warp_id()) * (WIDTH * TILE), count);
         }
         asm volatile("" ::"f"(touched));
         __syncthreads();
-        if (warp_id() == WARPS - 1) fill(unit - 1 + SLOTS);
+        if (UNITS == 1 && filler) fill(unit - 1 + SLOTS);
 
         auto total = [&](int sub, int column, int row) {
             float sum = 0;
 #pragma unroll
-            for (int g = 0; g < WARPS; g++) sum += sums[((sub * WARPS + g) * WIDTH + column) * TILE + row];
+            for (int g = 0; g < MULTIPLIERS; g++) sum += sums[((sub * MULTIPLIERS + g) * WIDTH + column) * TILE + row];
             return sum;
         };
         if ((int)threadIdx.x < outs) {

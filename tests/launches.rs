@@ -1,7 +1,10 @@
 //! Plans for a GPU, as far as they can be checked without one: every step has a launch, the validator knows a wrong one, and a
 //! pass fuses only what some kernel can run.
 
+use std::collections::BTreeSet;
+
 use lfm2c::codegen::compile::Silent;
+use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
@@ -161,6 +164,52 @@ fn tensor_maps_stay_inside_of_their_tensors_and_of_the_devices_limits() {
 /// The launch of the first step.
 fn launch(manifest: &mut Manifest) -> &mut lfm2c::plan::Launch {
     launch_of(manifest, 0)
+}
+
+/// One sequence of LFM2-8B-A1B by the kernels that claim work, where there are any.
+fn claiming() -> PlanFile {
+    let recipe = Recipe::parse(include_str!("../plans/lfm2-8b-a1b.ron")).expect("the recipe is valid");
+    let options = CompileOptions {
+        target: Target::Sm90a,
+        without_cubins: true,
+        prefill: Some(vec![]),
+        decode: Some(vec![1]),
+        // Right behind the first guess.
+        tactics: Tactics { nth: Some(2), ..Tactics::default() },
+        ..CompileOptions::default()
+    };
+    compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("it compiles").file
+}
+
+#[test]
+fn steps_that_claim_work_have_counters_of_their_own() {
+    let counters = |file: &PlanFile| -> Vec<u32> {
+        let steps = file.manifest.ranks[0].buckets[0].steps.iter();
+        let args = steps.flat_map(|step| &step.launch.as_ref().expect("every step has one").args);
+        args.filter_map(|arg| if let Arg::Claim(counter) = arg { Some(*counter) } else { None }).collect()
+    };
+    let file = claiming();
+    let found = counters(&file);
+    // The experts' first products, the two dense ones, the convolutions' and the head's.
+    assert_eq!(found.len(), 22 + 2 + 18 + 1);
+    assert_eq!(found.iter().collect::<BTreeSet<_>>().len(), found.len());
+    file.validate().expect("it is sound");
+
+    let faulty = |change: &dyn Fn(&mut u32)| {
+        let mut file = file.clone();
+        let steps = file.manifest.ranks[0].buckets[0].steps.iter_mut();
+        let args = steps.flat_map(|step| &mut step.launch.as_mut().expect("every step has one").args);
+        args.for_each(|arg| {
+            if let Arg::Claim(counter) = arg {
+                change(counter)
+            }
+        });
+        file.validate().expect_err("it is not sound").to_string()
+    };
+    let beyond = faulty(&|counter| *counter += 1 << 20);
+    assert!(beyond.contains("expected one of 127 counters"), "{beyond}");
+    let same = faulty(&|counter| *counter = 5);
+    assert!(same.contains("expected a counter of the step's own"), "{same}");
 }
 
 fn launch_of(manifest: &mut Manifest, step: usize) -> &mut lfm2c::plan::Launch {

@@ -3,14 +3,18 @@
 
 #include "mma.cuh"
 
-// A barrier whose phases end when one thread has arrived and the bytes that it announced are there. One thread makes a block's
-// barriers, then all threads synchronise.
-__device__ __forceinline__ void barrier_make(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+// A barrier whose phases end when so many arrivals and the bytes announced are there. One thread makes a block's barriers,
+// then all threads synchronise.
+__device__ __forceinline__ void barrier_make(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 // After the last of them: copies see them too.
 __device__ __forceinline__ void barriers_made() {
     asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // Arrives, and announces so many bytes.
@@ -52,10 +56,9 @@ template <bool ONCE> __device__ __forceinline__ void copy_bulk(void* to, const v
     }
 }
 
-// Adds one to a number in shared memory, and gives what it was: after all that the thread, and those that added before it, have
-// read and written.
-__device__ __forceinline__ u32 count_up(u32* number) {
-    u32 before;
-    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(number)) : "memory");
-    return before;
+// Takes the next number of a counter in global memory, which goes from `last` to 0 again.
+__device__ __forceinline__ u32 claim(int* counter, u32 last) {
+    u32 number;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(number) : "l"(counter), "r"(last) : "memory");
+    return number;
 }

@@ -41,6 +41,11 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid 
     u32 bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+// The same through the first cache, for what other blocks on the same multiprocessor read as well.
+__device__ __forceinline__ void copy_async_cached(u32 to, const void* from, bool valid) {
+    u32 bytes = valid ? 16 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of the groups of copies begun are unfinished.
 template <int N> __device__ __forceinline__ void copies_wait() {

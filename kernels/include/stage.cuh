@@ -52,7 +52,7 @@ __device__ __forceinline__ void stage_plain(S* to, const X* x, int first, int co
             i64 from = row(first + r);
             for (int k = threadIdx.x * 8; k < PART; k += THREADS * 8) {
                 bool valid = from >= 0 && k0 + k < K;
-                copy_async(shared_address(Layout::at(to, r, k)), valid ? x + from * K + k0 + k : x, valid);
+                copy_async_cached(shared_address(Layout::at(to, r, k)), valid ? x + from * K + k0 + k : x, valid);
             }
         }
         copies_end_group();

@@ -11,13 +11,6 @@ struct alignas(128) TensorMap {
     u64 opaque[16];
 };
 
-// A barrier whose phases end when so many arrivals and the bytes announced are there.
-__device__ __forceinline__ void barrier_make(u64* barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 // Arrives once all copies of sixteen bytes that the thread began (`copy_async`) are there: one of the barrier's arrivals.
 __device__ __forceinline__ void barrier_arrive_copies(u64* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");

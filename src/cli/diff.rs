@@ -11,7 +11,7 @@ use crate::plan::Phase;
 use crate::runtime::Executor;
 use crate::runtime::compare::{bound, compare_step};
 use crate::runtime::cuda::Graphs;
-use crate::runtime::workload::random_batch;
+use crate::runtime::workload::{History, random_batch};
 
 /// Compares the GPU with the CPU, step by step.
 ///
@@ -65,7 +65,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             bail!("bucket {}: a graph that is no language model is compared by `lfm2c bench`", bucket.name);
         }
         gpu.poison(0xff)?;
-        let batch = random_batch(&mut gpu, i, arguments.context, arguments.seed)?;
+        let batch = random_batch(&mut gpu, i, arguments.context, arguments.seed, History::Run)?;
         gpu.poison_arena(0xff)?;
         gpu.upload(i, &batch)?;
         for (at, step) in bucket.steps.iter().enumerate() {

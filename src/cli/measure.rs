@@ -48,7 +48,7 @@ impl Measuring {
         {
             return usage(format!("--peak-tflops: expected a number above 0, found {peak}"));
         }
-        Ok(Options { context, steps, temperature, seed })
+        Ok(Options { context, steps, temperature, seed, ..Options::default() })
     }
 
     /// The ceilings of a device, and of its arithmetic what the command line says.

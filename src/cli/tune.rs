@@ -16,6 +16,7 @@ use crate::cuda;
 use crate::plan::{Manifest, Phase, PlanFile};
 use crate::runtime::cuda::measure::{Inputs, Options, Timed, graph_us, refused_kernels, time_steps};
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
+use crate::runtime::workload::History;
 
 /// Every plan has one.
 const RANK: usize = 0;
@@ -59,6 +60,11 @@ pub fn measure(
     print(report(&tuning, &gpu))
 }
 
+/// Histories are what the state holds: to run them would take longer than to measure.
+fn over_held_state() -> Options {
+    Options { history: History::Held, ..Options::default() }
+}
+
 /// The name of the first GPU, if kernels can be compiled for it.
 fn gpu() -> Result<String> {
     let device = cuda::Device::open(0).context(
@@ -80,13 +86,15 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// The device with a plan.
+    /// The device with a plan, and random numbers in its state.
     fn open(&mut self, file: &PlanFile) -> Result<CudaExecutor> {
         if let Some(mut executor) = self.held.take().filter(|executor| executor.runs_same_steps(file)) {
             executor.adopt(file)?;
             return Ok(executor);
         }
-        load::cuda_executor(file, self.model, Graphs::Required)
+        let mut executor = load::cuda_executor(file, self.model, Graphs::Required)?;
+        executor.randomize_state(0)?;
+        Ok(executor)
     }
 
     /// Compiles and measures one round, with the options' own tactics beside it, as often as it takes until the device runs all
@@ -126,7 +134,7 @@ impl Bench<'_> {
             }
         };
         // Steps are timed where the inputs stand; none moves them on.
-        let options = Options { steps: 1, ..Options::default() };
+        let options = Options { steps: 1, ..over_held_state() };
         let bar = progress::count("measuring buckets", buckets.len() as u64);
         let timed = time_steps(&mut executor, buckets, &options, &|done| bar.set_position(done as u64));
         bar.finish_and_clear();
@@ -149,7 +157,7 @@ impl Bench<'_> {
             let mut executor = self.open(&file)?;
             let inputs = match prepared.take().filter(|_| stays) {
                 Some(inputs) => inputs,
-                None => Inputs::prepare(&mut executor, 0, &Options::default())?,
+                None => Inputs::prepare(&mut executor, 0, &over_held_state())?,
             };
             search.record(Some(graph_us(&mut executor, 0, &inputs)?));
             (self.held, prepared) = (Some(executor), Some(inputs));

@@ -54,7 +54,8 @@ pub fn lower(
     let lowered =
         buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
     if selector.is_some() {
-        tables.device_states();
+        let longest = lowered.iter().map(|bucket| bucket.steps.len()).max().unwrap_or(0);
+        tables.device_states(longest as u64);
     }
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
     let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
@@ -154,6 +155,11 @@ impl Tables<'_> {
             let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
             if let Some(launch) = &mut launch {
                 launch.dependent &= weights_are_constant(&lowered.semantic, &reads);
+                for arg in &mut launch.args {
+                    if let plan::Arg::Claim(counter) = arg {
+                        *counter = steps.len() as u32;
+                    }
+                }
             }
             steps.push(Step {
                 name,
@@ -214,17 +220,20 @@ impl Tables<'_> {
         Ok(Some(candidate.launch(id)))
     }
 
-    /// Adds the state of sequences that a device keeps by itself, if the graph is a language model's.
-    fn device_states(&mut self) {
-        let Some(slots) = self.states.iter().find(|state| state.role == StateRole::Sampling).map(|state| state.ty.1[0])
-        else {
-            return;
-        };
-        for (name, role, shape) in [
-            ("last", StateRole::LastToken, vec![slots]),
-            ("stops", StateRole::Stops, vec![slots, plan::STOP_COLUMNS]),
-            ("steps", StateRole::StepCounter, vec![2]),
-        ] {
+    /// Adds what a device keeps by itself: counters for buckets of up to so many steps and, if the graph is a language model's,
+    /// the state of sequences.
+    fn device_states(&mut self, longest: u64) {
+        let sampling = self.states.iter().find(|state| state.role == StateRole::Sampling);
+        let slots = sampling.map(|state| state.ty.1[0]);
+        let mut added = vec![("claims", StateRole::Claims, vec![longest.max(1)])];
+        if let Some(slots) = slots {
+            added.extend([
+                ("last", StateRole::LastToken, vec![slots]),
+                ("stops", StateRole::Stops, vec![slots, plan::STOP_COLUMNS]),
+                ("steps", StateRole::StepCounter, vec![2]),
+            ]);
+        }
+        for (name, role, shape) in added {
             let last = self.states.last();
             let offset = last.and_then(|state| end(state.offset, &state.ty)).unwrap_or(0);
             let ty = plan::TensorType(plan::DType::I32, shape);

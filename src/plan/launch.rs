@@ -126,6 +126,8 @@ pub enum Arg {
     Float(f32),
     /// A 32-bit integer: 1 if there are [`Launch::early`] reads, else 0.
     Early,
+    /// The address of this counter of [`StateRole::Claims`](super::StateRole::Claims), which no other step of the bucket has.
+    Claim(u32),
     /// How boxes of one of the step's reads are copied; the runtime makes the driver's form of it.
     Map(TensorMap),
 }

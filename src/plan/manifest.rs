@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Kernel, Launch, Semantic, Service};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 4;
+pub const FORMAT_VERSION: u32 = 5;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -335,6 +335,9 @@ pub enum StateRole {
     Stops,
     /// Number of steps that have published tokens, one 64-bit number as i32 `[2]`.
     StepCounter,
+    /// Counters by which the blocks of a launch claim work, i32 `[steps of the longest bucket]`: zeros, whenever no launch that has
+    /// one is on its way.
+    Claims,
 }
 
 /// A buffer exchanged with the host.

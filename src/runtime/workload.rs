@@ -6,6 +6,16 @@ use super::executor::{Batch, Executor, SamplingParams};
 use super::sampling::uniform;
 use crate::plan::{Manifest, Phase};
 
+/// How the rows that sequences have behind them come into the state.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum History {
+    /// They are run.
+    #[default]
+    Run,
+    /// What the state holds by then counts as them: enough for one step, or for its time, and there at once.
+    Held,
+}
+
 /// Random sequences in all slots that a bucket can hold, with pages of their own.
 #[derive(Clone, Debug)]
 pub struct Workload {
@@ -73,17 +83,21 @@ impl Workload {
         batch
     }
 
-    /// Runs rows of every sequence until each has `positions` of them in the state, in the plan's largest prefill bucket, or by
-    /// decode steps where there is none.
+    /// Sees to it that every sequence has `positions` rows behind it: run in the plan's largest prefill bucket, or by decode
+    /// steps where there is none, or held by the state already.
     ///
     /// # Errors
     /// No room, or the device failed.
-    pub fn fill(&mut self, executor: &mut dyn Executor, positions: &[usize]) -> Result<()> {
+    pub fn fill(&mut self, executor: &mut dyn Executor, positions: &[usize], history: History) -> Result<()> {
         ensure!(
             positions.iter().all(|&n| n <= self.room()),
             "{positions:?} positions, each has room for {}",
             self.room()
         );
+        if history == History::Held {
+            self.positions.copy_from_slice(positions);
+            return Ok(());
+        }
         let program = executor.manifest().ranks.first().context("a plan without ranks")?;
         let largest = program.buckets.iter().rposition(|bucket| bucket.phase == Phase::Prefill);
         let bucket = largest.or(program.buckets.len().checked_sub(1)).context("a plan without buckets")?;
@@ -109,12 +123,18 @@ impl Workload {
     }
 }
 
-/// Random rows for a bucket: sequences of different lengths, at different positions, with up to `context` rows behind them that
-/// have been run, and some rows of padding.
+/// Random rows for a bucket: sequences of different lengths, at different positions, with up to `context` rows behind them by
+/// `history`, and some rows of padding.
 ///
 /// # Errors
 /// The plan has too little room, or the device failed.
-pub fn random_batch(executor: &mut dyn Executor, bucket: usize, context: usize, seed: u64) -> Result<Batch> {
+pub fn random_batch(
+    executor: &mut dyn Executor,
+    bucket: usize,
+    context: usize,
+    seed: u64,
+    history: History,
+) -> Result<Batch> {
     let program = executor.manifest().ranks.first().context("a plan without ranks")?;
     let at = program.buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
     let (tokens, sequences, phase) = (at.tokens as usize, at.sequences as usize, at.phase);
@@ -126,7 +146,7 @@ pub fn random_batch(executor: &mut dyn Executor, bucket: usize, context: usize, 
         let mut work = Workload::new(executor, count, max_context.min(context + 1), seed)?;
         let most = work.room().min(max_context).saturating_sub(1).min(context);
         let behind: Vec<usize> = (0..count).map(|_| work.draw(most + 1)).collect();
-        work.fill(executor, &behind)?;
+        work.fill(executor, &behind, history)?;
         return Ok(work.batch(&(0..count).map(|i| (i, 1)).collect::<Vec<_>>()));
     }
     let count = sequences.min(4).min(pages);
@@ -135,7 +155,7 @@ pub fn random_batch(executor: &mut dyn Executor, bucket: usize, context: usize, 
     // Some begin anew, some go on.
     let behind: Vec<usize> =
         (0..count).map(|i| if i % 2 == 0 { 0 } else { work.draw(room.min(context).max(1)) }).collect();
-    work.fill(executor, &behind)?;
+    work.fill(executor, &behind, history)?;
     let mut left = (tokens - tokens / 16).max(1);
     let mut shares = vec![];
     for (i, behind) in behind.iter().enumerate() {

@@ -6,7 +6,7 @@ use lfm2c::codegen::CompileOptions;
 use lfm2c::ir::DType;
 use lfm2c::plan::PlanFile;
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
-use lfm2c::runtime::workload::random_batch;
+use lfm2c::runtime::workload::{History, random_batch};
 use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use libtest_mimic::{Failed, Trial};
 
@@ -38,7 +38,7 @@ fn replays(file: &PlanFile) -> Result<(), Failed> {
     for bucket in 0..executor.program().buckets.len() {
         let mut first: Option<(Vec<i32>, Vec<f32>)> = None;
         for replay in 0..REPLAYS {
-            let batch = random_batch(&mut executor, bucket, 40, 3).map_err(fail)?;
+            let batch = random_batch(&mut executor, bucket, 40, 3, History::Run).map_err(fail)?;
             let tokens = executor.run(bucket, &batch).map_err(fail)?;
             let mut logits = vec![];
             if replay % 10 == 0 || first.is_none() {

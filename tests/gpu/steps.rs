@@ -9,7 +9,7 @@ use lfm2c::ir::DType;
 use lfm2c::passes;
 use lfm2c::runtime::compare::{bound, compare_step};
 use lfm2c::runtime::cuda::{Graphs, kernel_name};
-use lfm2c::runtime::workload::random_batch;
+use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
 use crate::models::{SHAPES, Shape, cpu, gpu, plan};
@@ -31,11 +31,11 @@ pub fn trials() -> Vec<Trial> {
     for shape in SHAPES {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             trials.push(Trial::test(format!("steps {} {dtype}", shape.name), move || {
-                check(shape, &options(dtype)).map(drop)
+                check(shape, &options(dtype), History::Run).map(drop)
             }));
             trials.push(Trial::test(format!("unfused steps {} {dtype}", shape.name), move || {
                 let disabled = passes::names().into_iter().map(str::to_owned).collect();
-                check(shape, &CompileOptions { disabled, ..options(dtype) }).map(drop)
+                check(shape, &CompileOptions { disabled, ..options(dtype) }, History::Run).map(drop)
             }));
             trials.push(Trial::test(format!("candidates {} {dtype}", shape.name), move || candidates(shape, dtype)));
             if dtype != DType::F32 {
@@ -46,7 +46,8 @@ pub fn trials() -> Vec<Trial> {
         for left_out in passes::names().into_iter().filter(|name| name.starts_with("fuse") || name.starts_with("group"))
         {
             trials.push(Trial::test(format!("steps {} without {left_out}", shape.name), move || {
-                check(shape, &CompileOptions { disabled: vec![left_out.into()], ..options(DType::BF16) }).map(drop)
+                check(shape, &CompileOptions { disabled: vec![left_out.into()], ..options(DType::BF16) }, History::Run)
+                    .map(drop)
             }));
         }
     }
@@ -54,7 +55,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Compares every step; gives the names of the kernels that ran.
-fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Failed> {
+fn check(shape: &Shape, options: &CompileOptions, history: History) -> Result<BTreeSet<String>, Failed> {
     let file = plan(shape, options);
     let (mut gpu, mut cpu) = (gpu(&file, Graphs::Off), cpu(&file));
     let bound = bound(file.manifest.dtype);
@@ -63,7 +64,10 @@ fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Fa
     let program = gpu.program().clone();
     for (i, bucket) in program.buckets.iter().enumerate() {
         gpu.poison(0xff).map_err(fail)?;
-        let batch = random_batch(&mut gpu, i, 40, 11 + i as u64).map_err(fail)?;
+        if history == History::Held {
+            gpu.randomize_state(i as u64).map_err(fail)?;
+        }
+        let batch = random_batch(&mut gpu, i, 40, 11 + i as u64, history).map_err(fail)?;
         gpu.poison_arena(0xff).map_err(fail)?;
         gpu.upload(i, &batch).map_err(fail)?;
         for (at, step) in bucket.steps.iter().enumerate() {
@@ -86,19 +90,20 @@ fn check(shape: &Shape, options: &CompileOptions) -> Result<BTreeSet<String>, Fa
 }
 
 /// Runs every candidate of every problem at least once. `LFM2C_CANDIDATES=3,4` runs those rounds alone, so that what is slow
-/// under a sanitizer can be divided among processes; `0` only says how many there are.
+/// under a sanitizer can be divided among processes, over a state of random numbers, as running rows to fill it would take most of
+/// the time; `0` only says how many there are.
 fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     let options = CompileOptions { prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
     let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
     let most = problems.problems().map(|(_, candidates)| candidates.len()).max().unwrap_or(0);
-    let rounds: Vec<usize> = match std::env::var("LFM2C_CANDIDATES") {
-        Ok(list) => list.split(',').map(|n| n.trim().parse()).collect::<Result<_, _>>()?,
-        Err(_) => (1..=most).collect(),
+    let (rounds, history): (Vec<usize>, _) = match std::env::var("LFM2C_CANDIDATES") {
+        Ok(list) => (list.split(',').map(|n| n.trim().parse()).collect::<Result<_, _>>()?, History::Held),
+        Err(_) => ((1..=most).collect(), History::Run),
     };
     let mut seen = BTreeSet::new();
     for nth in rounds.into_iter().filter(|nth| (1..=most).contains(nth)) {
         let tactics = Tactics { nth: Some(nth), ..Tactics::default() };
-        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
+        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() }, history)?);
     }
     println!("{} {dtype}: {} kernels of {most} rounds", shape.name, seen.len());
     Ok(())
@@ -118,7 +123,7 @@ fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
         let chosen = own.iter().filter(|(_, names)| !names.is_empty());
         let chosen = chosen.map(|(key, names)| ((*key).to_owned(), names[nth % names.len()].clone())).collect();
         let tactics = Tactics { chosen, ..Tactics::default() };
-        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() })?);
+        seen.extend(check(shape, &CompileOptions { tactics, ..options.clone() }, History::Run)?);
     }
     println!("{} {dtype}: {} kernels", shape.name, seen.iter().filter(|name| name.starts_with("wgmma ")).count());
     Ok(())

@@ -164,6 +164,11 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Int, Arg::Early)
     }
 
+    /// A counter of the step's own by which blocks claim work; lowering says which one.
+    pub fn claim(&mut self, name: &str) -> &mut Self {
+        self.param(name, ParamType::Out(DType::I32), Arg::Claim(0))
+    }
+
     fn param(&mut self, name: &str, ty: ParamType, arg: Arg) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));
         self.constant.push(false);

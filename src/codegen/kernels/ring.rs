@@ -14,7 +14,10 @@ use super::{Problem, Twin};
 pub struct Ring;
 
 /// Configurations offered, at the most.
-const MOST: usize = 8;
+const MOST: usize = 18;
+
+/// Claimed items that a block remembers.
+const CLAIMED: u64 = 16;
 
 /// Rows of a weight in a tile.
 const TILE: u64 = 8;
@@ -61,7 +64,7 @@ impl Twin for Ring {
 /// How the work is divided.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
-    /// Warps of a block.
+    /// Warps of a block that multiply.
     warps: u64,
     /// Slots of the ring, at the most.
     slots: u64,
@@ -71,10 +74,16 @@ struct Shape {
     per_sm: u64,
     /// Whether rows are copied each by itself, though they are adjacent.
     apart: bool,
+    /// Whether blocks claim items beyond their first ones, so that who is faster does more.
+    claims: bool,
 }
 
 const fn shape(warps: u64, slots: u64, columns: u64, per_sm: u64) -> Shape {
-    Shape { warps, slots, columns, per_sm, apart: false }
+    Shape { warps, slots, columns, per_sm, apart: false, claims: false }
+}
+
+const fn claiming(shape: Shape) -> Shape {
+    Shape { claims: true, ..shape }
 }
 
 impl Shape {
@@ -87,6 +96,11 @@ impl Shape {
 /// Best guess first. 2048 columns are 32 KiB a unit.
 const SHAPES: &[Shape] = &[
     shape(8, 2, 2048, 2),
+    claiming(shape(8, 2, 2048, 2)),
+    claiming(shape(8, 3, 2048, 1)),
+    claiming(Shape { apart: true, ..shape(8, 2, 2048, 2) }),
+    claiming(shape(8, 4, 1024, 2)),
+    claiming(shape(8, 6, 1024, 1)),
     shape(8, 3, 1024, 2),
     shape(8, 2, 1024, 2),
     shape(8, 4, 1024, 2),
@@ -136,25 +150,33 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let run = if shape.apart { 1 } else { run };
 
     let items = list.groups * (n / TILE);
-    let rounds = items.div_ceil((SMS * shape.per_sm).min(items));
-    let blocks = items.div_ceil(rounds);
-    let slots = shape.slots.min(rounds * list.subs * chunks);
+    let most_blocks = (SMS * shape.per_sm).min(items);
+    let rounds = items.div_ceil(most_blocks);
+    let units = list.subs * chunks;
+    let slots = shape.slots.min(rounds * units);
+    // Who claims has the first slots' items for sure, and all items the same rows.
+    let own = slots.div_ceil(units);
+    let blocks = if shape.claims { most_blocks.min(items / (own + 1)) } else { items.div_ceil(rounds) };
+    if shape.claims && (slots < 2 || blocks < SMS.min(items) || list.groups > list.sharing) {
+        return None;
+    }
     let pairs = matches!(product.routing, Routing::Pairs { .. });
     // One row has a kernel of its own, more rows share one.
     let width = if pairs || frame::rows_together(product) == 1 { 1 } else { columns };
     let sums = list.subs * shape.warps * width * TILE;
     let room = list.room.min((list.groups * list.subs).next_multiple_of(32));
     let pitch = k.next_multiple_of(64) + 32;
-    let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 12).next_multiple_of(16);
+    let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
     let with_rows = |rows| beside + rows * pitch * 2;
     let shared = with_rows(list.staged_rows);
     if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * list.subs * chunks > i32::MAX as u64 {
         return None;
     }
     let most_rows = if list.staged_rows == 1 || pairs { list.staged_rows } else { columns };
-    // The convolution has more on its way.
-    let threads = if matches!(product.prologue, Prologue::ShortConv(_)) { 768 } else { THREADS_OF_SM };
-    let resident = (SHARED_OF_SM / (with_rows(most_rows) + SHARED_BESIDE)).clamp(1, threads / (shape.warps * 32));
+    // One more fills slots. The convolution has more on its way.
+    let block_warps = shape.warps + 1;
+    let multiplying = if matches!(product.prologue, Prologue::ShortConv(_)) { 768 } else { THREADS_OF_SM };
+    let resident = (SHARED_OF_SM / (with_rows(most_rows) + SHARED_BESIDE)).clamp(1, multiplying / (shape.warps * 32));
 
     let norm = matches!(product.prologue, Prologue::Norm { .. });
     let mut builder = Builder::new(problem);
@@ -169,7 +191,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
         ("LINE", line),
         ("RUN", run),
         // Pairs of several rows may share experts.
-        ("ONCE", u64::from(!pairs)),
+        ("ONCE", u64::from(!matches!(product.routing, Routing::Pairs { rows: 2.., .. }))),
         ("PART", k),
         ("PITCH", pitch),
         ("SPLIT", 1),
@@ -183,6 +205,9 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
         ("BLOCK", block.unwrap_or(1)),
         ("GROUP_ROOM", room),
         ("RESIDENT", resident),
+        ("CLAIMS", u64::from(shape.claims)),
+        ("CLAIMED", CLAIMED),
+        ("OWN", own),
     ];
     for (name, value) in constants {
         builder.constant(name, value);
@@ -202,10 +227,16 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     if shape.apart {
         config += " apart";
     }
+    if shape.claims {
+        builder.claim("claims");
+        config += " claims";
+    } else {
+        builder.line("constexpr int* claims = nullptr;");
+    }
     if matches!(product.routing, Routing::Grouped { .. }) {
         config += &format!(" columns={columns}");
     }
-    Some(builder.finish(config, [blocks, 1, 1], u32::try_from(shape.warps * 32).ok()?, shared))
+    Some(builder.finish(config, [blocks, 1, 1], u32::try_from(block_warps * 32).ok()?, shared))
 }
 
 #[cfg(test)]
@@ -289,6 +320,27 @@ mod tests {
         of(&samples::combine(half, half, 1, [32, 4], 2048, 1792), "warps=8 slots=2 chunk=1792 blocks=256");
         of(&samples::combine(half, half, 1, [32, 4], 2048, 1792), "warps=4 slots=4 chunk=896 blocks=256");
         of(&samples::residual(half, half, 1, 2048, 7168), "warps=8 slots=2 chunk=1792 blocks=256");
+    }
+
+    #[test]
+    fn blocks_claim_what_is_not_theirs_for_sure() {
+        let half = DType::BF16;
+        let claiming = |sample: &Sample| -> Vec<Specialised> {
+            found(sample).into_iter().filter(|one| one.config.ends_with(" claims")).collect()
+        };
+        let experts = claiming(&samples::pairs(half, half, 1, [32, 4], 3584, 2048));
+        let first = &experts[0];
+        assert_eq!(
+            (first.config.as_str(), first.launch.grid[0]),
+            ("warps=8 slots=2 chunk=2048 blocks=264 claims", 264)
+        );
+        assert!(first.prelude().contains("OWN = 2"), "{}", first.prelude());
+        assert_eq!(first.launch.args.iter().filter(|arg| matches!(arg, crate::plan::Arg::Claim(_))).count(), 1);
+        // Fewer blocks, so that something is left to claim.
+        assert_eq!(claiming(&samples::norm(half, half, 1, 6144, 2048))[0].launch.grid[0], 256);
+        // An item for each block; and items of different rows.
+        assert!(claiming(&samples::combine(half, half, 1, [32, 4], 2048, 1792)).is_empty());
+        assert!(claiming(&samples::pairs(half, half, 4, [32, 4], 3584, 2048)).is_empty());
     }
 
     /// Writes every candidate's text for the compiler: `KERNEL_TEXTS=DIR cargo test --lib ring`.

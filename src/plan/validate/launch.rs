@@ -1,9 +1,12 @@
 //! Kernels, and the launches of steps.
 
+use std::collections::HashSet;
+
 use super::Faults;
 use super::bucket::Context;
 use crate::plan::{
-    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Semantic, Step, Target, TensorMap, TensorType, settled,
+    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Program, Semantic, StateRole, Step, Target, TensorMap,
+    TensorType, settled,
 };
 
 const MAX_KERNELS: usize = 1 << 12;
@@ -64,13 +67,14 @@ fn check_kernel(kernel: &Kernel, cubins: usize) -> Result<(), String> {
 /// Checks the launches of a program's steps.
 pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
     for bucket in &context.program.buckets {
+        let mut claimed = HashSet::new();
         for (i, step) in bucket.steps.iter().enumerate() {
             if faults.full() {
                 return;
             }
             let at = format_args!("{at}, bucket {}, step {}", bucket.name, step.name);
             let checked = check_step(context, step).and_then(|()| check_early(&bucket.steps[..=i]));
-            faults.note(at, checked);
+            faults.note(at, checked.and_then(|()| check_claims(context.program, step, &mut claimed)));
         }
     }
 }
@@ -96,6 +100,25 @@ fn check_step(context: &Context, step: &Step) -> Result<(), String> {
     let semantic = semantics.get(step.op as usize).ok_or_else(|| format!("no semantic {}", step.op))?;
     for (&arg, Param(name, ty)) in launch.args.iter().zip(&kernel.params) {
         check_arg(arg, *ty, semantic).map_err(|fault| format!("argument `{name}` of {}: {fault}", kernel.name))?;
+    }
+    Ok(())
+}
+
+/// Checks that a step's counters are there, and that no step before it has one of them.
+fn check_claims(program: &Program, step: &Step, claimed: &mut HashSet<u32>) -> Result<(), String> {
+    let counters = program.states.iter().filter(|state| state.role == StateRole::Claims);
+    let room = counters.filter_map(|state| state.ty.elements()).sum::<u64>();
+    for arg in step.launch.iter().flat_map(|launch| &launch.args) {
+        if let Arg::Claim(i) = *arg {
+            if u64::from(i) >= room {
+                return Err(format!("{arg:?}: expected one of {room} counters"));
+            }
+            if !claimed.insert(i) {
+                return Err(format!(
+                    "{arg:?}: expected a counter of the step's own, found one that a step before it has"
+                ));
+            }
+        }
     }
     Ok(())
 }
@@ -148,6 +171,7 @@ fn check_arg(arg: Arg, ty: ParamType, semantic: &Semantic) -> Result<(), String>
             check_map(&map, ty)?;
             ty.0 == dtype
         }
+        (Arg::Claim(_), ParamType::Out(dtype)) => dtype == DType::I32,
         (Arg::Int(_) | Arg::Early, ParamType::Int)
         | (Arg::Long(_), ParamType::Long)
         | (Arg::Float(_), ParamType::Float) => true,

@@ -44,8 +44,14 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         faults.note(at, check_state(state, language.then_some(&manifest.limits)));
     }
     inside("state", pool.state, places, at, faults);
-    let single =
-        [StateRole::BlockTable, StateRole::Sampling, StateRole::LastToken, StateRole::Stops, StateRole::StepCounter];
+    let single = [
+        StateRole::BlockTable,
+        StateRole::Sampling,
+        StateRole::LastToken,
+        StateRole::Stops,
+        StateRole::StepCounter,
+        StateRole::Claims,
+    ];
     for role in single {
         let count = program.states.iter().filter(|state| state.role == role).count();
         if language && count > 1 {
@@ -166,6 +172,7 @@ fn check_state(state: &State, limits: Option<&Limits>) -> Result<(), String> {
         StateRole::LastToken => (vec![limits.map(|limits| limits.max_sequences)], true),
         StateRole::Stops => (vec![limits.map(|limits| limits.max_sequences), Some(STOP_COLUMNS)], true),
         StateRole::StepCounter => (vec![Some(2)], true),
+        StateRole::Claims => (vec![None], true),
     };
     let fits = shape.len() == expected.len()
         && shape.iter().zip(&expected).all(|(found, expected)| expected.is_none_or(|expected| expected == *found));

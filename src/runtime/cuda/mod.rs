@@ -21,8 +21,13 @@ pub use self::program::{check_device, kernel_name, offset};
 use self::run::Flight;
 use crate::cuda::{Device, DeviceMemory, Stream};
 use crate::plan::{Manifest, PlanFile, Program, Ref, TensorType};
+use crate::runtime::convert::write_f32;
 use crate::runtime::forced::ForcedExperts;
 use crate::runtime::io;
+use crate::runtime::sampling::uniform;
+
+/// Different numbers that random state is made of.
+const RANDOM_NUMBERS: u64 = 1 << 20;
 
 /// Whether buckets run as captured graphs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -182,6 +187,26 @@ impl CudaExecutor {
             self.pool.fill(start..start + state.ty.bytes().unwrap_or(0) as usize, byte, stream)?;
         }
         Ok(stream.synchronize()?)
+    }
+
+    /// Fills caches and rings with random numbers from [-1, 1): a history as good as any where one step counts, or its time.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn randomize_state(&mut self, seed: u64) -> Result<()> {
+        use crate::plan::StateRole::{ConvRing, KvPages};
+        let program = &self.manifest.ranks[self.rank];
+        let values: Vec<f32> = (0..RANDOM_NUMBERS).map(|n| 2.0 * uniform(seed, n) - 1.0).collect();
+        for state in program.states.iter().filter(|state| matches!(state.role, KvPages | ConvRing)) {
+            let start = (program.pool.state.offset + state.offset) as usize;
+            let end = start + state.ty.bytes().context("a state that overflows")? as usize;
+            let mut bytes = vec![0; values.len() * state.ty.0.bytes() as usize];
+            write_f32(state.ty.0, &values, &mut bytes);
+            for at in (start..end).step_by(bytes.len()) {
+                self.pool.write(at, &bytes[..bytes.len().min(end - at)], self.streams.main())?;
+            }
+        }
+        Ok(self.streams.main().synchronize()?)
     }
 
     /// Fills the arena with a byte.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::cuda::{Argument, Boxes, Device, Element, Function, LaunchShape, Module, Stream, TensorMap};
 use crate::plan::{
-    self, Arg, DType, Kernel, Manifest, Param, PlanFile, Program, Promotion, Ref, ServiceRole, Step, Target,
+    self, Arg, DType, Kernel, Manifest, Param, PlanFile, Program, Promotion, Ref, ServiceRole, StateRole, Step, Target,
 };
 
 /// A step, ready to be launched.
@@ -136,6 +136,13 @@ impl Kernels {
         let args = launch.args.iter().map(|arg| match *arg {
             Arg::Read(i) => address(&step.reads, i).map(Argument::Bits),
             Arg::Write(i) => address(&step.writes, i).map(Argument::Bits),
+            Arg::Claim(i) => {
+                let state = program.states.iter().position(|state| state.role == StateRole::Claims);
+                let state =
+                    state.with_context(|| format!("step {}: the plan has no {:?}", step.name, StateRole::Claims))?;
+                let start = pool + offset(program, bucket, Ref::State(state as u32))?;
+                Ok(Argument::Bits(start + u64::from(i) * DType::I32.bytes()))
+            }
             Arg::Int(value) => Ok(Argument::Bits(u64::from(value as u32))),
             Arg::Long(value) => Ok(Argument::Bits(value as u64)),
             Arg::Float(value) => Ok(Argument::Bits(u64::from(value.to_bits()))),

@@ -9,7 +9,7 @@ use crate::runtime::convert::write_f32;
 use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::executor::{Batch, Executor, PENDING, SamplingParams};
 use crate::runtime::sampling::uniform;
-use crate::runtime::workload::Workload;
+use crate::runtime::workload::{History, Workload};
 
 /// What is measured, and how often.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -22,11 +22,13 @@ pub struct Options {
     pub temperature: f32,
     /// Of random tokens and inputs.
     pub seed: u64,
+    /// How the positions behind sequences come into the state.
+    pub history: History,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { context: 256, steps: 200, temperature: 0.0, seed: 0 }
+        Options { context: 256, steps: 200, temperature: 0.0, seed: 0, history: History::Run }
     }
 }
 
@@ -54,7 +56,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Makes inputs for a bucket and runs what must be in the state before. A decode bucket gets a row of each of its sequences; a
+    /// Makes inputs for a bucket and sees to what must be in the state before. A decode bucket gets a row of each of its sequences; a
     /// prefill bucket gets whole prompts, as few as fill it.
     ///
     /// # Errors
@@ -78,7 +80,7 @@ impl Inputs {
             let mut work = workload(executor, rows, wanted, options)?;
             let positions = work.room().min(max_context);
             let context = context(options.context, positions)?;
-            work.fill(executor, &vec![context; rows])?;
+            work.fill(executor, &vec![context; rows], options.history)?;
             let batch = work.batch(&(0..rows).map(|i| (i, 1)).collect::<Vec<_>>());
             return Ok(Inputs { batch: Some(batch), rows, context, room: positions - context });
         }
