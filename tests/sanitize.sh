@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every candidate of every kernel under compute-sanitizer: tests/sanitize.sh [memcheck|racecheck|initcheck|synccheck]...
-# Several processes at a time share the device, because most of the time goes to the sanitizer's own work on the host. Prints a
-# line for each tool, shape and type, and fails if one of them is not clean or did not run. TEST=FILE names a built test binary,
-# LIMIT=SECONDS says when to stop and count what was not run as a failure.
+# Several processes at a time share the device; of racecheck two, because its work is done there. Prints a line for each tool, shape
+# and type, and fails if one of them is not clean or did not run. TEST=FILE names a built test binary, JOBS=N says how many at a
+# time, LIMIT=SECONDS when to stop and count what was not run as a failure.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 tools=("$@")
@@ -29,7 +29,13 @@ while IFS= read -r trial; do
     rounds=$(LFM2C_CANDIDATES=0 "$test" "$trial" --exact | sed -n 's/.* of \([0-9]*\) rounds$/\1/p')
     for tool in "${tools[@]}"; do for round in $(seq 1 "${rounds:?}"); do echo "$tool|$trial|$round"; done; done
 done <"$logs/trials" >"$logs/list"
-timeout "${LIMIT:-0}" xargs -d '\n' -P "${JOBS:-8}" -I{} bash -c 'one "$1"' _ {} <"$logs/list"
+for tool in "${tools[@]}"; do
+    left=0
+    [ -z "${LIMIT:-}" ] || left=$((LIMIT > SECONDS ? LIMIT - SECONDS : 1))
+    jobs=8
+    [ "$tool" != racecheck ] || jobs=2
+    grep "^$tool|" "$logs/list" | timeout "$left" xargs -d '\n' -P "${JOBS:-$jobs}" -I{} bash -c 'one "$1"' _ {}
+done
 touch "$logs/codes"
 
 failed=0
