@@ -106,8 +106,8 @@ fn check_step(context: &Context, step: &Step) -> Result<(), String> {
 
 /// Checks that a step's counters are there, and that no step before it has one of them.
 fn check_claims(program: &Program, step: &Step, claimed: &mut HashSet<u32>) -> Result<(), String> {
-    let counters = program.states.iter().filter(|state| state.role == StateRole::Claims);
-    let room = counters.filter_map(|state| state.ty.elements()).sum::<u64>();
+    let counters = program.states.iter().find(|state| state.role == StateRole::Claims);
+    let room = counters.and_then(|state| state.ty.elements()).unwrap_or(0);
     for arg in step.launch.iter().flat_map(|launch| &launch.args) {
         if let Arg::Claim(i) = *arg {
             if u64::from(i) >= room {
