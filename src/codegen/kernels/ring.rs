@@ -13,9 +13,6 @@ use super::{Problem, Twin};
 /// The twin.
 pub struct Ring;
 
-/// Configurations offered, at the most.
-const MOST: usize = 18;
-
 /// Claimed items that a block remembers.
 const CLAIMED: u64 = 16;
 
@@ -57,7 +54,7 @@ impl Twin for Ring {
         }
         let some_even = found.iter().any(|(even, _)| *even);
         found.retain(|(even, _)| *even || !some_even);
-        found.into_iter().map(|(_, specialised)| specialised).take(MOST).collect()
+        found.into_iter().map(|(_, specialised)| specialised).collect()
     }
 }
 
@@ -169,7 +166,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
     let with_rows = |rows| beside + rows * pitch * 2;
     let shared = with_rows(list.staged_rows);
-    if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * list.subs * chunks > i32::MAX as u64 {
+    if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * units > i32::MAX as u64 {
         return None;
     }
     let most_rows = if list.staged_rows == 1 || pairs { list.staged_rows } else { columns };
@@ -293,7 +290,7 @@ mod tests {
     fn candidates_differ_and_fit() {
         for sample in samples::all(DType::BF16, DType::BF16) {
             let candidates = found(&sample);
-            assert!(candidates.len() <= MOST, "{}", sample.name);
+            assert!(candidates.len() <= SHAPES.len(), "{}", sample.name);
             for (i, one) in candidates.iter().enumerate() {
                 assert!(one.launch.shared <= 231_936 && one.launch.cluster == 1, "{}", sample.name);
                 assert!(candidates[..i].iter().all(|other| other.config != one.config), "{}", one.config);

@@ -10,6 +10,7 @@ pub mod measure;
 mod program;
 mod run;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,14 +21,14 @@ use self::program::{Kernels, Ready};
 pub use self::program::{check_device, kernel_name, offset};
 use self::run::Flight;
 use crate::cuda::{Device, DeviceMemory, Stream};
-use crate::plan::{Manifest, PlanFile, Program, Ref, TensorType};
+use crate::plan::{DType, Manifest, PlanFile, Program, Ref, StateRole, TensorType};
 use crate::runtime::convert::write_f32;
 use crate::runtime::forced::ForcedExperts;
 use crate::runtime::io;
 use crate::runtime::sampling::uniform;
 
-/// Different numbers that random state is made of.
-const RANDOM_NUMBERS: u64 = 1 << 20;
+/// Random numbers that memory is filled with again and again: an odd number, so that no two rows get the same.
+const RANDOM_NUMBERS: u64 = (1 << 21) + 1009;
 
 /// Whether buckets run as captured graphs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -181,10 +182,8 @@ impl CudaExecutor {
         for region in [program.pool.arena, program.pool.io] {
             self.pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, byte, stream)?;
         }
-        use crate::plan::StateRole::{ConvRing, KvPages};
-        for state in program.states.iter().filter(|state| matches!(state.role, KvPages | ConvRing)) {
-            let start = (program.pool.state.offset + state.offset) as usize;
-            self.pool.fill(start..start + state.ty.bytes().unwrap_or(0) as usize, byte, stream)?;
+        for (range, _) in self.histories() {
+            self.pool.fill(range, byte, stream)?;
         }
         Ok(stream.synchronize()?)
     }
@@ -194,19 +193,29 @@ impl CudaExecutor {
     /// # Errors
     /// The device failed.
     pub fn randomize_state(&mut self, seed: u64) -> Result<()> {
-        use crate::plan::StateRole::{ConvRing, KvPages};
-        let program = &self.manifest.ranks[self.rank];
-        let values: Vec<f32> = (0..RANDOM_NUMBERS).map(|n| 2.0 * uniform(seed, n) - 1.0).collect();
-        for state in program.states.iter().filter(|state| matches!(state.role, KvPages | ConvRing)) {
+        self.histories().try_for_each(|(range, dtype)| self.randomize(range, dtype, seed))
+    }
+
+    /// Places and element types of caches and rings.
+    fn histories(&self) -> impl Iterator<Item = (Range<usize>, DType)> {
+        let program = self.program();
+        let states =
+            program.states.iter().filter(|state| matches!(state.role, StateRole::KvPages | StateRole::ConvRing));
+        states.map(|state| {
             let start = (program.pool.state.offset + state.offset) as usize;
-            let end = start + state.ty.bytes().context("a state that overflows")? as usize;
-            let mut bytes = vec![0; values.len() * state.ty.0.bytes() as usize];
-            write_f32(state.ty.0, &values, &mut bytes);
-            for at in (start..end).step_by(bytes.len()) {
-                self.pool.write(at, &bytes[..bytes.len().min(end - at)], self.streams.main())?;
-            }
+            (start..start + state.ty.bytes().unwrap_or(0) as usize, state.ty.0)
+        })
+    }
+
+    /// Fills a part of the pool with random numbers from [-1, 1) of a type.
+    fn randomize(&self, range: Range<usize>, dtype: DType, seed: u64) -> Result<()> {
+        let values: Vec<f32> = (0..RANDOM_NUMBERS).map(|n| 2.0 * uniform(seed, n) - 1.0).collect();
+        let mut bytes = vec![0; values.len() * dtype.bytes() as usize];
+        write_f32(dtype, &values, &mut bytes);
+        for at in range.clone().step_by(bytes.len()) {
+            self.pool.write(at, &bytes[..bytes.len().min(range.end - at)], self.streams.main())?;
         }
-        Ok(self.streams.main().synchronize()?)
+        Ok(())
     }
 
     /// Fills the arena with a byte.

@@ -137,11 +137,8 @@ impl Kernels {
             Arg::Read(i) => address(&step.reads, i).map(Argument::Bits),
             Arg::Write(i) => address(&step.writes, i).map(Argument::Bits),
             Arg::Claim(i) => {
-                let state = program.states.iter().position(|state| state.role == StateRole::Claims);
-                let state =
-                    state.with_context(|| format!("step {}: the plan has no {:?}", step.name, StateRole::Claims))?;
-                let start = pool + offset(program, bucket, Ref::State(state as u32))?;
-                Ok(Argument::Bits(start + u64::from(i) * DType::I32.bytes()))
+                let start = offset(program, bucket, state(program, StateRole::Claims)?)?;
+                Ok(Argument::Bits(pool + start + u64::from(i) * DType::I32.bytes()))
             }
             Arg::Int(value) => Ok(Argument::Bits(u64::from(value as u32))),
             Arg::Long(value) => Ok(Argument::Bits(value as u64)),
@@ -201,6 +198,13 @@ fn load_kernel(file: &PlanFile, kernel: &Kernel, shared: u32, device: &Arc<Devic
     let module = Module::load(device, cubin).with_context(what)?;
     let sizes: Vec<usize> = kernel.params.iter().map(|Param(_, ty)| ty.bytes()).collect();
     module.function(&kernel.name, &sizes, shared).with_context(what)
+}
+
+/// The state of a role that one state has.
+pub(super) fn state(program: &Program, role: StateRole) -> Result<Ref> {
+    let at = program.states.iter().position(|state| state.role == role);
+    let what = || format!("the plan has no state for {role:?}; compile it again for this target");
+    Ok(Ref::State(at.with_context(what)? as u32))
 }
 
 /// Where a place lies in the pool.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::CudaExecutor;
-use super::program::{Kernels, Ready, offset};
+use super::program::{Kernels, Ready, offset, state};
 use crate::cuda::{Argument, Device, DeviceMemory, HostMemory, LaunchShape, Stream};
 use crate::plan::{
     Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole,
@@ -90,11 +90,7 @@ impl Flight {
             let at = program.io.iter().position(|io| io.name == name);
             address(Ref::Io(at.with_context(|| format!("the plan has no `{name}`"))? as u32))
         };
-        let state = |role: StateRole| -> Result<u64> {
-            let at = program.states.iter().position(|state| state.role == role);
-            let what = || format!("the plan has no state for {role:?}; compile it again for this target");
-            address(Ref::State(at.with_context(what)? as u32))
-        };
+        let state = |role: StateRole| -> Result<u64> { address(state(program, role)?) };
         let (tokens, pos, slot, rows, next) = (io("tokens")?, io("pos")?, io("slot")?, io("rows")?, io("next")?);
         let (last, stops) = (state(StateRole::LastToken)?, state(StateRole::Stops)?);
         let number = state(StateRole::StepCounter)?;

@@ -8,15 +8,11 @@ use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
 use crate::plan::{Bucket, DType};
-use crate::runtime::convert::write_f32;
 use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::cuda::capture::Lanes;
-use crate::runtime::sampling::uniform;
 
 /// Replays before those that count.
 const WARM: usize = 3;
-/// Random numbers that an arena is filled with again and again: an odd number, so that no two rows get the same.
-const TILE_ELEMENTS: u64 = (1 << 21) + 1009;
 
 /// A kind of block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -129,13 +125,7 @@ fn fill_arena(executor: &CudaExecutor, bucket: usize, seed: u64) -> Result<()> {
     let (program, dtype) = (executor.program(), executor.manifest.dtype);
     let dtype = if dtype == DType::I32 { DType::F32 } else { dtype };
     let (start, bytes) = (program.pool.arena.offset as usize, program.buckets[bucket].arena_bytes as usize);
-    let values: Vec<f32> = (0..TILE_ELEMENTS).map(|n| 2.0 * uniform(seed, n) - 1.0).collect();
-    let mut tile = vec![0; values.len() * dtype.bytes() as usize];
-    write_f32(dtype, &values, &mut tile);
-    for at in (0..bytes).step_by(tile.len()) {
-        executor.pool().write(start + at, &tile[..tile.len().min(bytes - at)], executor.stream())?;
-    }
-    Ok(())
+    executor.randomize(start..start + bytes, dtype, seed)
 }
 
 #[cfg(test)]
