@@ -48,15 +48,9 @@ pub fn bound(dtype: DType) -> f64 {
 /// A step that fails on one of them.
 pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<Vec<Written>> {
     let program = gpu.program();
-    let at = &program.buckets[bucket];
-    let found = &at.steps[step];
+    let found = &program.buckets[bucket].steps[step];
     let semantic = &program.semantics[found.op as usize];
-    for (place, ty) in found.reads.iter().zip(&semantic.inputs) {
-        if !matches!(place, Ref::Weight(_)) {
-            let range = range(program, bucket, *place, ty)?;
-            gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
-        }
-    }
+    fetch_inputs(cpu, gpu, bucket, step)?;
     let states: Vec<(Range<usize>, Vec<u8>, TensorType, String)> = found
         .updates
         .iter()
@@ -84,6 +78,42 @@ pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, st
         list.push(compare(name, &ty, &cpu.pool().bytes()[range], &bytes, Some(&before))?);
     }
     Ok(list)
+}
+
+/// Runs a step on the CPU alone, from what the device holds, and gives the device what it wrote.
+///
+/// # Errors
+/// The step fails, or the device does.
+pub fn supply_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<()> {
+    let program = gpu.program();
+    let found = &program.buckets[bucket].steps[step];
+    let semantic = &program.semantics[found.op as usize];
+    fetch_inputs(cpu, gpu, bucket, step)?;
+    cpu.run_step(bucket, step)?;
+    let written = found.writes.iter().zip(&semantic.outputs).map(|(&place, ty)| range(program, bucket, place, ty));
+    let updated = found.updates.iter().map(|&state| {
+        let ty = &program.states[state as usize].ty;
+        range(program, bucket, Ref::State(state), ty)
+    });
+    for range in written.chain(updated) {
+        let range = range?;
+        gpu.pool().write(range.start, &cpu.pool().bytes()[range], gpu.stream())?;
+    }
+    Ok(())
+}
+
+/// Copies what a step reads, weights left out, from the device.
+fn fetch_inputs(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<()> {
+    let program = gpu.program();
+    let found = &program.buckets[bucket].steps[step];
+    let semantic = &program.semantics[found.op as usize];
+    for (place, ty) in found.reads.iter().zip(&semantic.inputs) {
+        if !matches!(place, Ref::Weight(_)) {
+            let range = range(program, bucket, *place, ty)?;
+            gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
+        }
+    }
+    Ok(())
 }
 
 fn range(program: &Program, bucket: usize, place: Ref, ty: &TensorType) -> Result<Range<usize>> {
