@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < SLOTS; slot++) {
             barrier_make(full + slot, 1);
-            barrier_make(empty + slot, MULTIPLIERS);
+            barrier_make(empty + slot, MULTIPLIERS * WARP);
         }
         barriers_made();
     }
@@ -224,10 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
                 if (!filler) {
                     barrier_wait(full + at, odd);
                     if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
-                    if (UNITS > 1) {
-                        __syncwarp();
-                        if (elected()) barrier_arrive(empty + at);
-                    }
+                    if (UNITS > 1) barrier_arrive(empty + at);
                 } else if (UNITS > 1) {
                     barrier_wait(empty + at, odd);
                     fill(unit + SLOTS);

@@ -7,8 +7,9 @@ use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::ir::DType;
 use lfm2c::passes;
-use lfm2c::plan::{Bucket, Kernel, PlanFile, Step};
+use lfm2c::plan::{Bucket, Kernel, Manifest, PlanFile, Step};
 use lfm2c::runtime::compare::{bound, compare_step, supply_step};
+use lfm2c::runtime::cpu::CpuExecutor;
 use lfm2c::runtime::cuda::{Graphs, kernel_name};
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
@@ -56,15 +57,12 @@ pub fn trials() -> Vec<Trial> {
 fn check(shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
     let file = plan(shape, options);
     let all = file.manifest.ranks[0].buckets.iter().map(|bucket| vec![true; bucket.steps.len()]).collect();
-    compare(&file, all, History::Run)
+    compare(&file, &mut cpu(&file), all, History::Run)
 }
 
 /// Compares the chosen steps of every bucket; the CPU runs the others alone.
-fn compare(file: &PlanFile, chosen: Vec<Vec<bool>>, history: History) -> Result<(), Failed> {
-    if chosen.iter().flatten().all(|&chosen| !chosen) {
-        return Ok(());
-    }
-    let (mut gpu, mut cpu) = (gpu(file, Graphs::Off), cpu(file));
+fn compare(file: &PlanFile, cpu: &mut CpuExecutor, chosen: Vec<Vec<bool>>, history: History) -> Result<(), Failed> {
+    let mut gpu = gpu(file, Graphs::Off);
     let bound = bound(file.manifest.dtype);
     let mut faults = vec![];
     let program = gpu.program().clone();
@@ -79,11 +77,11 @@ fn compare(file: &PlanFile, chosen: Vec<Vec<bool>>, history: History) -> Result<
         gpu.upload(i, &batch).map_err(fail)?;
         for (at, step) in bucket.steps.iter().enumerate().take(last + 1) {
             if !chosen[at] {
-                supply_step(&mut cpu, &gpu, i, at).map_err(fail)?;
+                supply_step(cpu, &gpu, i, at).map_err(fail)?;
                 continue;
             }
             let kernel = kernel_of(file, step);
-            let written = compare_step(&mut cpu, &gpu, i, at).map_err(fail)?;
+            let written = compare_step(cpu, &gpu, i, at).map_err(fail)?;
             for written in written.iter().filter(|written| !written.holds(bound)) {
                 faults.push(format!(
                     "{} {} ({}), %{}: {:e}, {:?}",
@@ -108,42 +106,77 @@ fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
     &file.manifest.kernels[launch.kernel as usize]
 }
 
-/// Compares each kernel once a bucket, over several plans; of `parts` processes that do so, the one for `part` its share.
+/// Compares each kernel once a bucket, over several plans that differ in kernels alone.
 struct Once {
     seen: BTreeSet<(String, String)>,
-    part: usize,
-    parts: usize,
+    cpu: Option<(Manifest, CpuExecutor)>,
     history: History,
 }
 
 impl Once {
-    /// Everything, over what rows left behind; or with `LFM2C_PART=2/5` the second of five shares, over a state of random numbers:
-    /// under a sanitizer, running rows to fill it would take most of the time.
+    /// Over what rows left behind; or with `LFM2C_STATE=random` over a state of random numbers: under a sanitizer, running rows to
+    /// fill it would take most of the time.
     fn new() -> Result<Once, Failed> {
-        let seen = BTreeSet::new();
-        let Ok(text) = std::env::var("LFM2C_PART") else {
-            return Ok(Once { seen, part: 1, parts: 1, history: History::Run });
+        let history = match std::env::var("LFM2C_STATE").as_deref() {
+            Err(_) => History::Run,
+            Ok("random") => History::Held,
+            Ok(other) => return Err(format!("expected LFM2C_STATE=random, found {other}").into()),
         };
-        let (part, parts) = text.split_once('/').ok_or("expected LFM2C_PART=PART/PARTS")?;
-        let (part, parts) = (part.parse()?, parts.parse()?);
-        if !(1..=parts).contains(&part) {
-            return Err(format!("expected a part from 1 to {parts}, found {part}").into());
-        }
-        Ok(Once { seen, part, parts, history: History::Held })
+        Ok(Once { seen: BTreeSet::new(), cpu: None, history })
     }
 
     /// Compares the steps of a plan whose kernels have not had their turn yet.
     fn compare(&mut self, shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
-        let file = plan(shape, options);
-        let mut mine = |bucket: &Bucket, step| {
-            let new = self.seen.insert((bucket.name.clone(), kernel_of(&file, step).source.clone()));
-            new && self.seen.len() % self.parts == self.part - 1
-        };
+        let mut file = plan(shape, options);
+        let mut new =
+            |bucket: &Bucket, step| self.seen.insert((bucket.name.clone(), kernel_of(&file, step).source.clone()));
         let buckets = &file.manifest.ranks[0].buckets;
         let chosen: Vec<Vec<bool>> =
-            buckets.iter().map(|bucket| bucket.steps.iter().map(|step| mine(bucket, step)).collect()).collect();
-        compare(&file, chosen, self.history)
+            buckets.iter().map(|bucket| bucket.steps.iter().map(|step| new(bucket, step)).collect()).collect();
+        if chosen.iter().flatten().all(|&chosen| !chosen) {
+            return Ok(());
+        }
+        let (known, cpu) = self.cpu.get_or_insert_with(|| (without_launches(&file), cpu(&file)));
+        assert!(*known == without_launches(&file), "plans differ in more than kernels");
+        keep_kernels(&mut file, &chosen);
+        compare(&file, cpu, chosen, self.history)
     }
+}
+
+/// A plan but for how its steps run on a device.
+fn without_launches(file: &PlanFile) -> Manifest {
+    let mut manifest = file.manifest.clone();
+    manifest.kernels.clear();
+    manifest.services.clear();
+    manifest.ranks.iter_mut().flat_map(|rank| &mut rank.buckets).flat_map(|bucket| &mut bucket.steps).for_each(
+        |step| {
+            step.launch = None;
+        },
+    );
+    manifest
+}
+
+/// Leaves only the kernels of services and of the chosen steps, because a sanitizer takes its time for each that is loaded. The
+/// other steps can no longer be launched.
+fn keep_kernels(file: &mut PlanFile, chosen: &[Vec<bool>]) {
+    let manifest = &mut file.manifest;
+    let mut kept: Vec<u32> = manifest.services.iter().map(|service| service.1).collect();
+    let steps = manifest.ranks[0].buckets.iter_mut().zip(chosen);
+    for (step, &chosen) in steps.flat_map(|(bucket, chosen)| bucket.steps.iter_mut().zip(chosen)) {
+        let launch = step.launch.as_mut().expect("a plan for the GPU has launches");
+        if chosen {
+            kept.push(launch.kernel);
+        } else {
+            (launch.kernel, launch.shared, launch.args) = (kept[0], 0, vec![]);
+        }
+    }
+    kept.sort_unstable();
+    kept.dedup();
+    let place = |kernel: &mut u32| *kernel = kept.binary_search(kernel).expect("it is kept") as u32;
+    manifest.services.iter_mut().for_each(|service| place(&mut service.1));
+    let steps = manifest.ranks[0].buckets.iter_mut().flat_map(|bucket| &mut bucket.steps);
+    steps.filter_map(|step| step.launch.as_mut()).for_each(|launch| place(&mut launch.kernel));
+    manifest.kernels = kept.iter().map(|&kernel| manifest.kernels[kernel as usize].clone()).collect();
 }
 
 /// Runs every candidate of every problem.
@@ -160,13 +193,13 @@ fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Runs every candidate of `wgmma` with more rows than its largest tiles have.
+/// Runs every candidate of the kernels with the largest tiles, `wgmma` and `flash`, with more rows than those have.
 fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     let options = CompileOptions { prefill: Some(vec![600]), decode: Some(vec![100]), ..options(dtype) };
     let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
-    let own = |names: Vec<&str>| -> Vec<String> {
-        names.into_iter().filter(|name| name.starts_with("wgmma ")).map(str::to_owned).collect()
-    };
+    let large = |name: &str| name.starts_with("wgmma ") || name.starts_with("flash ");
+    let own =
+        |names: Vec<&str>| -> Vec<String> { names.into_iter().filter(|name| large(name)).map(str::to_owned).collect() };
     let own: Vec<(&str, Vec<String>)> = problems.problems().map(|(key, names)| (key, own(names))).collect();
     let most = own.iter().map(|(_, names)| names.len()).max().unwrap_or(0);
     let mut once = Once::new()?;
