@@ -259,8 +259,29 @@ fn block_table(reports: &[BlockReport], ceilings: &Ceilings) -> String {
             ]
         })
         .collect();
+    let stages: Vec<Vec<String>> = reports
+        .iter()
+        .flat_map(|report| report.stages.iter().map(move |stage| (report, stage)))
+        .map(|(report, stage)| {
+            vec![
+                report.bucket.clone(),
+                stage.name.clone(),
+                stage.steps.to_string(),
+                format!("{:.4}", stage.added_ms),
+                format!("{:.2}", 1e3 * stage.added_ms / stage.steps as f64),
+                format!("{:.3}", stage.work.bytes / 1e9),
+                format!("{:.3}", stage.work.flops / 1e9),
+                stage.tflops.map_or_else(|| "-".into(), |tflops| format!("{tflops:.1}")),
+                format!("{:.4}", stage.floor_ms),
+            ]
+        })
+        .collect();
+    let of_stages = ["bucket", "step", "steps", "adds, ms", "each, us", "GB", "Gflop", "TFLOP/s", &floor];
     table(&header, &rows)
+        + "\n"
+        + &table(&of_stages, &stages)
         + "\nms: all layers' blocks as one graph, over random activations, from the end of one replay to the end of the next\n\
+           adds: to the graph of the steps before it of all layers\n\
            experts: mean of the layers' distinct ones (fewest, mean of uniform routing)\n"
 }
 

@@ -119,7 +119,18 @@ impl<'a> Builder<'a> {
         let TensorType(dtype, shape) = self.ty(slot);
         let Slot::In(read) = slot else { unreachable!("a map is of an input") };
         let axis = |i: usize| shape.len().checked_sub(i + 1).map_or(1, |i| shape[i]);
-        let sizes = [axis(0), axis(1), axis(2)];
+        self.map_sized(name, read, *dtype, [axis(0), axis(1), axis(2)], rows)
+    }
+
+    /// The same of an input of any number of axes, of which all but the innermost are one: the rows of all.
+    pub fn row_map(&mut self, name: &str, slot: Slot, rows: u32) -> &mut Self {
+        let TensorType(dtype, shape) = self.ty(slot);
+        let Slot::In(read) = slot else { unreachable!("a map is of an input") };
+        let (last, others) = shape.split_last().map_or((1, &[][..]), |(last, others)| (*last, others));
+        self.map_sized(name, read, *dtype, [last, others.iter().product(), 1], rows)
+    }
+
+    fn map_sized(&mut self, name: &str, read: u32, dtype: DType, sizes: [u64; 3], rows: u32) -> &mut Self {
         let row = sizes[0] * dtype.bytes();
         let map = TensorMap {
             read,
@@ -129,7 +140,7 @@ impl<'a> Builder<'a> {
             swizzle: Swizzle::Bytes128,
             promotion: Promotion::Bytes256,
         };
-        self.param(name, ParamType::Map(*dtype), Arg::Map(map))
+        self.param(name, ParamType::Map(dtype), Arg::Map(map))
     }
 
     /// An integer that the launch passes: what differs between buckets that should share a kernel, such as rows.

@@ -11,6 +11,7 @@ mod attention_decode;
 mod attention_prefill;
 mod builder;
 mod expression;
+mod flash;
 mod frame;
 mod gather_rows;
 mod group_rows;
@@ -93,6 +94,7 @@ pub static TWINS: &[&dyn Twin] = &[
     &head_rope::HeadRope,
     &rope::Rope,
     &kv_write::KvWrite,
+    &flash::Flash,
     &attention_prefill::AttentionPrefill,
     &attention_decode::AttentionDecode,
     &attention::Attention,
@@ -111,6 +113,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
+    ("softmax.cuh", include_str!("../../../kernels/include/softmax.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
     ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),

@@ -1,5 +1,7 @@
 //! Parts of a model alone: the steps of one kind of block of all its layers, as a graph of their own.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
@@ -29,7 +31,7 @@ impl Block {
     /// Positions of its steps in a bucket, in order.
     pub fn steps(self, bucket: &Bucket) -> Vec<usize> {
         let scopes = bucket.steps.iter().filter(|step| step.cost.bytes_per_expert > 0).map(|step| scope(&step.name));
-        let experts: std::collections::BTreeSet<&str> = scopes.collect();
+        let experts: BTreeSet<&str> = scopes.collect();
         let is_part = |name: &str| match self {
             Block::Conv => name.contains(".conv."),
             Block::Attention => name.contains(".attention."),
@@ -64,6 +66,25 @@ pub struct BlockReport {
     pub fraction: f64,
     /// Operations a second.
     pub tflops: f64,
+    /// What the block is made of, in order.
+    pub stages: Vec<StageReport>,
+}
+
+/// What the steps of one name add to their blocks.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct StageReport {
+    /// The name that the steps have in every layer, such as `ffn.expert+swiglu`.
+    pub name: String,
+    /// Steps of all layers.
+    pub steps: usize,
+    /// What they add to the graph of the stages before them, median to median.
+    pub added_ms: f64,
+    /// What they must do at the least.
+    pub work: Work,
+    /// How long that takes.
+    pub floor_ms: f64,
+    /// Operations a second of what they add; none if they add nothing that can be measured.
+    pub tflops: Option<f64>,
 }
 
 /// Times the blocks of one kind over the inputs of a bucket. What they compute means nothing, because the steps between them
@@ -82,27 +103,31 @@ pub fn measure_block(
 ) -> Result<BlockReport> {
     let at = executor.program().buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
     let (name, steps) = (at.name.clone(), block.steps(at));
-    let scopes: std::collections::BTreeSet<&str> = steps.iter().map(|&i| scope(&at.steps[i].name)).collect();
+    let scopes: BTreeSet<&str> = steps.iter().map(|&i| scope(&at.steps[i].name)).collect();
     let layers = scopes.len();
     ensure!(!steps.is_empty(), "bucket {name}: expected steps of {block:?} blocks, found none");
     inputs.upload(executor, bucket)?;
     fill_arena(executor, bucket, options.seed)?;
     let load = inputs.load(executor, bucket, &steps, 0.0)?;
-    let ready: Vec<_> = steps.iter().map(|&i| executor.ready[bucket][i].clone()).collect();
-    let before: Vec<Vec<u32>> = (0..ready.len() as u32).map(|i| i.checked_sub(1).into_iter().collect()).collect();
-    let lanes = Lanes::new(&before.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let captured = executor.streams.capture(|| executor.streams.queue(&ready, &lanes));
-    let captured = captured.with_context(|| format!("capturing {block:?} blocks of bucket {name}"))?;
-    let stream = executor.stream();
-    let mut marks = Marks::new(executor.gpu(), WARM + options.runs())?;
-    marks.record(stream)?;
-    for _ in 0..WARM + options.runs() {
-        captured.graph.launch(stream)?;
-        marks.record(stream)?;
-    }
-    let device = Times::of(marks.spans(stream)?.split_off(WARM));
     let program = executor.program();
-    let work = load.total(program, steps.iter().map(|&i| &program.buckets[bucket].steps[i]))?;
+    let total = |of: &[usize]| load.total(program, of.iter().map(|&i| &program.buckets[bucket].steps[i]));
+    let (mut stages, mut so_far, mut before) = (vec![], BTreeSet::new(), 0.0);
+    let mut device = None;
+    for (stage, own) in by_stage(&program.buckets[bucket], &steps) {
+        // All layers up to this stage: what a step reads was written by its own block.
+        so_far.extend(&own);
+        let part: Vec<usize> = so_far.iter().copied().collect();
+        let times = replay(executor, bucket, &part, options.runs());
+        let times = times.with_context(|| format!("{block:?} blocks of bucket {name} up to {stage}"))?;
+        let (work, added_ms) = (total(&own)?, times.median_ms - before);
+        before = times.median_ms;
+        let tflops = (added_ms > 0.0).then(|| work.flops / (added_ms * 1e-3) / 1e12);
+        let floor_ms = ceilings.floor_ms(&work);
+        stages.push(StageReport { name: stage, steps: own.len(), added_ms, work, floor_ms, tflops });
+        device = Some(times);
+    }
+    let device = device.context("a block without stages")?;
+    let work = total(&steps)?;
     let floor_ms = ceilings.floor_ms(&work);
     Ok(BlockReport {
         bucket: name,
@@ -116,7 +141,43 @@ pub fn measure_block(
         fraction: fraction(floor_ms, device.median_ms),
         tflops: work.flops / (device.median_ms * 1e-3) / 1e12,
         device,
+        stages,
     })
+}
+
+/// Steps by what they are called in every layer, in the order of the first layer that has them.
+fn by_stage(bucket: &Bucket, steps: &[usize]) -> Vec<(String, Vec<usize>)> {
+    let mut stages: Vec<(String, Vec<usize>)> = vec![];
+    for &i in steps {
+        let name = stage(&bucket.steps[i].name);
+        match stages.iter_mut().find(|(known, _)| known == name) {
+            Some((_, list)) => list.push(i),
+            None => stages.push((name.to_owned(), vec![i])),
+        }
+    }
+    stages
+}
+
+/// `layers.3.conv.norm+matmul` without the layer.
+fn stage(name: &str) -> &str {
+    let layer = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.'));
+    layer.filter(|(number, _)| number.bytes().all(|b| b.is_ascii_digit())).map_or(name, |(_, rest)| rest)
+}
+
+/// Times a graph of some steps of a bucket, one after the other.
+fn replay(executor: &CudaExecutor, bucket: usize, steps: &[usize], runs: usize) -> Result<Times> {
+    let ready: Vec<_> = steps.iter().map(|&i| executor.ready[bucket][i].clone()).collect();
+    let before: Vec<Vec<u32>> = (0..ready.len() as u32).map(|i| i.checked_sub(1).into_iter().collect()).collect();
+    let lanes = Lanes::new(&before.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let captured = executor.streams.capture(|| executor.streams.queue(&ready, &lanes)).context("capturing")?;
+    let stream = executor.stream();
+    let mut marks = Marks::new(executor.gpu(), WARM + runs)?;
+    marks.record(stream)?;
+    for _ in 0..WARM + runs {
+        captured.graph.launch(stream)?;
+        marks.record(stream)?;
+    }
+    Ok(Times::of(marks.spans(stream)?.split_off(WARM)))
 }
 
 /// Fills a bucket's arena with random numbers from [-1, 1). A whole step leaves there what its last steps wrote, in place of
@@ -167,5 +228,13 @@ mod tests {
         assert_eq!(Block::Conv.steps(&bucket), [1]);
         assert_eq!(Block::Attention.steps(&bucket), [3]);
         assert_eq!(Block::Experts.steps(&bucket), [4, 5, 6]);
+        let steps = [3, 4, 5, 6];
+        let stages = by_stage(&bucket, &steps);
+        assert_eq!(stages.iter().flat_map(|(_, steps)| steps.clone()).collect::<Vec<_>>(), steps);
+        assert_eq!(stages[0], ("attention.norm+matmul".to_owned(), vec![3]));
+        assert_eq!(
+            ["layers.12.ffn.combine", "layers.x.y", "head.sample"].map(stage),
+            ["ffn.combine", "layers.x.y", "head.sample"]
+        );
     }
 }

@@ -17,7 +17,7 @@ mod transfer;
 mod tune;
 mod work;
 
-pub use blocks::{Block, BlockReport, measure_block};
+pub use blocks::{Block, BlockReport, StageReport, measure_block};
 pub use bucket::{BucketReport, measure_bucket};
 pub use copy::{Machine, measure_machine};
 pub use experts::{Distinct, LayerExperts, count_experts, expected_distinct};
