@@ -19,6 +19,9 @@ pub struct Measuring {
     /// Positions that each sequence of a decode bucket has behind it; fewer where the plan has no room
     #[arg(long, value_name = "N", default_value_t = 256)]
     context: usize,
+    /// Rows of each prompt of a prefill bucket, which packs them; the last may be shorter [default: as many as go]
+    #[arg(long, value_name = "ROWS")]
+    prompt: Option<usize>,
     /// Decode steps that are timed; of prefill a tenth of it, and at least 10
     #[arg(long, value_name = "N", default_value_t = 200)]
     steps: usize,
@@ -36,9 +39,12 @@ pub struct Measuring {
 impl Measuring {
     /// As options of the measurements.
     pub fn options(&self) -> Result<Options> {
-        let &Measuring { context, steps, temperature, seed, peak_tflops } = self;
+        let &Measuring { context, prompt, steps, temperature, seed, peak_tflops } = self;
         if steps == 0 {
             return usage("--steps: expected at least 1, found 0");
+        }
+        if prompt == Some(0) {
+            return usage("--prompt: expected at least 1 row, found 0");
         }
         if !(temperature.is_finite() && temperature >= 0.0) {
             return usage(format!("--temperature: expected a number of at least 0, found {temperature}"));
@@ -48,7 +54,7 @@ impl Measuring {
         {
             return usage(format!("--peak-tflops: expected a number above 0, found {peak}"));
         }
-        Ok(Options { context, steps, temperature, seed, ..Options::default() })
+        Ok(Options { context, prompt, steps, temperature, seed, ..Options::default() })
     }
 
     /// The ceilings of a device, and of its arithmetic what the command line says.

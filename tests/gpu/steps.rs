@@ -7,7 +7,7 @@ use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::ir::DType;
 use lfm2c::passes;
-use lfm2c::plan::{Bucket, Kernel, Manifest, PlanFile, Step};
+use lfm2c::plan::{Kernel, Manifest, PlanFile, Step};
 use lfm2c::runtime::compare::{bound, compare_step, supply_step};
 use lfm2c::runtime::cpu::CpuExecutor;
 use lfm2c::runtime::cuda::{Graphs, kernel_name};
@@ -107,39 +107,79 @@ fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
 }
 
 /// Compares each kernel once a bucket, over several plans that differ in kernels alone.
+#[derive(Default)]
 struct Once {
-    seen: BTreeSet<(String, String)>,
+    seen: BTreeSet<String>,
     cpu: Option<(Manifest, CpuExecutor)>,
-    history: History,
+    share: Option<Share>,
+    plans: usize,
+}
+
+/// What one of several processes compares, over a state of random numbers: under a sanitizer, running rows to fill it would take
+/// most of the time.
+struct Share {
+    part: usize,
+    parts: usize,
+    /// Kernels that need not run, by shape, bucket and machine code.
+    known: BTreeSet<String>,
+}
+
+impl Share {
+    /// As the environment says: `LFM2C_PART=2/5` is the second of five shares, and lines of the file `LFM2C_KNOWN` are left out.
+    fn of_environment() -> Result<Option<Share>, Failed> {
+        let Ok(text) = std::env::var("LFM2C_PART") else { return Ok(None) };
+        let (part, parts) = text.split_once('/').ok_or("expected LFM2C_PART=PART/PARTS")?;
+        let (part, parts) = (part.parse()?, parts.parse()?);
+        if !(1..=parts).contains(&part) {
+            return Err(format!("LFM2C_PART: expected a part from 1 to {parts}, found {part}").into());
+        }
+        let known = match std::env::var_os("LFM2C_KNOWN") {
+            Some(file) => std::fs::read_to_string(file)?.lines().map(str::to_owned).collect(),
+            None => BTreeSet::new(),
+        };
+        Ok(Some(Share { part, parts, known }))
+    }
 }
 
 impl Once {
-    /// Over what rows left behind; or with `LFM2C_STATE=random` over a state of random numbers: under a sanitizer, running rows to
-    /// fill it would take most of the time.
     fn new() -> Result<Once, Failed> {
-        let history = match std::env::var("LFM2C_STATE").as_deref() {
-            Err(_) => History::Run,
-            Ok("random") => History::Held,
-            Ok(other) => return Err(format!("expected LFM2C_STATE=random, found {other}").into()),
-        };
-        Ok(Once { seen: BTreeSet::new(), cpu: None, history })
+        Ok(Once { share: Share::of_environment()?, ..Once::default() })
     }
 
     /// Compares the steps of a plan whose kernels have not had their turn yet.
     fn compare(&mut self, shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
         let mut file = plan(shape, options);
-        let mut new =
-            |bucket: &Bucket, step| self.seen.insert((bucket.name.clone(), kernel_of(&file, step).source.clone()));
-        let buckets = &file.manifest.ranks[0].buckets;
-        let chosen: Vec<Vec<bool>> =
-            buckets.iter().map(|bucket| bucket.steps.iter().map(|step| new(bucket, step)).collect()).collect();
-        if chosen.iter().flatten().all(|&chosen| !chosen) {
+        self.plans += 1;
+        let mine = self.share.as_ref().is_none_or(|share| self.plans % share.parts == share.part - 1);
+        let known = |name: &String| self.share.as_ref().is_some_and(|share| share.known.contains(name));
+        let mut chosen = vec![];
+        let mut new = vec![];
+        for bucket in &file.manifest.ranks[0].buckets {
+            let mut first = |step| {
+                let cubin = kernel_of(&file, step).cubin.expect("the plan has machine code") as usize;
+                let name = format!("{} {} {}", shape.name, bucket.name, blake3::hash(&file.cubins[cubin]));
+                let first = self.seen.insert(name.clone()) && mine && !known(&name);
+                if first {
+                    new.push(name);
+                }
+                first
+            };
+            chosen.push(bucket.steps.iter().map(&mut first).collect::<Vec<bool>>());
+        }
+        if new.is_empty() {
             return Ok(());
         }
-        let (known, cpu) = self.cpu.get_or_insert_with(|| (without_launches(&file), cpu(&file)));
-        assert!(*known == without_launches(&file), "plans differ in more than kernels");
-        keep_kernels(&mut file, &chosen);
-        compare(&file, cpu, chosen, self.history)
+        let (plan, cpu) = self.cpu.get_or_insert_with(|| (without_launches(&file), cpu(&file)));
+        assert!(*plan == without_launches(&file), "plans differ in more than kernels");
+        let history = if self.share.is_some() { History::Held } else { History::Run };
+        if history == History::Held {
+            keep_kernels(&mut file, &chosen);
+        }
+        compare(&file, cpu, chosen, history)?;
+        if self.share.is_some() {
+            new.iter().for_each(|name| println!("ran {name}"));
+        }
+        Ok(())
     }
 }
 

@@ -16,6 +16,8 @@ use crate::runtime::workload::{History, Workload};
 pub struct Options {
     /// Positions that each sequence of a decode bucket has behind it; fewer where the plan has no room.
     pub context: usize,
+    /// Rows of each prompt of a prefill bucket, at the most; as many as go if not said.
+    pub prompt: Option<usize>,
     /// Steps of a decode bucket; a tenth of it, and at least 10, of a prefill bucket.
     pub steps: usize,
     /// Divides the logits that tokens are chosen from; 0 takes the most likely.
@@ -28,7 +30,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Options { context: 256, steps: 200, temperature: 0.0, seed: 0, history: History::Run }
+        Options { context: 256, prompt: None, steps: 200, temperature: 0.0, seed: 0, history: History::Run }
     }
 }
 
@@ -57,7 +59,7 @@ pub struct Inputs {
 
 impl Inputs {
     /// Makes inputs for a bucket and sees to what must be in the state before. A decode bucket gets a row of each of its sequences; a
-    /// prefill bucket gets whole prompts, as few as fill it.
+    /// prefill bucket gets whole prompts, as few as fill it unless their rows are said.
     ///
     /// # Errors
     /// The plan has too little room, or the device failed.
@@ -84,7 +86,7 @@ impl Inputs {
             let batch = work.batch(&(0..rows).map(|i| (i, 1)).collect::<Vec<_>>());
             return Ok(Inputs { batch: Some(batch), rows, context, room: positions - context });
         }
-        let prompt = rows.min(max_context);
+        let prompt = options.prompt.unwrap_or(rows).min(rows).min(max_context);
         let sequences = rows.div_ceil(prompt).min(most);
         let mut work = workload(executor, sequences, prompt, options)?;
         let prompt = work.room().min(prompt);
