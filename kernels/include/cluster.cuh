@@ -60,3 +60,11 @@ __device__ __forceinline__ void cluster_barrier() {
                  "barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait.acquire;" ::
                      : "memory");
 }
+// The same where a cluster may be of one block.
+template <int N> __device__ __forceinline__ void cluster_sync_shared() {
+    if constexpr (N > 1) {
+        cluster_barrier();
+    } else {
+        __syncthreads();
+    }
+}

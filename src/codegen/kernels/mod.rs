@@ -111,6 +111,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
+    ("route.cuh", include_str!("../../../kernels/include/route.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
