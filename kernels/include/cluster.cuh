@@ -8,6 +8,10 @@
 template <int N> __device__ __forceinline__ void cluster_arrive() {
     if constexpr (N > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+// Makes nothing visible, and so does not wait for global memory.
+template <int N> __device__ __forceinline__ void cluster_arrive_relaxed() {
+    if constexpr (N > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 template <int N> __device__ __forceinline__ void cluster_wait() {
     if constexpr (N > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -50,6 +54,13 @@ __device__ __forceinline__ void store_remote(int* own, u32 rank, int x) {
 }
 __device__ __forceinline__ void store_remote(u64* own, u32 rank, u64 x) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote_address(own, rank)), "l"(x) : "memory");
+}
+
+// Starts a store to a remote address, which then counts its bytes on a barrier of the same block (bulk.cuh), given as a remote
+// address too. That block must not end before.
+__device__ __forceinline__ void send(u32 to, float x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(x), "r"(barrier)
+                 : "memory");
 }
 
 // A barrier of all threads of the cluster. What they wrote to shared memory before it is visible after it; it orders nothing

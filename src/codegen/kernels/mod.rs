@@ -24,6 +24,7 @@ mod ring;
 mod rms_norm;
 mod rope;
 mod router;
+mod router_few;
 mod routing;
 mod row_sum;
 mod sample;
@@ -78,6 +79,7 @@ pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
     &tile_fma::TileFma,
+    &router_few::RouterFew,
     &router::Router,
     &group_rows::GroupRows,
     &weighted_sum::WeightedSum,
