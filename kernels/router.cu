@@ -6,13 +6,13 @@
 // - with NORM, sums of squares of the slices are exchanged, and each block normalises its slice;
 // - each block multiplies its slices of x and gate: in each of 4 interleaved parts of the slice a sum in order, by tensor
 //   cores (MMA) or by threads, then the 4 sums in order; so that a row's bits depend on the row alone;
-// - warps of all blocks take rows, add the blocks' partial products in order of the blocks, and select.
+// - warps of all blocks take rows, add the blocks' partial products in order of the blocks, and select (route.cuh).
 // - with GROUP there is one cluster, whose first block gets all choices and sorts them.
 //
 // Slices are staged in shared memory with zeros past K, the last row and the last expert. Rows are 16 bytes longer than the
 // slice, so that 8 adjacent ones at one place lie in different banks.
 #include "group.cuh"
-#include "select.cuh"
+#include "route.cuh"
 
 constexpr int WARPS = THREADS / WARP;
 constexpr int PARTS = 4;
@@ -27,8 +27,7 @@ struct Shared {
     // The product by parts, SPLIT of them each from its own tasks.
     alignas(16) float partial[SPLIT][ROWS][P_STRIDE];
     alignas(16) float bias[EXPERTS];
-    alignas(16) float scores[WARPS][EXPERTS];
-    alignas(16) u32 keys[WARPS][EXPERTS];
+    alignas(16) Choices choices[WARPS];
 #if NORM
     alignas(16) W norm[SLICE];
     alignas(16) float squares[ROWS];
@@ -165,10 +164,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(PARAMS) {
 #if NORM
     stage<W_VECTOR, SLICE>(s.norm, norm, 1, 1, first);
 #endif
-    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) s.bias[e] = BIAS(e);
     copies_end_group();
     wait_for_previous();
     stage<X_VECTOR, X_STRIDE>(&s.x[0][0], x + row0 * K, ROWS, valid, first);
+    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) s.bias[e] = BIAS(e);
     copies_end_group();
     copies_wait<0>();
     __syncthreads();
@@ -184,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(PARAMS) {
         sum = warp_sum(sum);
         if (lane == 0) s.squares[row] = sum;
     }
-    cluster_sync<CLUSTER>();
+    cluster_sync_shared<CLUSTER>();
     for (int row = warp; row < valid; row += WARPS) {
         float sum = 0;
 #pragma unroll
@@ -217,59 +216,45 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(PARAMS) {
             s.partial[0][row][e] = sum;
         }
     }
-    cluster_sync<CLUSTER>();
+    cluster_sync_shared<CLUSTER>();
 
     for (int row = warp * CLUSTER + rank; row < valid; row += WARPS * CLUSTER) {
         bool live = slot[row0 + row] >= 0;
-        float* scores = s.scores[warp];
-        u32* keys = s.keys[warp];
-        for (int e = lane; e < EXPERTS; e += WARP) {
+        float logits[OF_LANE] = {}, biases[OF_LANE] = {};
+#pragma unroll
+        for (int i = 0; i < OF_LANE; i++) {
+            int e = i * WARP + lane;
+            if (e >= EXPERTS) continue;
             float part[CLUSTER];
 #pragma unroll
             for (u32 r = 0; r < CLUSTER; r++) {
                 part[r] = CLUSTER > 1 ? load_remote(&s.partial[0][row][e], r) : s.partial[0][row][e];
             }
-            float logit = part[0];
+            logits[i] = part[0];
 #pragma unroll
-            for (int r = 1; r < CLUSTER; r++) logit += part[r];
-            float score = 1.0f / (1.0f + expf(-logit));
-            scores[e] = score;
-            keys[e] = ordered(SELECTION(score, s.bias[e]));
+            for (int r = 1; r < CLUSTER; r++) logits[i] += part[r];
+            biases[i] = s.bias[e];
         }
-        __syncwarp();
-        // Lane j has choice j.
-        int expert = -1;
-        float weight = 0;
-        if (live) {
-            u64 last = BEFORE_ALL;
-            for (int j = 0; j < CHOSEN; j++) {
-                last = next_largest(EXPERTS, last, [&](int e) { return keys[e]; });
-                if (lane == j) expert = position_of(last);
-            }
-            if (lane < CHOSEN) weight = scores[expert];
-        }
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < CHOSEN; j++) sum = __fadd_rn(sum, __shfl_sync(ALL_LANES, weight, j));
-        if (lane < CHOSEN) {
-            i64 at = (row0 + row) * CHOSEN + lane;
-            weights[at] = WEIGHT(weight, sum);
+        route(live, logits, biases, s.choices[warp], [&](int j, int expert, float weight) {
+            i64 at = (row0 + row) * CHOSEN + j;
+            weights[at] = weight;
 #if EXPERTS_OUT
             experts[at] = expert;
 #endif
 #if GROUP
             if (CLUSTER > 1) {
-                store_remote(&s.chosen[row * CHOSEN + lane], 0, expert);
+                store_remote(&s.chosen[row * CHOSEN + j], 0, expert);
             } else {
-                s.chosen[row * CHOSEN + lane] = expert;
+                s.chosen[row * CHOSEN + j] = expert;
             }
 #endif
-        }
-        __syncwarp();
+        });
     }
     // The others have read this block's products, and the first has all choices.
+#if !GROUP
+    cluster_sync_shared<CLUSTER>();
+#else
     cluster_sync<CLUSTER>();
-#if GROUP
     if (rank == 0) group_pairs<EXPERTS, WARPS, 1>(s.chosen, valid * CHOSEN, pairs, places, offsets, s.scratch);
 #endif
 }

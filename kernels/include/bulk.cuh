@@ -33,6 +33,19 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 odd) {
     } while (!done);
 }
 
+// The same for what other blocks of the cluster sent (cluster.cuh).
+__device__ __forceinline__ void barrier_wait_for_cluster(u64* barrier, u32 odd) {
+    u32 address = shared_address(barrier), done;
+    do {
+        asm volatile("{\n\t.reg .pred p;\n\t"
+                     "mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+                     : "=r"(done)
+                     : "r"(address), "r"(odd)
+                     : "memory");
+    } while (!done);
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+}
+
 // True in one lane, the same one each time, of a warp whose lanes all call it.
 __device__ __forceinline__ bool elected() {
     u32 is;

@@ -8,6 +8,10 @@
 template <int N> __device__ __forceinline__ void cluster_arrive() {
     if constexpr (N > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
+// Makes nothing visible, and so does not wait for global memory.
+template <int N> __device__ __forceinline__ void cluster_arrive_relaxed() {
+    if constexpr (N > 1) asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 template <int N> __device__ __forceinline__ void cluster_wait() {
     if constexpr (N > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -52,6 +56,13 @@ __device__ __forceinline__ void store_remote(u64* own, u32 rank, u64 x) {
     asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(remote_address(own, rank)), "l"(x) : "memory");
 }
 
+// Starts a store to a remote address, which then counts its bytes on a barrier of the same block (bulk.cuh), given as a remote
+// address too. That block must not end before.
+__device__ __forceinline__ void send(u32 to, float x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(x), "r"(barrier)
+                 : "memory");
+}
+
 // A barrier of all threads of the cluster. What they wrote to shared memory before it is visible after it; it orders nothing
 // else, and so does not wait for global memory. The last thing that a block does with a cluster is a barrier, so that no block
 // ends while another reads its shared memory.
@@ -59,4 +70,12 @@ __device__ __forceinline__ void cluster_barrier() {
     asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n\t"
                  "barrier.cluster.arrive.relaxed;\n\tbarrier.cluster.wait.acquire;" ::
                      : "memory");
+}
+// The same where a cluster may be of one block.
+template <int N> __device__ __forceinline__ void cluster_sync_shared() {
+    if constexpr (N > 1) {
+        cluster_barrier();
+    } else {
+        __syncthreads();
+    }
 }

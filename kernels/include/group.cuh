@@ -115,3 +115,31 @@ __device__ void group_pairs(const int* experts, int count, int* pairs, int* plac
     for (int i = starts[EXPERTS] + (int)(rank * WARPS * WARP + threadIdx.x); i < count; i += N * WARPS * WARP) pairs[i] = -1;
     cluster_wait<N>();
 }
+
+// The same for no more than PAIRS pairs, at most a warp's lanes: one warp, without any barrier. A lane has a pair and counts those
+// that come before it.
+template <int EXPERTS, int PAIRS>
+__device__ __forceinline__ void
+group_few_pairs(const int* experts, int count, int* pairs, int* places, int* offsets) {
+    static_assert(PAIRS <= (int)WARP);
+    constexpr int OFFSETS = (EXPERTS + (int)WARP - 1) / (int)WARP;
+    const int lane = lane_id(), expert = lane < count ? experts[lane] : -1;
+    // Keys are in the order of the result; without an expert, last.
+    const u32 key = expert >= 0 ? expert * WARP + lane : ~0u;
+    int place = 0, before[OFFSETS] = {};
+#pragma unroll
+    for (int i = 0; i < PAIRS; i++) {
+        u32 other = __shfl_sync(ALL_LANES, key, i);
+        place += other < key;
+#pragma unroll
+        for (int j = 0; j < OFFSETS; j++) before[j] += other < (j * WARP + lane) * WARP;
+    }
+    const int all = __popc(__ballot_sync(ALL_LANES, expert >= 0));
+#pragma unroll
+    for (int j = 0; j < OFFSETS; j++)
+        if (j * (int)WARP + lane < EXPERTS) offsets[j * WARP + lane] = before[j];
+    if (lane == 0) offsets[EXPERTS] = all;
+    if (lane < count) places[lane] = expert >= 0 ? place : -1;
+    if (expert >= 0) pairs[place] = lane;
+    if (lane >= all && lane < count) pairs[lane] = -1;
+}

@@ -9,39 +9,10 @@
 
 #include "block.cuh"
 #include "cluster.cuh"
+#include "eight.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = THREADS / 32;
-
-// Eight adjacent elements, as they are in memory.
-template <class T> struct Eight {
-    Quad quads[sizeof(T) / 2];
-
-    __device__ __forceinline__ float at(int i) const {
-        if constexpr (sizeof(T) == 4) {
-            return __uint_as_float(quads[i / 4].at[i % 4]);
-        } else {
-            u32 word = quads[0].at[i / 2];
-            return i % 2 ? high<T>(word) : low<T>(word);
-        }
-    }
-    __device__ __forceinline__ void set(const float (&x)[8]) {
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) quads[i / 4].at[i % 4] = __float_as_uint(x[i]);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) quads[0].at[i] = pair<T>(x[2 * i], x[2 * i + 1]);
-        }
-    }
-};
-
-template <class T> __device__ __forceinline__ Eight<T> fresh(const T* from) {
-    Eight<T> x;
-#pragma unroll
-    for (int i = 0; i < (int)(sizeof(T) / 2); i++) x.quads[i] = load_fresh((const Quad*)from + i);
-    return x;
-}
 
 // The rows as they are.
 template <class Layout, class Row>

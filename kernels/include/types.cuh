@@ -29,16 +29,22 @@ __device__ __forceinline__ float to_f32(f16 x) {
 
 template <class T> __device__ __forceinline__ T from_f32(float x);
 template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
-template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) {
-    bf16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+
+// Two numbers, rounded to T, in a word. The conversion of one number by itself would become an instruction of the slow unit for
+// conversions (F2F), this one belongs to ordinary arithmetic.
+template <class T> __device__ __forceinline__ u32 pair(float lower, float upper);
+template <> __device__ __forceinline__ u32 pair<bf16>(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
     return y;
 }
-template <> __device__ __forceinline__ f16 from_f32<f16>(float x) {
-    f16 y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+template <> __device__ __forceinline__ u32 pair<f16>(float lower, float upper) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(upper), "f"(lower));
     return y;
 }
+template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return {(u16)pair<bf16>(x, 0.0f)}; }
+template <> __device__ __forceinline__ f16 from_f32<f16>(float x) { return {(u16)pair<f16>(x, 0.0f)}; }
 
 // x as an element of T would hold it.
 template <class T> __device__ __forceinline__ float rounded(float x) { return to_f32(from_f32<T>(x)); }
@@ -111,8 +117,3 @@ __device__ __forceinline__ int load_early(const int* from) {
 // The two elements of a word, in f32.
 template <class T> __device__ __forceinline__ float low(u32 word) { return to_f32(T{(u16)(word & 0xffff)}); }
 template <class T> __device__ __forceinline__ float high(u32 word) { return to_f32(T{(u16)(word >> 16)}); }
-
-// Two numbers, rounded to T, in a word.
-template <class T> __device__ __forceinline__ u32 pair(float lower, float upper) {
-    return (u32)from_f32<T>(lower).bits | (u32)from_f32<T>(upper).bits << 16;
-}

@@ -25,6 +25,7 @@ mod ring;
 mod rms_norm;
 mod rope;
 mod router;
+mod router_few;
 mod routing;
 mod row_sum;
 mod sample;
@@ -79,6 +80,7 @@ pub static TWINS: &[&dyn Twin] = &[
     &stream::Stream,
     &stream_fma::StreamFma,
     &tile_fma::TileFma,
+    &router_few::RouterFew,
     &router::Router,
     &group_rows::GroupRows,
     &weighted_sum::WeightedSum,
@@ -106,12 +108,14 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
     ("bulk.cuh", include_str!("../../../kernels/include/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
+    ("eight.cuh", include_str!("../../../kernels/include/eight.cuh")),
     ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
+    ("route.cuh", include_str!("../../../kernels/include/route.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("softmax.cuh", include_str!("../../../kernels/include/softmax.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),

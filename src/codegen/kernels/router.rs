@@ -84,7 +84,7 @@ fn specialise(problem: &Problem, routing: &Routing, cluster: u64, tile: u64) -> 
     let norm_type = routing.norm.map_or(DType::F32, |norm| dtype(semantic, norm.weight));
     let up = |bytes: u64| bytes.next_multiple_of(16);
     let mut shared = tile * (slice * x.bytes() + 16) + across * (slice * gate.bytes() + 16);
-    shared += split * tile * (across + 4) * 4 + up(experts * 4) + 2 * up(WARPS * experts * 4);
+    shared += split * tile * (across + 4) * 4 + up(experts * 4) + up(WARPS * choices_bytes(chosen));
     if routing.norm.is_some() {
         shared += slice * norm_type.bytes() + up(tile * 4);
     }
@@ -112,18 +112,31 @@ fn specialise(problem: &Problem, routing: &Routing, cluster: u64, tile: u64) -> 
     ] {
         builder.constant(name, value);
     }
-    builder.alias("X", x).alias("G", gate).alias("W", norm_type);
-    builder.pointer("x", routing.x).pointer("gate", routing.gate).pointer("slot", routing.slot).int("rows", rows);
-    builder.pointer("weights", routing.weights);
+    builder.line(format_args!("#define MMA {}", u8::from(mma)));
+    declare(&mut builder, problem, routing);
+    Some(builder.finish(format!("cluster={cluster} rows={tile}"), [blocks, 1, 1], THREADS as u32, shared))
+}
+
+/// Bytes of shared memory for the choices of a row; see `Choices` in `route.cuh`.
+pub(super) fn choices_bytes(chosen: u64) -> u64 {
+    chosen * 8
+}
+
+/// What all routers are told: types, operands, what they are to do besides, and how scores become weights.
+pub(super) fn declare(builder: &mut Builder, problem: &Problem, routing: &Routing) {
+    let semantic = problem.semantic;
+    let norm_type = routing.norm.map_or(DType::F32, |norm| dtype(semantic, norm.weight));
+    builder.alias("X", dtype(semantic, routing.x)).alias("G", dtype(semantic, routing.gate)).alias("W", norm_type);
+    builder.pointer("x", routing.x).pointer("gate", routing.gate).pointer("slot", routing.slot);
+    builder.int("rows", routing.sizes[0]).pointer("weights", routing.weights);
     let out = |slot: Slot| matches!(slot, Slot::Out(_));
     let define = |builder: &mut Builder, name: &str, value: bool| {
         builder.line(format_args!("#define {name} {}", u8::from(value)));
     };
-    define(&mut builder, "MMA", mma);
-    define(&mut builder, "NORM", routing.norm.is_some());
-    define(&mut builder, "GROUP", routing.group.is_some());
-    define(&mut builder, "NORM_OUT", routing.norm.is_some_and(|norm| out(norm.result)));
-    define(&mut builder, "EXPERTS_OUT", out(routing.experts));
+    define(builder, "NORM", routing.norm.is_some());
+    define(builder, "GROUP", routing.group.is_some());
+    define(builder, "NORM_OUT", routing.norm.is_some_and(|norm| out(norm.result)));
+    define(builder, "EXPERTS_OUT", out(routing.experts));
     if let Some(norm) = routing.norm {
         builder.number("EPS", norm.eps).pointer("norm", norm.weight);
         if out(norm.result) {
@@ -144,7 +157,6 @@ fn specialise(problem: &Problem, routing: &Routing, cluster: u64, tile: u64) -> 
     if let Some([pairs, places, offsets]) = routing.group {
         builder.pointer("pairs", pairs).pointer("places", places).pointer("offsets", offsets);
     }
-    Some(builder.finish(format!("cluster={cluster} rows={tile}"), [blocks, 1, 1], THREADS as u32, shared))
 }
 
 /// A weight from the score and the row's sum of scores, as C++.
@@ -160,6 +172,9 @@ fn weight(routing: &Routing) -> String {
     }
 }
 
+#[cfg(test)]
+#[path = "router/testing.rs"]
+pub(super) mod testing;
 #[cfg(test)]
 #[path = "router/tests.rs"]
 mod tests;
