@@ -70,7 +70,7 @@ fn fault(change: impl FnOnce(&mut Manifest)) -> String {
 #[test]
 fn wrong_launches_are_named() {
     type Change = fn(&mut Manifest);
-    let cases: [(Change, &str); 13] = [
+    let cases: [(Change, &str); 16] = [
         (|m| m.ranks[0].buckets[0].steps[3].launch = None, "expected a launch, found none"),
         (|m| launch(m).kernel = 9999, "`kernel`: expected one of"),
         (|m| launch(m).grid[1] = 0, "beyond the device's limits: grid"),
@@ -85,6 +85,9 @@ fn wrong_launches_are_named() {
         (|m| launch_of(m, 1).early = vec![0], "`early`: reads [0] are read before the kernel waits"),
         (|m| m.kernels[0].name = "rm -rf".into(), "expected a C identifier"),
         (|m| m.kernels[0].cubin = Some(0), "`cubin`: expected one of 0 sections"),
+        (|m| m.services[0].1 = 9999, "9999): expected one of"),
+        (|m| m.services[0].1 = launch(m).kernel, "expected parameters [Out("),
+        (|m| m.services[1].0 = m.services[0].0, "is there more than once"),
     ];
     for (change, expected) in cases {
         let found = fault(change);

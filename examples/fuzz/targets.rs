@@ -2,15 +2,16 @@
 
 use std::sync::Arc;
 
+use anyhow::{Context, ensure};
 use lfm2c::codegen::compile::{CompileOptions, Silent, Source, compile};
 use lfm2c::codegen::recipe::Recipe;
 use lfm2c::ir::{Extents, verify};
 use lfm2c::passes::Target as Lowered;
 use lfm2c::passes::{plan_memory, schedule};
 use lfm2c::plan::file::{Kind, seal};
-use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile};
+use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile, Program};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
-use lfm2c::runtime::weights::{fill_synthetic, parse_header};
+use lfm2c::runtime::weights::{Origin, Room, Transfer, fill_synthetic, parse_header};
 use lfm2c::runtime::{Batch, Executor, SamplingParams};
 
 use crate::mutate::{Random, Tokens, bytes};
@@ -150,6 +151,7 @@ fn execute(manifest: Manifest) -> anyhow::Result<()> {
         }
         let mut pool = HostPool::new(program)?;
         fill_synthetic(&manifest, program, 1, pool.weights_mut(), &|_| {})?;
+        transfer(&manifest, program)?;
         let mut executor = CpuExecutor::new(Arc::clone(&manifest), rank, pool)?.with_poison(true);
         for (at, bucket) in program.buckets.iter().enumerate() {
             if bucket.phase == Phase::Fixed {
@@ -159,6 +161,22 @@ fn execute(manifest: Manifest) -> anyhow::Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// What a device would put where: every element once, within its weight.
+fn transfer(manifest: &Manifest, program: &Program) -> anyhow::Result<()> {
+    let room = Room { part_bytes: 1 << 16, placed_bytes: 1 << 12 };
+    let transfer = Transfer::new(manifest, program, Origin::Synthetic(1), room)?;
+    let mut left: Vec<u64> = program.weights.iter().map(|weight| weight.ty.elements().unwrap_or(0)).collect();
+    for span in transfer.parts().iter().flatten() {
+        let weight = &program.weights[span.weight];
+        let last = span.places.of(span.first + span.elements - 1);
+        ensure!(Some(last) < weight.ty.elements(), "element {last} of weight {}", weight.name);
+        let rest = left[span.weight].checked_sub(span.elements);
+        left[span.weight] = rest.with_context(|| format!("too many elements for weight {}", weight.name))?;
+    }
+    ensure!(left.iter().all(|&elements| elements == 0), "elements of weights that nothing fills: {left:?}");
     Ok(())
 }
 

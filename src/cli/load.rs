@@ -337,7 +337,7 @@ fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, gpu: usize, graphs: Gr
     let device = cuda::Device::open(gpu)?;
     let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
     executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
-    let bar = progress::bytes("loading weights", executor.program().pool.weights.bytes);
+    let bar = progress::bytes("loading weights", weights::total_bytes(executor.program()));
     with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();
     Ok(executor)

@@ -61,15 +61,19 @@ pub struct Service(pub ServiceRole, pub u32);
 /// What the runtime needs kernels for, with the parameters that it passes, in order. Blocks have [`SERVICE_THREADS`] threads
 /// along x and no dynamic shared memory; but for [`ServiceRole::Advance`], any number of blocks does the work.
 ///
-/// Element i of a synthetic tensor is the weight's element `i / part * whole + i % part / run * stride + offset + i % part % run`;
+/// Element i of a tensor is the weight's element `i / part * whole + i % part / run * stride + offset + i % part % run`;
 /// `runtime::weights::places` gives the numbers for a layout. Eight elements move at a time where `first` and the five numbers
-/// are multiples of eight and the address of 32 bytes.
+/// are multiples of eight and the addresses of 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub enum ServiceRole {
     /// Makes elements `first..first + count` of a synthetic tensor of the first type, stored as the second: `to Out(second)`
     /// (the weight), `first Long`, `count Long`, `key Long`, `center Float`, `scale Float`, `part Long`, `whole Long`,
     /// `run Long`, `stride Long`, `offset Long`.
     Synthesize(DType, DType),
+    /// Puts elements `first..first + count` of a tensor of the first type into a weight of the second, rounded to nearest: `to
+    /// Out(second)` (the weight), `from In(first)` (the first of these elements, in memory of the device or mapped to it), `first
+    /// Long`, `count Long`, `part Long`, `whole Long`, `run Long`, `stride Long`, `offset Long`.
+    Place(DType, DType),
     /// Takes the tokens that a step chose, tells the host, and makes the next step's inputs of them; one block. `next In(I32)`,
     /// `tokens Out(I32)`, `pos Out(I32)`, `slot Out(I32)`, `rows In(I32)`, `last Out(I32)` (a token for each slot), `stops
     /// In(I32)` (`[slots, 8]`), `ring Long` (address of u64 `[depth, width]`, in memory that the host reads), `number Long`
@@ -79,6 +83,27 @@ pub enum ServiceRole {
     /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
     /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
+}
+
+impl ServiceRole {
+    /// The types of its parameters, in order.
+    pub fn params(self) -> Vec<ParamType> {
+        use ParamType::{Float, In, Int, Long, Out};
+        const I32: DType = DType::I32;
+        match self {
+            ServiceRole::Synthesize(_, weight) => {
+                vec![Out(weight), Long, Long, Long, Float, Float, Long, Long, Long, Long, Long]
+            }
+            ServiceRole::Place(tensor, weight) => {
+                vec![Out(weight), In(tensor), Long, Long, Long, Long, Long, Long, Long]
+            }
+            ServiceRole::Advance => {
+                let rows = [In(I32), Out(I32), Out(I32), Out(I32), In(I32), Out(I32), In(I32)];
+                [&rows[..], &[Long, Long, Int, Int, Int, Int]].concat()
+            }
+            ServiceRole::Feed => vec![Out(I32), Out(I32), Out(I32), In(I32), Int],
+        }
+    }
 }
 
 /// Threads of a block of a service.

@@ -5,10 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Kernel, Launch, Semantic, Service};
+use crate::plan::{Kernel, Launch, Semantic, Service, Weight};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 5;
+pub const FORMAT_VERSION: u32 = 6;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -179,6 +179,13 @@ pub struct Tensor {
     pub synthetic: Synthetic,
 }
 
+impl Tensor {
+    /// The types that its elements may have in a checkpoint.
+    pub fn dtypes(&self) -> impl Iterator<Item = DType> {
+        std::iter::once(self.dtype).chain(self.index_dtypes.iter().copied())
+    }
+}
+
 /// How a checkpoint holds a tensor.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum TensorSource {
@@ -271,36 +278,6 @@ impl TensorType {
     pub fn bytes(&self) -> Option<u64> {
         self.elements()?.checked_mul(self.0.bytes())
     }
-}
-
-/// A weight in the pool.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Weight {
-    /// Name in the graph.
-    pub name: String,
-    /// Element type and shape in the pool.
-    pub ty: TensorType,
-    /// Offset in the weights region.
-    pub offset: u64,
-    /// How it is made of checkpoint tensors.
-    pub layout: Layout,
-}
-
-/// How a weight is made of checkpoint tensors, each converted to the weight's element type.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub enum Layout {
-    /// One tensor, by position in [`Manifest::tensors`].
-    Copy(u32),
-    /// Several joined along an axis, in turn and `block` indices at a time if `block` is given.
-    Concat {
-        /// The axis.
-        axis: u32,
-        /// Interleaving.
-        block: Option<u64>,
-        /// Positions in [`Manifest::tensors`].
-        tensors: Vec<u32>,
-    },
 }
 
 /// Persistent state in the pool.

@@ -2,12 +2,14 @@
 
 pub mod file;
 pub mod launch;
+pub mod layout;
 pub mod manifest;
 pub mod operators;
 pub mod validate;
 
 pub use file::{PlanError, PlanFile};
 pub use launch::*;
+pub use layout::*;
 pub use manifest::*;
 pub use operators::*;
 pub use validate::{Fault, validate};

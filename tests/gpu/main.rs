@@ -4,6 +4,7 @@
 //! is a failure. The tests of `tests/models` run on the GPU with `LFM2C_TEST_DEVICE=cuda`.
 
 mod bits;
+mod load;
 mod models;
 mod sessions;
 mod steps;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     // One device: tests take turns, and each compiles its kernels on all cores.
     let arguments = Arguments { test_threads: Some(1), ..arguments };
     let mut trials: Vec<Trial> = vec![];
+    trials.extend(load::trials());
     trials.extend(steps::trials());
     trials.extend(bits::trials());
     trials.extend(sessions::trials());

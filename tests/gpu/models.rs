@@ -51,10 +51,10 @@ pub const SHAPES: &[Shape] = &[
     },
 ];
 
-/// A shape's plan for the GPU, with synthetic weights.
-pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
+/// A shape's description, with synthetic weights.
+pub fn recipe(shape: &Shape) -> Recipe {
     let raw: RawConfig = serde_json::from_str(shape.text).expect("the shape is a configuration");
-    let recipe = Recipe {
+    Recipe {
         name: shape.name.into(),
         model: ModelSource::Config(Box::new(raw)),
         weights: WeightSource::Synthetic(5),
@@ -65,9 +65,13 @@ pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
         max_sequences: None,
         max_context: None,
         kv_tokens: None,
-    };
+    }
+}
+
+/// A shape's plan for the GPU.
+pub fn plan(shape: &Shape, options: &CompileOptions) -> PlanFile {
     let options = CompileOptions { target: Target::Sm90a, ..options.clone() };
-    let compiled = compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent);
+    let compiled = compile(&Source::Recipe(Box::new(recipe(shape)), None), &options, &Silent);
     compiled.unwrap_or_else(|fault| panic!("{}: {fault:#}", shape.name)).file
 }
 

@@ -1,18 +1,17 @@
 //! Small manifests and checkpoints.
 
+#[path = "../common/checkpoint.rs"]
+mod checkpoint;
+
 use std::path::Path;
 
 use lfm2c::plan::{
     DType, Layout, Limits, Manifest, Model, Pool, Program, Region, Synthetic, Target, Tensor, TensorSource, TensorType,
     Weight, WeightSource,
 };
-use lfm2c::runtime::convert::{read_f32, write_f32};
-use lfm2c::runtime::synthetic::{element, key};
 use lfm2c::runtime::weights::Checkpoint;
-use safetensors::tensor::{Dtype, TensorView};
 
-/// Seed of the numbers in all checkpoints.
-pub const SEED: u64 = 11;
+pub use self::checkpoint::{Item, SEED, Stored, items, plan, stored, values, write, written};
 
 pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
     let region = |bytes| Region { offset: 0, bytes };
@@ -56,44 +55,8 @@ pub fn weight(dtype: DType, shape: &[u64], offset: u64, layout: Layout) -> Weigh
     Weight { name: format!("w{offset}"), ty: TensorType(dtype, shape.to_vec()), offset, layout }
 }
 
-/// The bytes that a checkpoint holds for the tensor's numbers.
-pub fn stored(tensor: &Tensor) -> Vec<u8> {
-    let key = key(SEED, tensor.synthetic.salt);
-    let values: Vec<f32> = (0..tensor.shape.iter().product()).map(|i| element(key, &tensor.synthetic, i)).collect();
-    written(tensor.dtype, &values)
-}
-
-pub fn written(dtype: DType, values: &[f32]) -> Vec<u8> {
-    let mut bytes = vec![0; values.len() * dtype.bytes() as usize];
-    write_f32(dtype, values, &mut bytes);
-    bytes
-}
-
-pub fn values(dtype: DType, bytes: &[u8]) -> Vec<f32> {
-    let mut values = vec![0.0; bytes.len() / dtype.bytes() as usize];
-    read_f32(dtype, bytes, &mut values);
-    values
-}
-
-/// A tensor of a file: name, type, shape, bytes.
-pub type Item = (String, DType, Vec<u64>, Vec<u8>);
-
 pub fn item(name: &str, dtype: DType, shape: &[u64]) -> Item {
     (name.to_string(), dtype, shape.to_vec(), vec![1; (shape.iter().product::<u64>() * dtype.bytes()) as usize])
-}
-
-pub fn write(path: &Path, items: &[Item]) {
-    let views = items.iter().map(|(name, dtype, shape, bytes)| {
-        let dtype = match dtype {
-            DType::F32 => Dtype::F32,
-            DType::F16 => Dtype::F16,
-            DType::BF16 => Dtype::BF16,
-            DType::I32 => Dtype::I32,
-        };
-        let shape = shape.iter().map(|&dim| dim as usize).collect();
-        (name, TensorView::new(dtype, shape, bytes).unwrap())
-    });
-    std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
 }
 
 pub fn single(items: &[Item]) -> (tempfile::TempDir, Checkpoint) {
@@ -101,28 +64,6 @@ pub fn single(items: &[Item]) -> (tempfile::TempDir, Checkpoint) {
     write(&dir.path().join("model.safetensors"), items);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     (dir, checkpoint)
-}
-
-/// The tensor as a checkpoint holds it in its first form.
-pub fn items(tensor: &Tensor) -> Vec<Item> {
-    let bytes = stored(tensor);
-    let shape = &tensor.shape;
-    match &tensor.sources[0] {
-        TensorSource::Whole(name) => vec![(name.clone(), tensor.dtype, shape.clone(), bytes)],
-        TensorSource::PerIndex(pattern) => bytes
-            .chunks(bytes.len() / shape[0] as usize)
-            .enumerate()
-            .map(|(i, piece)| (pattern.replace("{}", &i.to_string()), tensor.dtype, shape[1..].to_vec(), piece.into()))
-            .collect(),
-        TensorSource::Part { name, start, of } => {
-            let index_bytes = shape[2..].iter().product::<u64>() * tensor.dtype.bytes();
-            let fill = |indices: u64| vec![0xee; (indices * index_bytes) as usize];
-            let packed = bytes
-                .chunks((shape[1] * index_bytes) as usize)
-                .flat_map(|row| [fill(*start), row.to_vec(), fill(of - start - shape[1])].concat());
-            vec![(name.clone(), tensor.dtype, [&[shape[0], *of], &shape[2..]].concat(), packed.collect())]
-        }
-    }
 }
 
 /// Writes an index.

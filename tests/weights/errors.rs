@@ -2,8 +2,8 @@
 
 use lfm2c::plan::{DType, Layout, TensorSource};
 use lfm2c::runtime::weights::{
-    Checkpoint, CheckpointError, CheckpointMismatch, Misshapen, Missing, Mistyped, WeightError, check, fill_synthetic,
-    load,
+    Checkpoint, CheckpointError, CheckpointMismatch, Misshapen, Missing, Mistyped, Origin, Room, Transfer, WeightError,
+    check, fill_synthetic, load,
 };
 
 use crate::common::*;
@@ -72,6 +72,9 @@ fn reports_every_mismatch_at_once() {
     let mut region = [0x5a; 64];
     assert!(load(&manifest, &manifest.ranks[0], &checkpoint, &mut region, &|_| {}).is_err());
     assert_eq!(region, [0x5a; 64], "nothing is written before all is found");
+    let room = Room { part_bytes: 256, placed_bytes: 256 };
+    let transfer = Transfer::new(&manifest, &manifest.ranks[0], Origin::Checkpoint(&checkpoint), room);
+    assert!(matches!(transfer, Err(WeightError::Mismatch(found)) if found == expected));
 }
 
 #[test]

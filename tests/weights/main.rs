@@ -1,13 +1,17 @@
 //! Checkpoints and synthetic numbers into the weights region, in every form, type and layout.
 
 mod common;
+mod device;
 mod errors;
 
 use std::sync::Mutex;
 
 use common::*;
+use lfm2c::codegen::{CompileOptions, Recipe};
+use lfm2c::ir;
+use lfm2c::passes::Target;
 use lfm2c::plan::{DType, Layout, Manifest, Tensor, TensorSource, TensorType, Weight};
-use lfm2c::runtime::weights::{Checkpoint, fill_synthetic, load, total_bytes};
+use lfm2c::runtime::weights::{Checkpoint, Origin, Room, fill_synthetic, load, total_bytes};
 use proptest::prelude::*;
 
 /// What the weight must hold, by its definition: one element at a time.
@@ -48,7 +52,15 @@ fn expected(weight: &Weight, tensors: &[Tensor]) -> Vec<u8> {
     written(*dtype, &elements)
 }
 
-/// Loads, checks every byte of the region and the progress, and that synthetic numbers give the same.
+/// Room of a device: parts and the spans that it places, from the smallest to more than one task of a thread.
+const ROOMS: [Room; 4] = [
+    Room { part_bytes: 256, placed_bytes: 256 },
+    Room { part_bytes: 1024, placed_bytes: 512 },
+    Room { part_bytes: 4096, placed_bytes: 16384 },
+    Room { part_bytes: 3 << 20, placed_bytes: 2 << 20 },
+];
+
+/// Loads, checks every byte of the region and the progress, and that synthetic numbers and a device give the same.
 fn check_weights(manifest: &Manifest, checkpoint: &Checkpoint) {
     let program = &manifest.ranks[0];
     let mut want = vec![0x5a; program.pool.weights.bytes as usize + 3];
@@ -72,6 +84,14 @@ fn check_weights(manifest: &Manifest, checkpoint: &Checkpoint) {
     };
     assert!(fill(false) == want, "checkpoint");
     assert!(fill(true) == want, "synthetic");
+    // Small parts of large weights would only take long.
+    for room in ROOMS.into_iter().filter(|room| want.len() / room.part_bytes < 100) {
+        for origin in [Origin::Checkpoint(checkpoint), Origin::Synthetic(SEED)] {
+            let mut region = vec![0x5a; want.len()];
+            device::load(manifest, origin, room, &mut region);
+            assert!(region == want, "on a device, {room:?}");
+        }
+    }
 }
 
 #[test]
@@ -146,9 +166,58 @@ fn a_type_for_each_index() {
     let (_dir, checkpoint) = single(&items);
     load(&manifest, &manifest.ranks[0], &checkpoint, &mut region, &|_| {}).unwrap();
     assert_eq!(values(DType::F32, &region), numbers.concat());
+    region.fill(0);
+    let moved = device::load(&manifest, Origin::Checkpoint(&checkpoint), ROOMS[0], &mut region);
+    assert_eq!(values(DType::F32, &region), numbers.concat());
+    assert_eq!(moved, [2, 4, 0], "what has the type of the weight is copied");
     let (_dir, other) = single(&[item(0, DType::BF16), item(1, DType::F16), item(2, DType::F16)]);
     let error = load(&manifest, &manifest.ranks[0], &other, &mut region, &|_| {}).unwrap_err().to_string();
     assert!(error.contains("mistyped `e.1`: expected F32, found F16") && !error.contains("`e.0`"), "{error}");
+}
+
+#[test]
+fn a_device_moves_vectors_where_blocks_are_of_eights() {
+    use DType::*;
+    let tensors = vec![whole("a", BF16, &[3, 32, 24]), whole("b", BF16, &[3, 32, 24]), whole("c", F32, &[33, 8])];
+    let gate_up = Layout::Concat { axis: 1, block: Some(16), tensors: vec![0, 1] };
+    let weights = vec![
+        weight(BF16, &[3, 64, 24], 0, gate_up),
+        weight(BF16, &[33, 8], 9216, Layout::Copy(2)),
+        weight(F32, &[33, 8], 9984, Layout::Copy(2)),
+    ];
+    let (_dir, checkpoint) = single(&tensors.iter().flat_map(items).collect::<Vec<_>>());
+    let manifest = manifest(tensors, weights);
+    check_weights(&manifest, &checkpoint);
+    for room in ROOMS {
+        let moved = device::load(&manifest, Origin::Checkpoint(&checkpoint), room, &mut [0; 12000]);
+        assert_eq!(moved, [33 * 8, 0, 3 * 64 * 24 + 33 * 8]);
+    }
+}
+
+/// As tests/gpu/load.rs has it loaded by a GPU.
+#[test]
+fn plans_for_a_device_have_the_kernels_that_checkpoints_of_all_types_need() {
+    for stored in [Stored::Bf16, Stored::F32, Stored::Mixed] {
+        for dtype in [ir::DType::F32, ir::DType::BF16, ir::DType::F16] {
+            let options = CompileOptions {
+                target: Target::Sm90a,
+                without_cubins: true,
+                dtype: Some(dtype),
+                prefill: Some(vec![]),
+                decode: Some(vec![1]),
+                ..CompileOptions::default()
+            };
+            let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).unwrap();
+            let manifest = plan(recipe, stored, &options).manifest;
+            let (_dir, checkpoint) = single(&manifest.tensors.iter().flat_map(items).collect::<Vec<_>>());
+            let mut want = vec![0; manifest.ranks[0].pool.weights.bytes as usize];
+            load(&manifest, &manifest.ranks[0], &checkpoint, &mut want, &|_| {}).unwrap();
+            let mut region = vec![0; want.len()];
+            let moved = device::load(&manifest, Origin::Checkpoint(&checkpoint), ROOMS[3], &mut region);
+            assert!(region == want, "{dtype} from {stored:?}");
+            assert!(moved[1] == 0 && moved[2] > 0, "sizes of multiples of eight go in vectors: {moved:?}");
+        }
+    }
 }
 
 #[derive(Debug, Clone)]

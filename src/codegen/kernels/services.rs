@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::builder::{Builder, Specialised};
-use crate::plan::{DType, Layout, Manifest, ParamType, SERVICE_THREADS, ServiceRole, Weight, WeightSource};
+use crate::plan::{DType, Manifest, SERVICE_THREADS, ServiceRole, Tensor, Weight, WeightSource};
 
 /// A kernel that the runtime launches by itself.
 pub struct ServiceKernel {
@@ -24,13 +24,18 @@ impl ServiceKernel {
     }
 }
 
-/// The kernels that a plan's runtime needs: one for each pair of types that weights are made of and, for a language model, the
-/// two that lead from step to step.
+/// The kernels that a plan's runtime needs: one for each pair of types that elements of a checkpoint are not just copied between,
+/// if weights may be synthetic one for each pair of types of tensors and weights, and for a language model the two that lead from
+/// step to step. A plan with synthetic weights can be given a checkpoint.
 pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     let mut found = vec![];
     if let WeightSource::Synthetic(_) = manifest.model.weights {
-        found.extend(conversions(manifest).into_iter().map(|(tensor, weight)| synthesize(tensor, weight)));
+        let made = |_: &Weight, tensor: &Tensor| vec![tensor.dtype];
+        found.extend(pairs(manifest, made).into_iter().map(|(tensor, weight)| synthesize(tensor, weight)));
     }
+    let placed =
+        |weight: &Weight, tensor: &Tensor| tensor.dtypes().filter(|&dtype| !weight.is_copy_of(dtype)).collect();
+    found.extend(pairs(manifest, placed).into_iter().map(|(tensor, weight)| place(tensor, weight)));
     let has = |name: &&str| manifest.ranks.iter().flat_map(|rank| &rank.io).any(|io| io.name == **name);
     if ["tokens", "pos", "slot", "rows", "next"].iter().all(has) {
         found.extend([advance(), feed()]);
@@ -38,17 +43,13 @@ pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     found
 }
 
-/// The types of tensors with those of the weights that are made of them, in a fixed order.
-fn conversions(manifest: &Manifest) -> Vec<(DType, DType)> {
+/// Types of tensors, as `of` says for a weight and each of its tensors, with those of the weights, in a fixed order.
+fn pairs(manifest: &Manifest, of: impl Fn(&Weight, &Tensor) -> Vec<DType>) -> Vec<(DType, DType)> {
     let mut pairs = BTreeSet::new();
-    for Weight { ty, layout, .. } in manifest.ranks.iter().flat_map(|rank| &rank.weights) {
-        let tensors = match layout {
-            Layout::Copy(tensor) => std::slice::from_ref(tensor),
-            Layout::Concat { tensors, .. } => tensors,
-        };
-        for tensor in tensors.iter().filter_map(|&tensor| manifest.tensors.get(tensor as usize)) {
-            pairs.insert((order(tensor.dtype), order(ty.0)));
-        }
+    for weight in manifest.ranks.iter().flat_map(|rank| &rank.weights) {
+        let tensors = weight.layout.tensors().iter().filter_map(|&tensor| manifest.tensors.get(tensor as usize));
+        let dtypes = tensors.flat_map(|tensor| of(weight, tensor));
+        pairs.extend(dtypes.map(|dtype| (order(dtype), order(weight.ty.0))));
     }
     pairs.into_iter().map(|(tensor, weight)| (TYPES[tensor], TYPES[weight])).collect()
 }
@@ -59,42 +60,35 @@ fn order(dtype: DType) -> usize {
     TYPES.iter().position(|&ty| ty == dtype).expect("all types are listed")
 }
 
+/// What kernels take to know where elements go.
+const PLACES: [&str; 5] = ["part", "whole", "run", "stride", "offset"];
+
 fn synthesize(tensor: DType, weight: DType) -> ServiceKernel {
-    let mut builder = with_layout(tensor, weight);
-    builder.parameter("to", ParamType::Out(weight));
-    longs(&mut builder, &["first", "count", "key"]);
-    builder.parameter("center", ParamType::Float).parameter("scale", ParamType::Float);
-    longs(&mut builder, &PLACES);
-    service(
-        ServiceRole::Synthesize(tensor, weight),
-        "synthesize",
-        include_str!("../../../kernels/synthesize.cu"),
-        builder,
-    )
+    let names = [&["to", "first", "count", "key", "center", "scale"][..], &PLACES].concat();
+    let source = include_str!("../../../kernels/synthesize.cu");
+    let builder = with_layout(tensor, weight);
+    service(ServiceRole::Synthesize(tensor, weight), "synthesize", source, &names, builder)
+}
+
+fn place(tensor: DType, weight: DType) -> ServiceKernel {
+    let names = [&["to", "from", "first", "count"][..], &PLACES].concat();
+    let source = include_str!("../../../kernels/place.cu");
+    let builder = with_layout(tensor, weight);
+    service(ServiceRole::Place(tensor, weight), "place", source, &names, builder)
 }
 
 fn advance() -> ServiceKernel {
-    let mut builder = Builder::service();
-    let (read, write) = (ParamType::In(DType::I32), ParamType::Out(DType::I32));
-    builder.parameter("next", read).parameter("tokens", write).parameter("pos", write).parameter("slot", write);
-    builder.parameter("rows", read).parameter("last", write).parameter("stops", read);
-    longs(&mut builder, &["ring", "number"]);
-    for name in ["count", "moves", "depth", "width"] {
-        builder.parameter(name, ParamType::Int);
-    }
-    service(ServiceRole::Advance, "advance", include_str!("../../../kernels/advance.cu"), builder)
+    let names = ["next", "tokens", "pos", "slot", "rows", "last", "stops", "ring", "number"];
+    let names = [&names[..], &["count", "moves", "depth", "width"]].concat();
+    let source = include_str!("../../../kernels/advance.cu");
+    service(ServiceRole::Advance, "advance", source, &names, Builder::service())
 }
 
 fn feed() -> ServiceKernel {
-    let mut builder = Builder::service();
-    let (read, write) = (ParamType::In(DType::I32), ParamType::Out(DType::I32));
-    builder.parameter("tokens", write).parameter("pos", write).parameter("slot", write);
-    builder.parameter("last", read).parameter("count", ParamType::Int);
-    service(ServiceRole::Feed, "feed", include_str!("../../../kernels/feed.cu"), builder)
+    let names = ["tokens", "pos", "slot", "last", "count"];
+    let source = include_str!("../../../kernels/feed.cu");
+    service(ServiceRole::Feed, "feed", source, &names, Builder::service())
 }
-
-/// What [`ServiceRole::Synthesize`] takes to know where elements go.
-const PLACES: [&str; 5] = ["part", "whole", "run", "stride", "offset"];
 
 fn with_layout(tensor: DType, weight: DType) -> Builder<'static> {
     let mut builder = Builder::service();
@@ -102,13 +96,19 @@ fn with_layout(tensor: DType, weight: DType) -> Builder<'static> {
     builder
 }
 
-fn longs(builder: &mut Builder, names: &[&str]) {
-    for name in names {
-        builder.parameter(name, ParamType::Long);
+/// A service whose parameters have these names, and the types that the role says.
+fn service(
+    role: ServiceRole,
+    name: &'static str,
+    source: &'static str,
+    names: &[&str],
+    mut builder: Builder,
+) -> ServiceKernel {
+    let types = role.params();
+    assert_eq!(names.len(), types.len(), "parameters of {name}");
+    for (name, ty) in names.iter().zip(types) {
+        builder.parameter(name, ty);
     }
-}
-
-fn service(role: ServiceRole, name: &'static str, source: &'static str, builder: Builder) -> ServiceKernel {
     ServiceKernel { role, name, source, specialised: builder.finish("", [1, 1, 1], SERVICE_THREADS, 0) }
 }
 
@@ -132,16 +132,23 @@ mod tests {
         let (bf16, f32) = (DType::BF16, DType::F32);
         let steps = [ServiceRole::Advance, ServiceRole::Feed];
         let synthetic = [ServiceRole::Synthesize(f32, f32), ServiceRole::Synthesize(bf16, bf16)];
-        assert_eq!(roles(&manifest), [synthetic, steps].concat());
+        let placed = [ServiceRole::Place(bf16, bf16)];
+        assert_eq!(roles(&manifest), [&synthetic[..], &placed, &steps].concat());
         manifest.model.weights = WeightSource::Checkpoint;
-        assert_eq!(roles(&manifest), steps);
+        assert_eq!(roles(&manifest), [&placed[..], &steps].concat());
+        let mixed = manifest.tensors.iter_mut().find(|tensor| tensor.name.contains("experts")).expect("it has experts");
+        mixed.index_dtypes = vec![bf16, DType::F16];
+        assert_eq!(roles(&manifest)[..2], [ServiceRole::Place(DType::F16, bf16), placed[0]]);
         manifest.ranks[0].io.pop();
-        assert_eq!(roles(&manifest), []);
+        manifest.ranks[0].weights.retain(|weight| weight.layout.tensors().len() == 1);
+        manifest.tensors.iter_mut().for_each(|tensor| tensor.index_dtypes.clear());
+        assert_eq!(roles(&manifest), [], "what is copied as it is needs no kernel");
     }
 
     #[test]
     fn parameters_are_what_the_source_takes() {
-        let all = [synthesize(DType::BF16, DType::F16), advance(), feed()];
+        let (bf16, f16) = (DType::BF16, DType::F16);
+        let all = [synthesize(bf16, f16), place(bf16, f16), advance(), feed()];
         for service in all {
             let text = service.text();
             write(service.name, &text);
@@ -151,8 +158,9 @@ mod tests {
             }
             assert_eq!(service.specialised.launch.block, SERVICE_THREADS);
         }
-        for (tensor, weight) in [(DType::I32, DType::I32), (DType::F32, DType::F32), (DType::BF16, DType::BF16)] {
+        for (tensor, weight) in [(DType::I32, DType::I32), (DType::F32, DType::F32), (bf16, bf16), (DType::F32, bf16)] {
             write("synthesize", &synthesize(tensor, weight).text());
+            write("place", &place(tensor, weight).text());
         }
     }
 }

@@ -39,8 +39,15 @@ pub(super) fn check_kernels(manifest: &Manifest, cubins: usize, faults: &mut Fau
         faults.add("kernels", format!("expected machine code of all {} or of none, found {compiled}", kernels.len()));
     }
     for (i, service) in manifest.services.iter().enumerate() {
-        if service.1 as usize >= kernels.len() {
-            faults.add("services", format!("{service:?}: expected one of {} kernels", kernels.len()));
+        match kernels.get(service.1 as usize) {
+            None => faults.add("services", format!("{service:?}: expected one of {} kernels", kernels.len())),
+            Some(kernel) => {
+                let (expected, found) = (service.0.params(), kernel.params.iter().map(|param| param.1));
+                if !found.clone().eq(expected.iter().copied()) {
+                    let found: Vec<ParamType> = found.collect();
+                    faults.add("services", format!("{service:?}: expected parameters {expected:?}, found {found:?}"));
+                }
+            }
         }
         if manifest.services[..i].iter().any(|other| other.0 == service.0) {
             faults.add("services", format!("{:?} is there more than once", service.0));

@@ -11,7 +11,8 @@
 //! - The head can run again: it updates no state, and what it reads of earlier steps, like what the graph returns, lives to
 //!   the end.
 //! - On a device every step has a launch, of a kernel of the plan, within the device's limits, whose arguments are of its
-//!   parameters' types and of the step's operands; a plan for the CPU has neither.
+//!   parameters' types and of the step's operands; a plan for the CPU has neither. A service's kernel takes what the runtime
+//!   passes for its role.
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
 
 mod bucket;

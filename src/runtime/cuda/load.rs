@@ -1,19 +1,24 @@
-//! Weights into a pool on a device: laid out by several threads into pinned memory, copied from there while the next part is
-//! laid out. The layout costs no pass of its own: a checkpoint's bytes must be copied into pinned memory in any case.
+//! Weights into a pool on a device. Threads of the host copy tensors as they are into pinned memory, and while they fill the next
+//! part of it, the device takes the last: what lies in a weight as in the checkpoint is copied there, the rest goes through a
+//! staging area, from which a kernel puts it in its places. That area is the arena, which nothing else uses yet.
 
 use anyhow::Result;
 
 use super::CudaExecutor;
-use crate::cuda::{Argument, Event, HostMemory, LaunchShape, Stream};
+use crate::cuda::{Argument, Event, Function, HostMemory, LaunchShape};
 use crate::plan::{SERVICE_THREADS, ServiceRole, WeightSource};
-use crate::runtime::weights::{Origin, Window, places, synthetic};
+use crate::runtime::weights::{Origin, Places, Room, Span, Transfer, places, synthetic};
 
-/// Parts in work at a time, and the size of each.
+/// Parts in work at a time, and the most bytes of each.
 const PARTS: usize = 4;
 const PART_BYTES: usize = 32 << 20;
 
+/// An arena below this is no staging area: starting a copy and a kernel takes longer than they do. Kernels read pinned memory
+/// themselves then.
+const LEAST_STAGING_BYTES: u64 = 1 << 20;
+
 impl CudaExecutor {
-    /// Fills the weights region; `progress` hears the bytes done so far.
+    /// Fills the weights region; `progress` hears the bytes of weights done so far. The arena's contents are lost.
     ///
     /// # Errors
     /// The checkpoint does not fit the plan, or the device failed.
@@ -24,34 +29,72 @@ impl CudaExecutor {
             return self.synthesize(seed, progress);
         }
         let program = &self.manifest.ranks[self.rank];
-        let region = program.pool.weights;
-        let window = Window::new(&self.manifest, program, origin)?;
-        let stream = Stream::new(&self.device)?;
-        let size = PART_BYTES.min(region.bytes as usize).max(1);
-        let mut parts = (0..PARTS)
-            .map(|_| Ok((HostMemory::new(&self.device, size)?, Event::new(&self.device, false)?)))
+        let arena = program.pool.arena.bytes;
+        let staged = arena >= LEAST_STAGING_BYTES;
+        let placed_bytes = if staged { arena.min(PART_BYTES as u64) as usize } else { PART_BYTES };
+        let room = Room { part_bytes: PART_BYTES, placed_bytes };
+        let transfer = Transfer::new(&self.manifest, program, origin, room)?;
+        let parts = transfer.parts();
+        let mut buffers = (0..PARTS.min(parts.len()))
+            .map(|_| Ok((HostMemory::new(&self.device, transfer.part_bytes())?, Event::new(&self.device, false)?)))
             .collect::<Result<Vec<_>>>()?;
-        for (i, start) in (0..region.bytes).step_by(size).enumerate() {
-            let (memory, copied) = &mut parts[i % PARTS];
+        // One stream, the one that steps will run on, keeps everything in order: the staging area is written when the kernel before
+        // has read it, and the arena by steps when all of this is done. Only the host has to wait, before it fills a buffer again.
+        let stream = self.streams.main();
+        let mut done = 0;
+        for (i, part) in parts.iter().enumerate() {
+            let (memory, taken) = &mut buffers[i % PARTS];
             if i >= PARTS {
-                copied.synchronize()?;
+                taken.synchronize()?;
             }
-            let length = (region.bytes - start).min(size as u64) as usize;
-            window.write(start, &mut memory.as_mut_slice()[..length]);
-            self.pool.write_from((region.offset + start) as usize, memory, 0..length, &stream)?;
-            copied.record(&stream)?;
-            progress(start + length as u64);
+            transfer.read(part, memory.as_mut_slice());
+            for span in part {
+                self.take(span, memory, staged)?;
+                done += span.elements * program.weights[span.weight].ty.0.bytes();
+            }
+            taken.record(stream)?;
+            progress(done);
         }
         Ok(stream.synchronize()?)
+    }
+
+    /// Queues what makes a span of pinned memory part of its weight. The memory stays as it is until the stream has passed that.
+    fn take(&self, span: &Span, memory: &HostMemory, staged: bool) -> Result<()> {
+        let program = &self.manifest.ranks[self.rank];
+        let weight = &program.weights[span.weight];
+        let to = program.pool.weights.offset + weight.offset;
+        let stream = self.streams.main();
+        if span.is_copy {
+            let at = to + span.places.of(span.first) * span.dtype.bytes();
+            return Ok(self.pool.write_from(at as usize, memory, span.bytes(), stream)?);
+        }
+        let from = if staged {
+            let staging = program.pool.arena.offset;
+            self.pool.write_from(staging as usize, memory, span.bytes(), stream)?;
+            self.pool.address() + staging
+        } else {
+            memory.device_address() + span.start as u64
+        };
+        let kernel = self.kernels.service(ServiceRole::Place(span.dtype, weight.ty.0))?;
+        self.launch_with_places(kernel, &[self.pool.address() + to, from, span.first, span.elements], &span.places)
+    }
+
+    /// Queues a kernel over the elements of a tensor that ends its parameters with their places.
+    fn launch_with_places(&self, kernel: &Function, args: &[u64], places: &Places) -> Result<()> {
+        let &Places { tensor: _, part, whole, run, stride, offset } = places;
+        let args: Vec<Argument> =
+            args.iter().copied().chain([part, whole, run, stride, offset]).map(Argument::Bits).collect();
+        // Eight blocks fill a multiprocessor.
+        let blocks = self.device.multiprocessors * 8;
+        let shape =
+            LaunchShape { grid: [blocks, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent: false };
+        Ok(self.streams.main().launch(kernel, &shape, &args)?)
     }
 
     /// Makes synthetic weights on the device.
     fn synthesize(&self, seed: u64, progress: &dyn Fn(u64)) -> Result<()> {
         let program = &self.manifest.ranks[self.rank];
         let tensors = &self.manifest.tensors;
-        let blocks = self.device.multiprocessors * 8;
-        let shape =
-            LaunchShape { grid: [blocks, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent: false };
         let mut done = 0;
         for weight in &program.weights {
             let to = self.pool.address() + program.pool.weights.offset + weight.offset;
@@ -61,9 +104,8 @@ impl CudaExecutor {
                 let key = synthetic::key(seed, tensor.synthetic.salt);
                 let bits = |x: f32| u64::from(x.to_bits());
                 let (center, scale) = (bits(tensor.synthetic.center), bits(tensor.synthetic.scale));
-                let args = [to, 0, count, key, center, scale, at.part, at.whole, at.run, at.stride, at.offset];
                 let kernel = self.kernels.service(ServiceRole::Synthesize(tensor.dtype, weight.ty.0))?;
-                self.streams.main().launch(kernel, &shape, &args.map(Argument::Bits))?;
+                self.launch_with_places(kernel, &[to, 0, count, key, center, scale], &at)?;
             }
             done += weight.ty.bytes().unwrap_or(0);
             progress(done);

@@ -8,10 +8,13 @@ use super::{Progress, WeightError};
 use crate::plan::{DType, Layout, Tensor, TensorType, Weight};
 
 /// Bytes that one task writes: a multiple of every element's size.
-const TASK_BYTES: usize = 1 << 20;
+pub(super) const TASK_BYTES: usize = 1 << 20;
 
 /// The numbers of the manifest's tensors.
 pub(super) trait Elements: Sync {
+    /// The types that a tensor's elements are stored in, with how many are of each, in their order.
+    fn stored(&self, tensor: u32) -> Vec<(DType, u64)>;
+
     /// Writes the elements of a tensor from `first` on, as elements of `dtype`, until `bytes` is full.
     fn read(&self, tensor: u32, first: u64, dtype: DType, bytes: &mut [u8]);
 }
@@ -40,40 +43,6 @@ pub(super) fn fill(
     Ok(())
 }
 
-/// The weights of a region by ascending offset, for writing any range of it.
-pub(super) struct Region {
-    weights: Vec<(u64, u64, DType, Gather)>,
-}
-
-impl Region {
-    /// Of weights that do not overlap.
-    pub(super) fn new(tensors: &[Tensor], weights: &[Weight]) -> Result<Region, WeightError> {
-        let mut list = Vec::with_capacity(weights.len());
-        for weight in weights {
-            let bytes = weight.ty.bytes().ok_or_else(|| fault(weight, format!("size of {:?} overflows", weight.ty)))?;
-            let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
-            list.push((weight.offset, bytes, weight.ty.0, gather));
-        }
-        list.sort_by_key(|&(offset, bytes, ..)| (offset, bytes));
-        Ok(Region { weights: list })
-    }
-
-    /// Writes the region's bytes from `start` on, a multiple of every element's size, in parallel. Bytes between weights stay as
-    /// they are.
-    pub(super) fn write(&self, elements: &impl Elements, start: u64, bytes: &mut [u8]) {
-        bytes.par_chunks_mut(TASK_BYTES).enumerate().for_each(|(i, bytes)| {
-            let start = start + (i * TASK_BYTES) as u64;
-            let end = start + bytes.len() as u64;
-            let first = self.weights.partition_point(|&(offset, size, ..)| offset + size <= start);
-            for (offset, size, dtype, gather) in self.weights[first..].iter().take_while(|(offset, ..)| *offset < end) {
-                let (from, to) = (start.max(*offset), end.min(offset + size));
-                let piece = &mut bytes[(from - start) as usize..(to - start) as usize];
-                gather.write(elements, (from - offset) / dtype.bytes(), *dtype, piece);
-            }
-        });
-    }
-}
-
 /// The bytes of each weight, by ascending offset.
 fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w Weight, &'r mut [u8])>, WeightError> {
     let length = region.len();
@@ -100,13 +69,7 @@ fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w
     Ok(slices)
 }
 
-/// Where the elements of a tensor lie in a weight: element i is the weight's element
-///
-/// ```text
-/// i / part * whole + i % part / run * stride + offset + i % part % run
-/// ```
-///
-/// Devices write weights by this, tensor by tensor.
+/// Where the elements of a tensor lie in a weight; see [`Places::of`]. Devices write weights by this, tensor by tensor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Places {
     /// Position of the tensor in the manifest.
@@ -121,6 +84,14 @@ pub struct Places {
     pub stride: u64,
     /// The first run's place in a period.
     pub offset: u64,
+}
+
+impl Places {
+    /// The place of element i of the tensor.
+    pub fn of(&self, i: u64) -> u64 {
+        let rest = i % self.part;
+        i / self.part * self.whole + rest / self.run * self.stride + self.offset + rest % self.run
+    }
 }
 
 /// The places of all tensors of a weight, those without elements left out.
@@ -279,11 +250,6 @@ mod tests {
     use super::*;
     use crate::plan::Synthetic;
 
-    fn place(at: &Places, i: u64) -> u64 {
-        let rest = i % at.part;
-        i / at.part * at.whole + rest / at.run * at.stride + at.offset + rest % at.run
-    }
-
     proptest! {
         #[test]
         fn places_say_what_runs_say(
@@ -314,7 +280,7 @@ mod tests {
             let mut seen = 0;
             for at in places(&weight, &tensors).expect("they fit") {
                 for i in 0..sizes[at.tensor as usize] * outer * inner {
-                    let run = gather.run(place(&at, i));
+                    let run = gather.run(at.of(i));
                     prop_assert_eq!((run.tensor, run.first), (at.tensor, i));
                     seen += 1;
                 }

@@ -1,15 +1,18 @@
-//! Weights: from a checkpoint, or from a counter, into the weights region of the pool, in the layout that the plan states.
+//! Weights: from a checkpoint, or from a counter, into the weights region of the pool, in the layout that the plan states. On the
+//! host that is [`load`] and [`fill_synthetic`]; a device takes what a [`Transfer`] gives it.
 
 mod checkpoint;
 mod header;
 mod layout;
 mod resolve;
 pub mod synthetic;
+mod transfer;
 
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
 pub use header::{HeaderEntry, HeaderError, parse_header};
 pub use layout::{Places, places};
 pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
+pub use transfer::{Room, Span, Transfer};
 
 use crate::plan::{Manifest, Program};
 
@@ -70,41 +73,6 @@ pub enum Origin<'a> {
     Checkpoint(&'a Checkpoint),
     /// A counter, with this seed; see [`synthetic`].
     Synthetic(u64),
-}
-
-/// The weights region as it will be, any range of which can be written: for loading it through a window.
-pub struct Window<'a> {
-    region: layout::Region,
-    elements: Stored<'a>,
-}
-
-enum Stored<'a> {
-    Checkpoint(resolve::Stored<'a>),
-    Synthetic(synthetic::Numbers<'a>),
-}
-
-impl<'a> Window<'a> {
-    /// Of a program's weights.
-    ///
-    /// # Errors
-    /// As [`load`].
-    pub fn new(manifest: &'a Manifest, program: &Program, origin: Origin<'a>) -> Result<Self, WeightError> {
-        let region = layout::Region::new(&manifest.tensors, &program.weights)?;
-        let elements = match origin {
-            Origin::Checkpoint(checkpoint) => Stored::Checkpoint(resolve::resolve(manifest, checkpoint)?),
-            Origin::Synthetic(seed) => Stored::Synthetic(synthetic::Numbers::new(&manifest.tensors, seed)),
-        };
-        Ok(Window { region, elements })
-    }
-
-    /// Writes the region's bytes from `start` on, a multiple of every element's size, in parallel. Bytes between weights stay
-    /// as they are.
-    pub fn write(&self, start: u64, bytes: &mut [u8]) {
-        match &self.elements {
-            Stored::Checkpoint(stored) => self.region.write(stored, start, bytes),
-            Stored::Synthetic(numbers) => self.region.write(numbers, start, bytes),
-        }
-    }
 }
 
 /// Compares a checkpoint with what the plan needs, without reading its numbers.

@@ -106,6 +106,12 @@ struct StoredTensor<'a> {
 }
 
 impl Elements for Stored<'_> {
+    fn stored(&self, tensor: u32) -> Vec<(DType, u64)> {
+        let StoredTensor { piece_elements, pieces } = &self.0[tensor as usize];
+        let runs = pieces.chunk_by(|a, b| a.0 == b.0);
+        runs.map(|run| (run[0].0, run.len() as u64 * piece_elements)).collect()
+    }
+
     fn read(&self, tensor: u32, first: u64, dtype: DType, mut bytes: &mut [u8]) {
         let stored = &self.0[tensor as usize];
         let mut position = first;

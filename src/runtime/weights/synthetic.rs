@@ -50,6 +50,11 @@ impl<'a> Numbers<'a> {
 }
 
 impl Elements for Numbers<'_> {
+    fn stored(&self, tensor: u32) -> Vec<(DType, u64)> {
+        let tensor = self.0[tensor as usize].1;
+        vec![(tensor.dtype, tensor.shape.iter().product())]
+    }
+
     fn read(&self, tensor: u32, first: u64, dtype: DType, bytes: &mut [u8]) {
         let (key, tensor) = self.0[tensor as usize];
         let mut values = [0.0; BLOCK];
