@@ -3,14 +3,17 @@
 //
 // Work is divided into items: a tile of eight rows of a weight [N, K] for a group of at most COLUMNS rows of x, which lie in
 // shared memory. Where the result has HALVES, a tile is four rows of the first and the four that belong to them of the second.
-// A block has a run of items, and an item is UNITS units: for each of SUBS matrices, CHUNKS parts of CHUNK columns. Unit u of
-// the run is copied into slot u % SLOTS, RUN adjacent rows at once; each row is a line of LINE bytes there.
+// Where an element of the result takes one row of each of several BANDS of the weight, which lie one after the other, an item is
+// the same tile of all of them. A block has a run of items, and an item is UNITS units: for each of SUBS matrices, or of BANDS,
+// CHUNKS parts of CHUNK columns. Unit u of the run is copied into slot u % SLOTS, RUN adjacent rows at once; each row is a line
+// of LINE bytes there.
 //
 // A warp multiplies its STEPS steps, of 32 columns, of every unit. Lane (g, t) reads eight adjacent elements 8t.. of row g of
 // the tile, of row g of x and of row g + 8: the first four are those of one mma, the others of the next, as a product of
 // sixteen may take its k in any order. Weights are the right operand, of eight columns; x is the left one. After the last
 // chunk of a matrix each warp leaves its sums; one barrier for each item later, one thread for each element of y adds them up,
-// by warp, then over SUBS, and finishes it while the others go on.
+// by warp, then over SUBS, and finishes it while the others go on. With a CONVOLUTION (convolution.cuh) it has read the earlier
+// columns of its channel, and has summed them, by then: those of a block's first item before the wait, if they are there.
 //
 // The last warp only copies: when the others are done with a slot, it starts the copies of the unit that is next there, and
 // nobody waits for it. The first units of a block are on their way before the kernels before this one are done, unless a routing
@@ -23,17 +26,22 @@
 // Races: a slot is written when all warps have met, or have arrived at its barrier `empty`, after reading it, and read after a
 // phase of its barrier `full`. What is claimed is told a barrier before it is asked for, because the unit copied next is at least
 // two ahead. Sums lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x
-// are staged between barriers. A routing is read before the wait only if it is sure to be there. Each element of y belongs to one
-// item. The order of sums depends on constants only: not on other rows, nor on their number.
+// are staged between barriers. A routing or a convolution's state is read before the wait only if it is sure to be there. Each
+// element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
+// sums depends on constants only: not on other rows, nor on their number.
 //
 // Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
-// SUBS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block remembers), OWN,
-// and for weighted sums the type P of the products.
+// SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block
+// remembers), OWN, for weighted sums the type P of the products, and CONVOLUTION if the product is the columns of one.
 
 #include "bulk.cuh"
+#include "convolution.cuh"
 #include "list.cuh"
 
-constexpr int TILE = 8, TILES = N / TILE, OUT = TILE / HALVES, UNITS = SUBS * CHUNKS;
+constexpr int TILE = 8, TILES = N / (TILE * BANDS), OUT = TILE / HALVES;
+// Products of an item, and units.
+constexpr int PRODUCTS = SUBS * BANDS, UNITS = PRODUCTS * CHUNKS;
+static_assert(BANDS == 1 || (SUBS == 1 && HALVES == 1 && !ROUTED));
 // One warp fills slots, the others multiply.
 constexpr int MULTIPLIERS = WARPS - 1;
 constexpr int SPAN = 32, STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS * SPAN);
@@ -41,7 +49,7 @@ constexpr int SPAN = 32, STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS
 constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * MULTIPLIERS * SPAN;
 static_assert(COLUMNS * OUT <= THREADS && (!CLAIMS || (SLOTS >= 2 && SLOTS <= OWN * UNITS && SLOTS + 1 < CLAIMED)));
 // Sums of an item, and bytes of a slot.
-constexpr int SUMS = SUBS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
+constexpr int SUMS = PRODUCTS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 
 struct Multiply {
     static constexpr int LOADS = 1, CHAINS = STEPS > 4 ? 4 : 2;
@@ -112,9 +120,9 @@ struct Multiply {
     }
 };
 
-// The row of the weight that is row r of a tile.
-__device__ __forceinline__ int row_of(int tile, int r) {
-    if (HALVES == 1) return tile * TILE + r;
+// The row of the weight that is row r of a tile of a band.
+__device__ __forceinline__ int row_of(int tile, int band, int r) {
+    if (HALVES == 1) return band * (N / BANDS) + tile * TILE + r;
     int column = tile * OUT + r % OUT;
     return column / BLOCK * (2 * BLOCK) + column % BLOCK + r / OUT * BLOCK;
 }
@@ -132,9 +140,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
 
     auto row = [&](int r) -> i64 { return X_ROW(r); };
     auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };
-    auto finish = [&](float v0, float v1, i64 row, int column) {
+#ifdef CONVOLUTION
+    // There is one group, so a thread's row is the same in each item.
+    auto gated = CONVOLUTION;
+    const bool convolves = (int)threadIdx.x < rows * OUT;
+    auto finish = [&](float v0, float v1, float v2, i64 row, int column) {
+        y[row * Y_COLUMNS + column] = from_f32<Y>(gated.finish(v0, v1, v2, (int)row, column));
+    };
+#else
+    auto finish = [&](float v0, float v1, float, i64 row, int column) {
         y[row * Y_COLUMNS + column] = from_f32<Y>(EPILOGUE(v0, v1, row, column));
     };
+#endif
 
     const bool filler = warp_id() == MULTIPLIERS;
     int first = 0, own = 0, items = 0;
@@ -145,6 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     auto fill = [&](int unit) {
         if ((!CLAIMS && unit >= own * UNITS) || !elected()) return;
         int item = first + unit / UNITS, part = unit % UNITS, column = part % CHUNKS * CHUNK, expert = 0;
+        const int band = BANDS > 1 ? part / CHUNKS : 0;
         if (CLAIMS && unit >= own * UNITS) {
             if (part == 0) {
                 current = own * (int)gridDim.x + (int)next;
@@ -164,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         const W* from = w + (i64)expert * N * K + column;
 #pragma unroll
         for (int r = 0; r < TILE; r += RUN)
-            copy_bulk<ONCE>(to + r * LINE, from + (i64)row_of(item % TILES, r) * K, RUN * bytes, barrier);
+            copy_bulk<ONCE>(to + r * LINE, from + (i64)row_of(item % TILES, band, r) * K, RUN * bytes, barrier);
     };
     auto start = [&](int count) {
         items = count * TILES;
@@ -184,11 +202,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     __syncthreads();
     if (!ROUTED) start(LIST);
     CONSTANTS;
+#ifdef CONVOLUTION
+    if (!early) wait_for_previous();
+    find_places(pos, slot, 0, rows);
+#endif
     if (!ROUTED) __syncthreads();
     if (ROUTED) {
         if (!early) wait_for_previous();
         start(LIST);
     }
+#ifdef CONVOLUTION
+    if (convolves) gated.begin(threadIdx.x / OUT, first * OUT + threadIdx.x % OUT);
+#endif
     wait_for_previous();
     if (ROUTED) release_next();
     if (CLAIMS && filler && elected()) next = claim(claims, items - (own - 1) * gridDim.x - 1);
@@ -212,10 +237,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         float touched = 0;
         const i64 y_row = (WEIGHTED ? group : entry->first) + threadIdx.x / OUT;
         const int column = threadIdx.x / OUT, out = threadIdx.x % OUT;
+#ifdef CONVOLUTION
+        if (convolves && nth > 0) gated.begin(column, tile * OUT + out);
+        if (convolves) gated.ask(tile * OUT + out);
+#else
         if ((int)threadIdx.x < outs) touched = EPILOGUE(0.0f, 0.0f, y_row, tile * OUT + out);
+#endif
 
         float* const sums = partial + buffer * SUMS;
-        for (int sub = 0; sub < SUBS; sub++) {
+        for (int sub = 0; sub < PRODUCTS; sub++) {
             const S* x = staged + sub % STAGED_SUBS * PITCH;
             const bool live = !ROUTED || entry[sub].expert >= 0;
             product.clear();
@@ -248,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             return sum;
         };
         if ((int)threadIdx.x < outs) {
-            float v0 = 0, v1 = 0;
+            float v0 = 0, v1 = 0, v2 = 0;
             if (WEIGHTED) {
                 for (int sub = 0; sub < SUBS; sub++) {
                     float part = rounded<P>(total(sub, 0, out));
@@ -257,12 +287,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             } else if (!ROUTED || entry->expert >= 0) {
                 v0 = total(0, column, out);
                 if (HALVES == 2) v1 = total(0, column, out + OUT);
+                if (BANDS == 3) v1 = total(1, column, out), v2 = total(2, column, out);
             }
-            finish(v0, v1, y_row, tile * OUT + out);
+            finish(v0, v1, v2, y_row, tile * OUT + out);
         }
     }
+    if (!ROUTED) return;
     // Rows of no group.
     i64 step = (i64)gridDim.x * THREADS, end = (i64)rows * Y_COLUMNS;
     for (i64 i = (i64)ROWS_USED * Y_COLUMNS + blockIdx.x * THREADS + threadIdx.x; i < end; i += step)
-        finish(0.0f, 0.0f, i / Y_COLUMNS, (int)(i % Y_COLUMNS));
+        finish(0.0f, 0.0f, 0.0f, i / Y_COLUMNS, (int)(i % Y_COLUMNS));
 }

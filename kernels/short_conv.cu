@@ -5,7 +5,8 @@
 // With GATED, x holds three parts of a row, u = first * second, and the result is gate * y; with BIASED, a bias is added to y
 // before. Without, u is x and the result y. Each value is rounded to the type under which the step stores it. A column comes
 // from the batch if the row so many before is of the same slot and of the right position, else from the ring, and is left out
-// before position 0. At the end the ring holds u of the batch's rows, of those that share a column the last one's.
+// before position 0; of a row of no sequence all are. At the end the ring holds u of the batch's rows, of those that share a
+// column the last one's.
 //
 // A thread has VECTOR adjacent channels and, along y, a strip of rows, which it goes through with the last u in registers.
 //
@@ -201,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) short_conv(PARAMS) {
     int s = slot[index], p = pos[index];
     Row now = lane.row(index);
     if (s < 0 || p < 0) {
-        store(lane.y + index * CHANNELS, Floats{});
+        lane.finish(index, Floats{}, now);
         return;
     }
     lane.carried(index, 0, s, p, now);
@@ -241,15 +242,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) short_conv(PARAMS) {
         if (i + 1 < count) next = lane.row(first + i + 1);
         u32 found = states[i];
         Floats u = now.u();
-        if (found & PADDING) {
-            store(lane.y + (first + i) * CHANNELS, Floats{});
-        } else if (!(found & CARRIED)) {
+        if (!(found & CARRIED)) {
             Floats sum = {};
 #pragma unroll
             for (int tap = 0; tap < TAPS - 1; tap++) {
                 if (found >> (TAPS - 1 - tap) & 1) lane.add(sum, tap, window[TAPS - 2 - tap]);
             }
-            lane.add(sum, TAPS - 1, u);
+            if (!(found & PADDING)) lane.add(sum, TAPS - 1, u);
             lane.finish(first + i, sum, now);
         }
 #pragma unroll

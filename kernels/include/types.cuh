@@ -113,6 +113,11 @@ __device__ __forceinline__ int load_early(const int* from) {
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
 }
+__device__ __forceinline__ u16 load_early(const u16* from) {
+    u16 x;
+    asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(x) : "l"(from) : "memory");
+    return x;
+}
 
 // The two elements of a word, in f32.
 template <class T> __device__ __forceinline__ float low(u32 word) { return to_f32(T{(u16)(word & 0xffff)}); }

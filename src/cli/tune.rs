@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
-use crate::codegen::refine::{Entry, Refined, Refinement};
+use crate::codegen::refine::{Entry, Refined, Refinement, last_fused};
 use crate::codegen::select::{APART, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
@@ -177,17 +177,29 @@ impl Bench<'_> {
         if optional.is_empty() {
             return Ok(None);
         }
-        let chosen = optional.iter().map(|key| (key.clone(), APART.to_owned())).collect();
-        let all = CompileOptions { tactics: Tactics { chosen, nth: None }, ..alone.clone() };
-        let without = CompileOptions { without_cubins: true, ..all.clone() };
-        let mut parts = Tuning::of(&load::compile_source(self.source, &without)?.file.manifest);
-        parts.learn(tuning);
-        for round in parts.rounds() {
-            if !parts.measured(round).is_empty() {
-                self.run(&all, &mut parts, round)?;
+        // What is apart may be fused in another way, which is found on the way.
+        let (mut optional, mut apart) = (optional.clone(), BTreeSet::new());
+        loop {
+            let last = last_fused(optional.difference(&apart));
+            if last.is_empty() {
+                break;
             }
+            apart.extend(last);
+            let chosen = apart.iter().map(|key| (key.clone(), APART.to_owned())).collect();
+            let tactics = Tactics { chosen, nth: None };
+            let some = CompileOptions { tactics, ..alone.clone() };
+            let without = CompileOptions { without_cubins: true, ..some.clone() };
+            let compiled = load::compile_source(self.source, &without)?;
+            let mut parts = Tuning::of(&compiled.file.manifest);
+            parts.learn(tuning);
+            for round in parts.rounds() {
+                if !parts.measured(round).is_empty() {
+                    self.run(&some, &mut parts, round)?;
+                }
+            }
+            tuning.absorb(parts);
+            optional.extend(compiled.buckets.into_iter().flat_map(|bucket| bucket.optional));
         }
-        tuning.absorb(parts);
         let base = CompileOptions { tactics: tuning.lock("", (0, 0)).tactics(), ..alone.clone() };
         let entries: Vec<Entry> = optional.iter().map(|key| Entry::fusion(key)).collect();
         self.refine(&base, Refinement::new(&entries)).map(Some)

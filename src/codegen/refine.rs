@@ -48,9 +48,17 @@ impl Entry {
     }
 }
 
-/// The kernel of a candidate: the first word of its name.
-fn kernel_of(candidate: &str) -> &str {
-    candidate.split(' ').next().unwrap_or(candidate)
+/// The first word of a name: the kernel of a candidate, the stages of a problem.
+fn first_word(name: &str) -> &str {
+    name.split(' ').next().unwrap_or(name)
+}
+
+/// Of problems of fused operators, those to which no stage was added to make another of them: what is taken apart first, as that
+/// leaves the others as they were before.
+pub fn last_fused<'a>(keys: impl Iterator<Item = &'a String>) -> Vec<String> {
+    let keys: Vec<&String> = keys.collect();
+    let grows = |key: &str| keys.iter().any(|other| other.starts_with(&format!("{}+", first_word(key))));
+    keys.iter().filter(|key| !grows(key)).map(|key| (*key).clone()).collect()
 }
 
 /// Kernels that run more than one of the problems.
@@ -58,7 +66,7 @@ fn shared_kernels(entries: &[Entry]) -> BTreeSet<&str> {
     let mut once = BTreeSet::new();
     let mut shared = BTreeSet::new();
     for entry in entries {
-        let kernels: BTreeSet<&str> = entry.candidates.iter().map(|(name, _)| kernel_of(name)).collect();
+        let kernels: BTreeSet<&str> = entry.candidates.iter().map(|(name, _)| first_word(name)).collect();
         shared.extend(kernels.into_iter().filter(|kernel| !once.insert(*kernel)));
     }
     shared
@@ -118,7 +126,7 @@ impl Refinement {
         let mut beginnings = VecDeque::from([choice(&best)]);
         beginnings.extend(shared_kernels(entries).into_iter().map(|kernel| {
             let of_kernel = |entry: &Entry| {
-                entry.by_time().into_iter().find(|at| kernel_of(&at.0) == kernel).map(|at| at.0.clone())
+                entry.by_time().into_iter().find(|at| first_word(&at.0) == kernel).map(|at| at.0.clone())
             };
             choice(&|entry| of_kernel(entry).or_else(|| first(entry)))
         }));
@@ -285,6 +293,16 @@ mod tests {
         let apart: Vec<&str> =
             found.chosen.iter().filter(|(_, name)| *name == APART).map(|(key, _)| key.as_str()).collect();
         assert_eq!((apart, found.us), (vec!["conv", "head"], 850.0));
+    }
+
+    #[test]
+    fn what_was_fused_last_is_taken_apart_first() {
+        let keys = ["gather+norm+matmul 1", "norm+matmul 2", "norm+matmul+shortconv 3", "matmul+shortconv 4"];
+        let keys: BTreeSet<String> = keys.map(str::to_owned).into();
+        let last = last_fused(keys.iter());
+        assert_eq!(last, ["gather+norm+matmul 1", "matmul+shortconv 4", "norm+matmul+shortconv 3"]);
+        assert_eq!(last_fused(keys.iter().filter(|key| !last.contains(key))), ["norm+matmul 2"]);
+        assert!(last_fused([].iter()).is_empty());
     }
 
     #[test]

@@ -68,10 +68,15 @@ pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<
 }
 
 /// Whether a fused operator competes with its parts, so that it pays for few rows alone: rows that are prepared for a product, which
-/// each block of the product's kernel repeats, and a router that sorts all rows, which blocks that work together must do.
+/// each block of the product's kernel repeats, and a router that sorts all rows, which blocks that work together must do; or with
+/// another fusion: a convolution that is in the epilogue of one product could be in the prologue of the next.
 fn may_be_apart(semantic: &Semantic) -> bool {
-    let last = semantic.body.last().map(|Instr(op, ..)| op);
-    semantic.body.len() > 1 && matches!(last, Some(plan::Op::Matmul | plan::Op::GroupRows))
+    let product = |Instr(op, ..): &Instr| matches!(op, plan::Op::Matmul);
+    let convolution = |Instr(op, ..): &Instr| matches!(op, plan::Op::Conv1dCausal);
+    match semantic.body.last() {
+        Some(Instr(plan::Op::Matmul | plan::Op::GroupRows, ..)) => semantic.body.len() > 1,
+        _ => semantic.body.iter().any(product) && semantic.body.iter().any(convolution),
+    }
 }
 
 /// Chooses, and remembers what it chose.
@@ -179,15 +184,21 @@ mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
     use crate::codegen::{CompileOptions, Recipe, Source, compile};
+    use crate::ir::DType;
     use crate::passes::Target;
 
     fn program(tactics: Tactics) -> Program {
+        program_of(DType::BF16, vec![1, 8], tactics)
+    }
+
+    fn program_of(dtype: DType, decode: Vec<u64>, tactics: Tactics) -> Program {
         let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions {
             target: Target::Sm90a,
-            dtype: Some(crate::ir::DType::BF16),
+            dtype: Some(dtype),
             prefill: Some(vec![64]),
-            decode: Some(vec![1, 8]),
+            decode: Some(decode),
+            max_sequences: Some(32),
             without_cubins: true,
             tactics,
             ..CompileOptions::default()
@@ -211,6 +222,34 @@ mod tests {
         assert!(fused(&other).len() >= others && !fused(&other).contains(key), "{key}");
         let steps = |program: &Program| program.buckets.iter().map(|bucket| bucket.steps.len()).sum::<usize>();
         assert!(steps(&other) > steps(&default));
+    }
+
+    #[test]
+    fn a_convolution_is_in_one_of_the_products_beside_it() {
+        // The steps of the first layer's convolution in decode buckets.
+        let steps = |dtype, rows, apart: &[String]| -> Vec<(String, String)> {
+            let chosen = apart.iter().map(|key| (key.clone(), APART.to_owned())).collect();
+            let program = program_of(dtype, vec![rows], Tactics { chosen, nth: None });
+            let bucket =
+                program.buckets.iter().position(|bucket| bucket.phase == Phase::Decode).expect("one of decode");
+            let keys =
+                step_problems(&program).filter(|(at, _)| *at == bucket).map(|(_, problem)| problem_key(&problem));
+            let names = program.buckets[bucket].steps.iter().map(|step| step.name.clone());
+            let of_layer = |name: &str| name.strip_prefix("layers.0.conv.").map(str::to_owned);
+            names.zip(keys).filter_map(|(name, key)| Some((of_layer(&name)?, key))).collect()
+        };
+        let names = |steps: &[(String, String)]| steps.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        let behind = steps(DType::BF16, 8, &[]);
+        assert_eq!(names(&behind), ["norm+matmul+shortconv", "matmul+residual"]);
+        let mut apart = vec![behind[0].1.clone()];
+        let before = steps(DType::BF16, 8, &apart);
+        assert_eq!(names(&before), ["norm+matmul", "shortconv+matmul+residual"]);
+        apart.push(before[0].1.clone());
+        let bare = steps(DType::BF16, 8, &apart);
+        assert_eq!(names(&bare), ["rms_norm", "matmul+shortconv", "matmul+residual"]);
+        // Too many rows for the kernel that convolves behind a product, or another type.
+        assert_eq!(names(&steps(DType::BF16, 17, &[])), names(&before));
+        assert_eq!(names(&steps(DType::F32, 1, &[])), names(&before));
     }
 
     /// Steps and semantics alike: the measurements of all candidates rely on it.

@@ -1,7 +1,13 @@
 //! `fuse-shortconv`: split, gate, causal convolution with state, bias if there is one, and second gate as one operator; then
-//! that into the prologue of the matrix product that reads it.
+//! that into one of the two matrix products beside it: the epilogue of the one that makes its rows, or else the prologue of the
+//! one that reads its result.
 //!
-//! Needs: nothing. Leaves: `shortconv+matmul`; where [`tactics::shortconv_in_prologue`] says no, `shortconv`.
+//! Both at once would be one kernel with two products. The epilogue goes first where [`tactics::shortconv_in_epilogue`] says so,
+//! by the order in which the driver looks at operators: it is proposed at the convolution, the prologue at the product behind.
+//! What is refused there, because no kernel runs it or because tactics want it apart, leaves the convolution to that product.
+//!
+//! Needs: nothing; runs after `fuse-norm-matmul`, whose products it takes as they are. Leaves: `norm+matmul+shortconv`,
+//! `shortconv+matmul`; where [`tactics::shortconv_in_prologue`] says no as well, `shortconv`.
 
 use crate::ir::{BinaryFn, Graph, OpKind, Stage, Users};
 use crate::passes::view::{View, only_result, other_operand};
@@ -15,10 +21,10 @@ impl Rewrite for FuseShortconv {
         let view = View::new(graph, users);
         match &view.op(at).kind {
             OpKind::Conv1dCausal => gates(view, at),
-            OpKind::Fused(stages) if stages[..] == [Stage::ShortConv] && tactics::shortconv_in_prologue(context) => {
-                product(view, at)
+            _ if view.stages(at) == [Stage::ShortConv] => {
+                tactics::shortconv_in_epilogue(context).then(|| epilogue(view, at)).flatten()
             }
-            _ => None,
+            _ => tactics::shortconv_in_prologue(context).then(|| prologue(view, at)).flatten(),
         }
     }
 }
@@ -47,9 +53,18 @@ fn gates(view: View, at: usize) -> Option<Patch> {
     (gated && view.users.only(*c) == Some(next)).then(|| view.fuse(&members, vec![Stage::ShortConv]))?
 }
 
-fn product(view: View, at: usize) -> Option<Patch> {
-    let gated = view.op(at).body.last().and_then(only_result)?;
-    let product = view.users.only(gated)?;
-    let stages = view.prologue_of(product, gated)?;
-    view.fuse(&[at, product], [vec![Stage::ShortConv], stages].concat())
+/// The convolution at `at`, behind the product that makes its rows.
+fn epilogue(view: View, at: usize) -> Option<Patch> {
+    let rows = *view.op(at).body.first()?.operands.first()?;
+    let (product, stages) = view.epilogue_of(rows, at)?;
+    (stages.last() == Some(&Stage::Matmul))
+        .then(|| view.fuse(&[product, at], [stages, vec![Stage::ShortConv]].concat()))?
+}
+
+/// The product at `at`, behind the convolution that makes its rows.
+fn prologue(view: View, at: usize) -> Option<Patch> {
+    let rows = view.op(at).primitives().first()?.operands.first()?.value()?;
+    let stages = view.prologue_of(at, rows)?;
+    let (conv, before) = view.epilogue_of(rows.into(), at)?;
+    (before == [Stage::ShortConv]).then(|| view.fuse(&[conv, at], [before, stages].concat()))?
 }

@@ -69,7 +69,7 @@ pub static PIPELINE: &[Pass] = &[
     Pass::once("layout-weights", "gate and up channels side by side", &layout_weights::LayoutWeights),
     Pass::per_bucket("group-experts", "router, sorted rows, sum over experts", &group_experts::GroupExperts),
     Pass::per_bucket("fuse-norm-matmul", "norms into the products that read them", &fuse_norm_matmul::FuseNormMatmul),
-    Pass::per_bucket("fuse-shortconv", "gates and convolution, into the product", &fuse_shortconv::FuseShortconv),
+    Pass::per_bucket("fuse-shortconv", "gates and convolution, into a product", &fuse_shortconv::FuseShortconv),
     Pass::per_bucket("fuse-swiglu", "silu and product into the gate/up epilogue", &fuse_swiglu::FuseSwiglu),
     Pass::per_bucket("fuse-attention", "head norms, RoPE, cache write, attention", &fuse_attention::FuseAttention),
     Pass::per_bucket("fuse-residual", "additions into the epilogue of the addend", &fuse_residual::FuseResidual),

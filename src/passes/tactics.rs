@@ -39,6 +39,14 @@ pub fn shortconv_in_prologue(context: &PassContext) -> bool {
     rows_staged(context)
 }
 
+/// Whether the gated convolution goes into the epilogue of the product that makes its rows, rather than into a prologue. Where each
+/// row is a sequence of its own, a channel of the result needs but its own three columns of the product: each is computed once,
+/// while a prologue is computed anew by every block, with all columns of the past, after its wait. An interpreter of bodies
+/// computes either once.
+pub fn shortconv_in_epilogue(context: &PassContext) -> bool {
+    context.target != Target::Cpu && context.bucket.phase == Phase::Decode
+}
+
 /// Whether head norms, RoPE and the cache write share a step with attention. Within one launch no block may need a key
 /// that another writes: true where each sequence has one row, whose key each of its blocks makes for itself, and false
 /// where rows of one sequence attend to each other. An interpreter does one after the other.

@@ -66,6 +66,11 @@ pub fn holds(product: &Product) -> bool {
     (1..=MOST_ROWS).contains(&rows) && product.k.is_multiple_of(8)
 }
 
+/// Whether the frame can run a product: with room for it, and with but one band.
+pub fn runs(product: &Product) -> bool {
+    product.bands() == 1 && holds(product)
+}
+
 /// Rows of x that meet one matrix, were all matrices equally likely: so many that there are seldom more.
 pub fn rows_together(product: &Product) -> u64 {
     match product.routing {
@@ -96,7 +101,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: Shape
     let Shape { row_groups, split, per_sm, columns, .. } = shape;
     let (n, k) = (product.n, product.k);
     let stripe = row_groups * engine.rows;
-    let block = product.epilogue.block;
+    let block = product.block();
     if !n.is_multiple_of(stripe) || block.is_some_and(|block| !stripe.is_multiple_of(2 * block)) {
         return None;
     }

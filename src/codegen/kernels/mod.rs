@@ -108,6 +108,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("block.cuh", include_str!("../../../kernels/include/block.cuh")),
     ("bulk.cuh", include_str!("../../../kernels/include/bulk.cuh")),
     ("cluster.cuh", include_str!("../../../kernels/include/cluster.cuh")),
+    ("convolution.cuh", include_str!("../../../kernels/include/convolution.cuh")),
     ("eight.cuh", include_str!("../../../kernels/include/eight.cuh")),
     ("group.cuh", include_str!("../../../kernels/include/group.cuh")),
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),

@@ -2,15 +2,14 @@
 
 #[cfg(test)]
 pub mod samples;
+mod short_conv;
 
+use self::short_conv::{Gated, ShortConv};
 use super::Problem;
-use super::builder::{Builder, c_type};
+use super::builder::Builder;
 use super::expression::Epilogue;
 use super::pattern::{Body, args, dims, dtype, results};
-use crate::plan::{BinaryFn, DType, Expr, Instr, Op, Phase, Semantic, Slot};
-
-/// Most taps of a convolution in a prologue.
-const MOST_TAPS: u64 = 8;
+use crate::plan::{DType, Instr, Op, Phase, Semantic, Slot};
 
 /// A body `epilogue(product(prologue(x), weight))`, and nothing else.
 #[derive(Clone, PartialEq, Debug)]
@@ -30,7 +29,7 @@ pub struct Product {
     /// Which rows meet which matrix.
     pub routing: Routing,
     /// What becomes of the product.
-    pub epilogue: Epilogue,
+    after: After,
 }
 
 /// What is done to rows before they are multiplied.
@@ -49,18 +48,13 @@ pub enum Prologue {
     ShortConv(ShortConv),
 }
 
-/// `c * (conv(b * x) + bias)` of rows `[b, c, x]`.
+/// What becomes of a product.
 #[derive(Clone, PartialEq, Debug)]
-pub struct ShortConv {
-    weight: Slot,
-    ring: Slot,
-    pos: Slot,
-    slot: Slot,
-    bias: Option<Slot>,
-    /// Types of b * x, the convolution, and that with its bias.
-    types: [DType; 3],
-    taps: u64,
-    columns: u64,
+enum After {
+    /// A function of its elements, or of those of two halves.
+    Elementwise(Epilogue),
+    /// The gated convolution of its columns, of a bucket in which each sequence has one row.
+    ShortConv(Gated),
 }
 
 /// Which rows meet which matrix.
@@ -107,8 +101,8 @@ impl Product {
         let (gathered, taken) = gather(semantic, &mut body);
         let (prologue, staged, x) = match norm(semantic, &mut body, taken) {
             Some((prologue, made, x)) => (prologue, Some(made), gathered.map_or(x, |(x, _)| x)),
-            None if gathered.is_none() && problem.phase == Phase::Decode => match short_conv(semantic, &mut body) {
-                Some((prologue, made, x)) => (prologue, Some(made), x),
+            None if gathered.is_none() && problem.phase == Phase::Decode => match before(semantic, &mut body) {
+                Some((conv, made, x)) => (Prologue::ShortConv(conv), Some(made), x),
                 None => (Prologue::Plain, None, Slot::In(0)),
             },
             None => (Prologue::Plain, taken, gathered.map_or(Slot::In(0), |(x, _)| x)),
@@ -151,13 +145,37 @@ impl Product {
             }
             routing => routing,
         };
-        let epilogue = Epilogue::new(semantic, body.rest, product)?;
+        let convolves = problem.phase == Phase::Decode
+            && matches!(routing, Routing::Dense { .. })
+            && !matches!(prologue, Prologue::ShortConv(_));
+        let after = match Epilogue::new(semantic, body.rest, product) {
+            Some(epilogue) => After::Elementwise(epilogue),
+            None if convolves => After::ShortConv(Gated::of(semantic, &mut body, product)?),
+            None => return None,
+        };
         let summed = matches!(routing, Routing::Pairs { weighted: Some(_), .. });
         let dtypes = [x, rows, weight].map(|slot| dtype(semantic, slot));
-        if (summed && epilogue.block.is_some()) || dtypes.contains(&DType::I32) || n == 0 || k == 0 {
+        let product = Product { x, rows_dtype: dtypes[1], weight, n, k, prologue, routing, after };
+        if (summed && product.block().is_some()) || dtypes.contains(&DType::I32) || n == 0 || k == 0 {
             return None;
         }
-        Some(Product { x, rows_dtype: dtypes[1], weight, n, k, prologue, routing, epilogue })
+        Some(product)
+    }
+
+    /// Size of the interleaved blocks, if the product is two halves.
+    pub fn block(&self) -> Option<u64> {
+        match &self.after {
+            After::Elementwise(epilogue) => epilogue.block,
+            After::ShortConv(_) => None,
+        }
+    }
+
+    /// Bands of the weight's rows, one after the other, of each of which an element of the result takes one.
+    pub fn bands(&self) -> u64 {
+        match &self.after {
+            After::Elementwise(_) => 1,
+            After::ShortConv(_) => 3,
+        }
     }
 
     /// Rows of the product, which the kernel takes as its argument: of the sum where there is one.
@@ -177,7 +195,10 @@ impl Product {
         builder.pointer("x", self.x).pointer("w", self.weight);
         self.routing.declare(builder);
         self.prologue.declare(builder);
-        self.epilogue.declare(builder);
+        match &self.after {
+            After::Elementwise(epilogue) => epilogue.declare(builder),
+            After::ShortConv(gated) => gated.declare(builder),
+        }
         builder.int("rows", self.rows());
     }
 }
@@ -185,9 +206,9 @@ impl Product {
 impl Product {
     /// What a kernel would rather read before it waits, if it is there: which rows meet which matrix, or the state of a convolution.
     pub fn early(&self) -> Vec<Slot> {
-        match (&self.routing, &self.prologue) {
-            (Routing::Dense { .. }, Prologue::ShortConv(conv)) => vec![conv.ring, conv.pos, conv.slot],
-            (routing, _) => routing.inputs(),
+        match (&self.prologue, &self.after) {
+            (Prologue::ShortConv(conv), _) | (_, After::ShortConv(Gated { conv, .. })) => conv.state(),
+            _ => self.routing.inputs(),
         }
     }
 }
@@ -255,24 +276,7 @@ impl Prologue {
                 let stage = "stage_norm<Multiply, M>(to, x, first, count, k0, row, norm, EPS)".into();
                 ("prefetch(norm, K)".into(), stage)
             }
-            Prologue::ShortConv(conv) => {
-                builder.pointer("conv", conv.weight).state("ring", conv.ring);
-                builder.pointer("pos", conv.pos).pointer("slot", conv.slot);
-                let bias = match conv.bias {
-                    Some(bias) => {
-                        builder.pointer("bias", bias);
-                        "bias"
-                    }
-                    None => "(const float*)nullptr",
-                };
-                let (types, taps, columns) = (conv.types.map(c_type).join(", "), conv.taps, conv.columns);
-                let stage = format!(
-                    "stage_short_conv<Multiply, M, {types}, {taps}, {columns}>(to, x, first, count, k0, conv, ring, pos, \
-                     slot, {bias}, writes, early)"
-                );
-                let ahead = format!("if (early) look_ahead<{taps}, {columns}>(ring, pos, slot, rows)");
-                (format!("prefetch(conv, K * {taps}); {ahead}"), stage)
-            }
+            Prologue::ShortConv(conv) => conv.declare_before(builder),
         };
         builder.line(format_args!("#define CONSTANTS {constants}"));
         builder.line(format_args!("#define STAGE {stage}"));
@@ -321,65 +325,14 @@ fn norm(semantic: &Semantic, body: &mut Body, taken: Option<Slot>) -> Option<(Pr
     found
 }
 
-/// The gated convolution: what it is, what it makes, and what it takes.
-fn short_conv(semantic: &Semantic, body: &mut Body) -> Option<(Prologue, Slot, Slot)> {
-    let before = body.rest;
-    let found = gates(semantic, body);
+/// The gated convolution of an input: what it is, what it makes, and what it takes.
+fn before(semantic: &Semantic, body: &mut Body) -> Option<(ShortConv, Slot, Slot)> {
+    let rest = body.rest;
+    let found = ShortConv::take(semantic, body).filter(|(_, made, x)| is_temp(*made) && is_input(*x));
     if found.is_none() {
-        body.rest = before;
+        body.rest = rest;
     }
     found
-}
-
-fn gates(semantic: &Semantic, body: &mut Body) -> Option<(Prologue, Slot, Slot)> {
-    let ((), split) = body.take(|op| matches!(op, Op::Split { block: None }).then_some(()))?;
-    let ([from], [b, c, x]) = (args(split)?, results(split)?);
-    let u = other(body, BinaryFn::Mul, b).filter(|(other, _)| *other == x)?.1;
-    let ((), conv) = body.take(|op| matches!(op, Op::Conv1dCausal).then_some(()))?;
-    let ([taken, weight, ring, pos, slot], [made]) = (args(conv)?, results(conv)?);
-    let (mut last, mut bias) = (made, None);
-    let after = body.rest;
-    if let Some((by, sum)) = other(body, BinaryFn::Add, made)
-        && dims::<1>(semantic, by) == dims::<2>(semantic, made).map(|[_, channels]| [channels])
-        && is_input(by)
-    {
-        (last, bias) = (sum, Some(by));
-    } else {
-        body.rest = after;
-    }
-    let gated = other(body, BinaryFn::Mul, last).filter(|(other, _)| *other == c)?.1;
-    let ([_, width], [channels, taps], [_, columns, _]) =
-        (dims::<2>(semantic, from)?, dims::<2>(semantic, weight)?, dims::<3>(semantic, ring)?);
-    let inputs = [from, weight, ring, pos, slot].into_iter().all(is_input);
-    let temps = [b, c, x, u, made, last, gated].into_iter().all(is_temp);
-    let parts = [b, c, x].into_iter().all(|part| dims::<2>(semantic, part).is_some_and(|[_, size]| size == channels));
-    let sizes = parts && width == 3 * channels && taps <= MOST_TAPS.min(columns);
-    if !(inputs && temps && sizes && taken == u) {
-        return None;
-    }
-    let types = [u, made, last].map(|slot| dtype(semantic, slot));
-    let conv = ShortConv { weight, ring, pos, slot, bias, types, taps, columns };
-    Some((Prologue::ShortConv(conv), gated, from))
-}
-
-/// Takes `function(x, y)` or `function(y, x)`, and gives y and the result.
-fn other(body: &mut Body, function: BinaryFn, x: Slot) -> Option<(Slot, Slot)> {
-    let whole = |op: &Op| match op {
-        Op::Pointwise(exprs) => match exprs[..] {
-            [Expr::Arg(a), Expr::Arg(b), Expr::Binary(found, 0, 1)] if found == function && a + b == 1 => Some(()),
-            _ => None,
-        },
-        _ => None,
-    };
-    let ((), instr) = body.take(whole)?;
-    let ([a, b], [made]) = (args(instr)?, results(instr)?);
-    if a == x {
-        Some((b, made))
-    } else if b == x {
-        Some((a, made))
-    } else {
-        None
-    }
 }
 
 /// A product with experts.

@@ -110,13 +110,15 @@ const SHAPES: &[Shape] = &[
     shape(8, 6, 1024, 1),
     shape(8, 2, 1024, 1),
     shape(4, 2, 1024, 2),
+    // Three tiles of an item at once.
+    shape(8, 3, 2048, 2),
 ];
 
 /// Whether the kernel can run a product.
 fn fits(problem: &Problem, product: &Product) -> bool {
     let weight = dtype(problem.semantic, product.weight);
-    let whole = product.n.is_multiple_of(TILE)
-        && product.epilogue.block.is_none_or(|block| product.n.is_multiple_of(2 * block));
+    let whole = product.n.is_multiple_of(TILE * product.bands())
+        && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
     let rows = match product.routing {
         Routing::Dense { rows, .. } | Routing::Pairs { rows, .. } => rows,
         Routing::Grouped { .. } => frame::rows_together(product),
@@ -129,7 +131,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let (n, k) = (product.n, product.k);
     let columns = frame::rows_together(product).next_multiple_of(8);
     let list = List::of(product, columns);
-    let block = product.epilogue.block;
+    let block = product.block();
 
     let chunk = shape.chunk(k);
     let chunks = k.div_ceil(chunk);
@@ -146,10 +148,11 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     }
     let run = if shape.apart { 1 } else { run };
 
-    let items = list.groups * (n / TILE);
+    let products = list.subs * product.bands();
+    let items = list.groups * (n / (TILE * product.bands()));
     let most_blocks = (SMS * shape.per_sm).min(items);
     let rounds = items.div_ceil(most_blocks);
-    let units = list.subs * chunks;
+    let units = products * chunks;
     let slots = shape.slots.min(rounds * units);
     // Who claims has the first slots' items for sure, and all items the same rows.
     let own = slots.div_ceil(units);
@@ -160,7 +163,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let pairs = matches!(product.routing, Routing::Pairs { .. });
     // One row has a kernel of its own, more rows share one.
     let width = if pairs || frame::rows_together(product) == 1 { 1 } else { columns };
-    let sums = list.subs * shape.warps * width * TILE;
+    let sums = products * shape.warps * width * TILE;
     let room = list.room.min((list.groups * list.subs).next_multiple_of(32));
     let pitch = k.next_multiple_of(64) + 32;
     let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
@@ -196,6 +199,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
         ("ROW_WARPS", if norm { frame::row_warps(shape.warps, &list) } else { 1 }),
         ("ROUTED", u64::from(!matches!(product.routing, Routing::Dense { .. }))),
         ("SUBS", list.subs),
+        ("BANDS", product.bands()),
         ("STAGED_SUBS", list.staged_subs),
         ("SHARING", list.sharing),
         ("WEIGHTED", u64::from(matches!(product.routing, Routing::Pairs { weighted: Some(_), .. }))),
@@ -250,7 +254,8 @@ mod tests {
     #[test]
     fn every_body_of_few_rows_has_candidates() {
         for dtype in [DType::BF16, DType::F16] {
-            for sample in samples::all(dtype, dtype).into_iter().chain(samples::small(dtype, dtype)) {
+            let of_one_matrix = samples::all(dtype, dtype).into_iter().chain(samples::small(dtype, dtype));
+            for sample in of_one_matrix.chain(samples::convolved(dtype, dtype)) {
                 let rows: u64 = sample.name.split('_').find_map(|part| part.parse().ok()).expect("a number of rows");
                 assert!(rows > 16 || !found(&sample).is_empty(), "{}", sample.name);
             }
@@ -277,6 +282,11 @@ mod tests {
         assert!(!found(&prefill).is_empty());
         prefill.phase = Phase::Prefill;
         assert!(found(&prefill).is_empty(), "rows of one sequence");
+        assert!(found(&samples::gated(half, half, 4, [36, 3], 64, false)).is_empty(), "bands that no tile divides");
+        let mut prefill = samples::gated(half, half, 4, [64, 3], 64, false);
+        assert!(!found(&prefill).is_empty());
+        prefill.phase = Phase::Prefill;
+        assert!(found(&prefill).is_empty(), "rows of one sequence behind a product");
     }
 
     #[test]
@@ -312,6 +322,10 @@ mod tests {
             of(&samples::residual(half, half, 1, 2048, 2048), "warps=8 slots=1 chunk=2048 blocks=256");
         assert!(blocks == 256 && shared < 38 << 10);
         of(&samples::norm(half, half, 1, 6144, 2048), "warps=8 slots=2 chunk=2048 blocks=256");
+        // An item is three tiles.
+        let (blocks, shared) =
+            of(&samples::gated(half, half, 1, [2048, 3], 2048, false), "warps=8 slots=2 chunk=2048 blocks=256");
+        assert!(blocks == 256 && shared < 74 << 10);
         of(&samples::norm(half, half, 1, 3072, 2048), "warps=8 slots=3 chunk=2048 blocks=128");
         of(&samples::pairs(half, half, 1, [32, 4], 3584, 2048), "warps=8 slots=2 chunk=2048 blocks=256");
         of(&samples::combine(half, half, 1, [32, 4], 2048, 1792), "warps=8 slots=2 chunk=1792 blocks=256");

@@ -32,9 +32,9 @@ impl Twin for Stream {
 /// Whether tensor cores can run a product.
 pub fn fits(problem: &Problem, product: &Product) -> bool {
     let weight = dtype(problem.semantic, product.weight);
-    let block = product.epilogue.block.unwrap_or(8);
+    let block = product.block().unwrap_or(8);
     let whole = product.n.is_multiple_of(16) && 64 % (2 * block) == 0;
-    is_half(weight) && weight == product.rows_dtype && whole && frame::holds(product)
+    is_half(weight) && weight == product.rows_dtype && whole && frame::runs(product)
 }
 
 fn shapes(product: &Product) -> Vec<Shape> {

@@ -25,7 +25,7 @@ impl Twin for StreamFma {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let fits = |product: &Product| frame::holds(product) && !stream::fits(problem, product);
+        let fits = |product: &Product| frame::runs(product) && !stream::fits(problem, product);
         let Some(product) = Product::of(problem).filter(fits) else { return vec![] };
         let span = 32 * 16 / dtype(problem.semantic, product.weight).bytes();
         let engine = Engine { span, rows: 4, staged: DType::F32 };

@@ -60,6 +60,18 @@ impl Maker {
         self.binary(BinaryFn::Mul, silu, halves[1], dtype, shape)
     }
 
+    /// The gated convolution of rows of three parts.
+    fn gates(&mut self, whole: Slot, state: [Slot; 4], bias: Option<Slot>, dtype: DType, shape: &[u64]) -> Slot {
+        let parts = self.split(None, whole, dtype, shape, 3);
+        let u = self.binary(BinaryFn::Mul, parts[0], parts[2], dtype, shape);
+        let [taps, ring, pos, slot] = state;
+        let mut y = self.op(Op::Conv1dCausal, &[u, taps, ring, pos, slot], dtype, shape);
+        if let Some(bias) = bias {
+            y = self.binary(BinaryFn::Add, y, bias, dtype, shape);
+        }
+        self.binary(BinaryFn::Mul, parts[1], y, dtype, shape)
+    }
+
     fn finish(mut self) -> Sample {
         let last = Slot::Temp(self.temps.len() as u32 - 1);
         let outputs = vec![self.temps.pop().expect("a body makes something")];
@@ -135,17 +147,33 @@ pub fn short_conv(x: DType, w: DType, rows: u64, k: u64, bias: bool) -> Sample {
     let (taps, ring) = (maker.input(w, &[k, 3]), maker.input(x, &[64, 8, k]));
     let (pos, slot) = (maker.input(DType::I32, &[rows]), maker.input(DType::I32, &[rows]));
     let (weight, stream) = (maker.input(w, &[k, k]), maker.input(x, &[rows, k]));
-    let shape = [rows, k];
-    let parts = maker.split(None, whole, x, &shape, 3);
-    let u = maker.binary(BinaryFn::Mul, parts[0], parts[2], x, &shape);
-    let mut y = maker.op(Op::Conv1dCausal, &[u, taps, ring, pos, slot], x, &shape);
-    if bias {
-        let bias = maker.input(w, &[k]);
-        y = maker.binary(BinaryFn::Add, y, bias, x, &shape);
+    let bias = bias.then(|| maker.input(w, &[k]));
+    let gated = maker.gates(whole, [taps, ring, pos, slot], bias, x, &[rows, k]);
+    let product = maker.op(Op::Matmul, &[gated, weight], x, &[rows, k]);
+    maker.binary(BinaryFn::Add, stream, product, x, &[rows, k]);
+    maker.finish()
+}
+
+/// `norm+matmul+shortconv`, of so many channels and taps, or without the norm and with biases.
+pub fn gated(x: DType, w: DType, rows: u64, [channels, taps]: [u64; 2], k: u64, biases: bool) -> Sample {
+    let mut maker = Maker::new(format!("gated_{rows}_{channels}_{taps}_{k}_{biases}"));
+    let from = maker.input(x, &[rows, k]);
+    let weight = maker.input(w, &[3 * channels, k]);
+    let (taps, ring) = (maker.input(w, &[channels, taps]), maker.input(x, &[64, 8, channels]));
+    let (pos, slot) = (maker.input(DType::I32, &[rows]), maker.input(DType::I32, &[rows]));
+    let mut product = from;
+    if !biases {
+        let norm = maker.input(w, &[k]);
+        product = maker.op(Op::RmsNorm { eps: 1e-5 }, &[from, norm], x, &[rows, k]);
     }
-    let gated = maker.binary(BinaryFn::Mul, parts[1], y, x, &shape);
-    let product = maker.op(Op::Matmul, &[gated, weight], x, &shape);
-    maker.binary(BinaryFn::Add, stream, product, x, &shape);
+    product = maker.op(Op::Matmul, &[product, weight], x, &[rows, 3 * channels]);
+    let mut bias = None;
+    if biases {
+        let shift = maker.input(w, &[3 * channels]);
+        product = maker.binary(BinaryFn::Add, product, shift, x, &[rows, 3 * channels]);
+        bias = Some(maker.input(w, &[channels]));
+    }
+    maker.gates(product, [taps, ring, pos, slot], bias, x, &[rows, channels]);
     maker.finish()
 }
 
@@ -245,6 +273,22 @@ pub fn small(x: DType, w: DType) -> Vec<Sample> {
     found
 }
 
+/// Bodies that end with a convolution, of LFM2-8B-A1B and of small sizes.
+pub fn convolved(x: DType, w: DType) -> Vec<Sample> {
+    let of = |rows, sizes, k| [false, true].map(|biases| gated(x, w, rows, sizes, k, biases));
+    let sizes = [
+        of(1, [2048, 3], 2048),
+        of(8, [2048, 3], 2048),
+        of(16, [2048, 3], 2048),
+        of(1, [128, 3], 264),
+        of(3, [64, 4], 128),
+        of(8, [40, 1], 520),
+        of(13, [128, 8], 1096),
+        of(1, [4096, 3], 64),
+    ];
+    sizes.into_iter().flatten().collect()
+}
+
 /// Bodies of which one thing is wrong.
 pub fn broken(dtype: DType) -> Vec<Sample> {
     let change = |mut sample: Sample, name: &str, change: fn(&mut Vec<Instr>)| {
@@ -253,11 +297,17 @@ pub fn broken(dtype: DType) -> Vec<Sample> {
         sample
     };
     let conv = || short_conv(dtype, dtype, 2, 64, false);
+    let behind = || gated(dtype, dtype, 2, [64, 3], 64, false);
     vec![
         change(norm(dtype, dtype, 2, 64, 64), "the product takes x, not the norm", |body| body[1].1[0] = Slot::In(0)),
         change(conv(), "b * c", |body| body[1].1[1] = Slot::Temp(1)),
         change(conv(), "the convolution takes b", |body| body[2].1[0] = Slot::Temp(0)),
         change(conv(), "u is added", |body| body[5].1[0] = Slot::Temp(3)),
+        change(behind(), "a convolution of the norm", |body| body[2].1[0] = Slot::Temp(0)),
+        change(behind(), "c * x", |body| body[3].1[0] = Slot::Temp(3)),
+        change(behind(), "the convolution's input is gated", |body| body[5].1[1] = Slot::Temp(5)),
+        change(behind(), "b gates", |body| body[5].1[0] = Slot::Temp(2)),
+        change(behind(), "the split is interleaved behind", |body| body[2].0 = Op::Split { block: Some(8) }),
         change(conv(), "the split is interleaved", |body| body[0].0 = Op::Split { block: Some(8) }),
         change(combine(dtype, dtype, 2, [8, 2], 64, 64), "a sum by other experts", |body| body[1].1[2] = Slot::In(1)),
         change(combine(dtype, dtype, 2, [8, 2], 64, 64), "no sum", |body| {
@@ -272,7 +322,7 @@ pub fn broken(dtype: DType) -> Vec<Sample> {
 pub fn write(twins: &[&'static dyn Twin], folder: &Path) {
     use DType::{BF16, F16, F32};
     for (x, w) in [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F32), (F32, F16)] {
-        for sample in all(x, w).into_iter().chain(small(x, w)) {
+        for sample in all(x, w).into_iter().chain(small(x, w)).chain(convolved(x, w)) {
             let problem = Problem { semantic: &sample.semantic, phase: sample.phase };
             for twin in twins {
                 for (i, specialised) in twin.candidates(&problem).into_iter().enumerate() {
