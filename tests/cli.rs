@@ -201,6 +201,7 @@ fn wrong_usage_has_exit_code_2() {
         &["run", "demo.plan", "--top-p", "1.5"],
         &["bench", "demo.plan", "--compare-fusion"],
         &["bench", "demo.plan", "--steps", "0"],
+        &["bench", "demo.plan", "--prompt", "0"],
         &["bench", "demo.plan", "--dtype", "bf16"],
         &["bench", demo, "--compare-fusion", "--block", "moe"],
         &["bench", "demo.plan", "--peak-tflops", "0"],

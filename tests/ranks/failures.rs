@@ -11,9 +11,12 @@ use super::{LFM2C, compile, errors, lfm2c, mpirun, project};
 /// How soon all must have ended.
 const SOON: Duration = Duration::from_secs(10);
 /// What mpirun starts instead of a rank: it notes the rank's process and what it exited with, and lets mpirun know nothing of that.
-const RANK: &str = "#!/bin/sh\n\"$@\" 2> errors.$OMPI_COMM_WORLD_RANK &\nchild=$!\n\
-                    echo $child > pid.$OMPI_COMM_WORLD_RANK\nwait $child\n\
-                    echo $? > end.$OMPI_COMM_WORLD_RANK.new && mv end.$OMPI_COMM_WORLD_RANK.new end.$OMPI_COMM_WORLD_RANK\n";
+/// Told to end, it waits for the rank: if mpirun found nobody to wait for, it would be gone at once, and MPI ends a process whose
+/// launcher is gone.
+const RANK: &str = "#!/bin/sh\ntrap : TERM\n\"$@\" 2> errors.$OMPI_COMM_WORLD_RANK &\nchild=$!\n\
+                    echo $child > pid.$OMPI_COMM_WORLD_RANK\nwait $child\ncode=$?\n\
+                    while kill -0 $child 2> /dev/null; do wait $child; code=$?; done\n\
+                    echo $code > end.$OMPI_COMM_WORLD_RANK.new && mv end.$OMPI_COMM_WORLD_RANK.new end.$OMPI_COMM_WORLD_RANK\n";
 
 fn signal(name: &str, pid: &str) {
     let _ = Command::new("kill").args([&format!("-{name}"), pid]).stderr(Stdio::null()).status();
