@@ -17,19 +17,6 @@ __device__ __forceinline__ void stop_if_negative(float x) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.lt.f32 p, %0, 0f00000000;\n\t@p trap;\n\t}" ::"f"(x) : "memory");
 }
 
-// As `pair`, by one instruction.
-template <class T> __device__ __forceinline__ u32 packed(float lower, float upper);
-template <> __device__ __forceinline__ u32 packed<bf16>(float lower, float upper) {
-    u32 word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
-    return word;
-}
-template <> __device__ __forceinline__ u32 packed<f16>(float lower, float upper) {
-    u32 word;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(upper), "f"(lower));
-    return word;
-}
-
 // Hides the scores of a tile's positions beyond a row's own, in the lane's lines `line` and `line` + 8, from what follows.
 __device__ __forceinline__ void hide(float (&score)[KEYS / 2], int start, int line, const int* positions) {
     int limit[2];
@@ -70,7 +57,7 @@ struct Lines {
 // Rounds a tile's exponentials: the accumulators of scores are laid out as the operand of the next product is.
 __device__ __forceinline__ void round_all(u32 (&p)[KEYS / 16][4], const float (&score)[KEYS / 2]) {
 #pragma unroll
-    for (int i = 0; i < KEYS / 4; i++) p[i / 4][i % 4] = packed<T>(score[2 * i], score[2 * i + 1]);
+    for (int i = 0; i < KEYS / 4; i++) p[i / 4][i % 4] = pair<T>(score[2 * i], score[2 * i + 1]);
 #pragma unroll
     for (int step = 0; step < KEYS / 16; step++) pin_all(p[step]);
 }

@@ -10,7 +10,7 @@ use lfm2c::runtime::workload::{History, random_batch};
 use lfm2c::runtime::{Executor, Finished, Generator, Options, Request};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, gpu, plan, small};
+use crate::models::{SHAPES, fail, gpu, plan, small};
 
 /// Replays of one step, each over the same state: prompt rows that go on move the convolution's ring, so it is filled anew.
 const REPLAYS: usize = 1000;
@@ -115,8 +115,4 @@ fn graphs(file: &PlanFile) -> Result<(), Failed> {
         same(a, b, &format!("prompt {i} with and without graphs"))?;
     }
     Ok(())
-}
-
-fn fail(error: anyhow::Error) -> Failed {
-    format!("{error:#}").into()
 }

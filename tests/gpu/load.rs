@@ -15,7 +15,7 @@ use lfm2c::runtime::weights::{self, Checkpoint, Origin};
 use libtest_mimic::{Failed, Trial};
 
 use self::checkpoint::{SEED, Stored, items, plan, write};
-use crate::models::{SHAPES, recipe, small};
+use crate::models::{SHAPES, fail, recipe, small};
 
 /// Bytes of the arena: too few for a staging area, of which kernels read pinned memory; a staging area for pieces that end within
 /// runs; one for all that goes at a time.
@@ -92,8 +92,4 @@ fn same(file: &PlanFile, origin: Origin, expected: &[u8], what: &str) -> Result<
     let place = weight.map_or_else(String::new, |weight| format!("{} + {}", weight.name, at as u64 - weight.offset));
     let count = found.iter().zip(expected).filter(|(found, expected)| found != expected).count();
     Err(format!("{what}: {count} of {} bytes differ, the first at {at}, {place}", expected.len()).into())
-}
-
-fn fail(error: anyhow::Error) -> Failed {
-    format!("{error:#}").into()
 }

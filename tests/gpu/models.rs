@@ -11,6 +11,7 @@ use lfm2c::plan::{PlanFile, WeightSource};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::weights::{self, Origin};
+use libtest_mimic::Failed;
 use std::sync::Arc;
 
 /// A model's sizes, as `config.json` spells them.
@@ -104,4 +105,9 @@ pub fn small(prefill: &[u64], decode: &[u64], dtype: DType) -> CompileOptions {
         kv_tokens: Some(2048),
         ..CompileOptions::default()
     }
+}
+
+/// An error as the reason why a test fails.
+pub fn fail(error: anyhow::Error) -> Failed {
+    format!("{error:#}").into()
 }

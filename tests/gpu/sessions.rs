@@ -12,7 +12,7 @@ use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::{Finished, Generator, Options, Request, SamplingParams, Session};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, gpu, plan, small};
+use crate::models::{SHAPES, fail, gpu, plan, small};
 
 /// Largest relative L2 distance of rows of logits in f32 from kernels of different buckets.
 const BUCKETS_APART: f64 = 2e-5;
@@ -142,8 +142,4 @@ fn same(found: &Finished, expected: &Finished, exact: bool) -> Result<(), String
         return Err(format!("logits at a relative L2 distance of {error:e}"));
     }
     Ok(())
-}
-
-fn fail(error: anyhow::Error) -> Failed {
-    format!("{error:#}").into()
 }

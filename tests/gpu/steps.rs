@@ -14,7 +14,7 @@ use lfm2c::runtime::cuda::{Graphs, kernel_name};
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, Shape, cpu, gpu, plan};
+use crate::models::{SHAPES, Shape, cpu, fail, gpu, plan};
 
 fn options(dtype: DType) -> CompileOptions {
     CompileOptions {
@@ -251,8 +251,4 @@ fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     }
     println!("{} {dtype}: {} kernels", shape.name, once.seen.len());
     Ok(())
-}
-
-fn fail(error: anyhow::Error) -> Failed {
-    format!("{error:#}").into()
 }

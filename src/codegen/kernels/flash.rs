@@ -3,6 +3,7 @@
 use super::builder::{Builder, Specialised};
 use super::heads::{Attend, same_half};
 use super::pattern::{dtype, only};
+use super::wgmma::{ALL_SHARED, MOST_SHARED, SYSTEM_SHARED};
 use super::{Problem, Twin};
 use crate::plan::{Phase, Slot};
 
@@ -18,10 +19,6 @@ const HEAD: u64 = 64;
 const ROW_BYTES: u64 = 128;
 /// Rows of the atoms that products read.
 const ATOM: u64 = 8;
-/// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
-const MOST_SHARED: u64 = 232_448;
-const ALL_SHARED: u64 = 233_472;
-const SYSTEM_SHARED: u64 = 1024;
 const MOST_STAGES: u64 = 4;
 /// Blocks from which on larger tiles pay.
 const ENOUGH_BLOCKS: u64 = 132 * 2;

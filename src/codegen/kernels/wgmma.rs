@@ -11,9 +11,9 @@ pub struct Wgmma;
 
 const PROCESSORS: u64 = 132;
 /// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
-const MOST_SHARED: u64 = 232_448;
-const ALL_SHARED: u64 = 233_472;
-const SYSTEM_SHARED: u64 = 1024;
+pub(super) const MOST_SHARED: u64 = 232_448;
+pub(super) const ALL_SHARED: u64 = 233_472;
+pub(super) const SYSTEM_SHARED: u64 = 1024;
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
 /// Buffers without which copies do not run ahead.
