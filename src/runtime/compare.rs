@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use super::convert::read_f32;
 use super::cpu::CpuExecutor;
 use super::cuda::{CudaExecutor, offset};
-use crate::plan::{DType, Program, Ref, Step, TensorType};
+use crate::plan::{DType, Program, Ref, State, Step, TensorType};
 
 /// What a step wrote to one place.
 #[derive(Clone, PartialEq, Debug)]
@@ -41,79 +41,100 @@ pub fn bound(dtype: DType) -> f64 {
     }
 }
 
+/// A step as the CPU ran it: what it read, weights left out, and what it wrote.
+pub struct Example {
+    reads: Vec<(Range<usize>, Vec<u8>)>,
+    outputs: Vec<Place>,
+}
+
+/// Something that a step wrote.
+struct Place {
+    name: String,
+    ty: TensorType,
+    range: Range<usize>,
+    /// Of a state: what was there before.
+    before: Option<Vec<u8>>,
+    after: Vec<u8>,
+}
+
+impl Example {
+    /// Runs a step of the executor's program on the CPU, from what its pool holds.
+    ///
+    /// # Errors
+    /// A step that fails.
+    pub fn run(program: &Program, cpu: &mut CpuExecutor, bucket: usize, step: usize) -> Result<Example> {
+        let found = &program.buckets[bucket].steps[step];
+        let semantic = &program.semantics[found.op as usize];
+        let reads = inputs(program, bucket, step)?;
+        let held = |cpu: &CpuExecutor, range: &Range<usize>| cpu.pool().bytes()[range.clone()].to_vec();
+        let reads = reads.into_iter().map(|range| (range.clone(), held(cpu, &range))).collect();
+        let mut outputs = vec![];
+        for (place, ty) in found.writes.iter().zip(&semantic.outputs) {
+            let (range, name) = (range(program, bucket, *place, ty)?, place_name(program, bucket, found, *place));
+            outputs.push(Place { name, ty: ty.clone(), range, before: None, after: vec![] });
+        }
+        for &state in &found.updates {
+            let State { name, ty, .. } = &program.states[state as usize];
+            let range = range(program, bucket, Ref::State(state), ty)?;
+            let before = Some(held(cpu, &range));
+            outputs.push(Place { name: name.clone(), ty: ty.clone(), range, before, after: vec![] });
+        }
+        cpu.run_step(bucket, step)?;
+        for place in &mut outputs {
+            place.after = held(cpu, &place.range);
+        }
+        Ok(Example { reads, outputs })
+    }
+
+    /// Gives a device what the step reads, and `poison` in place of what it writes.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn pose(&self, gpu: &CudaExecutor, poison: u8) -> Result<()> {
+        for Place { range, .. } in self.outputs.iter().filter(|place| place.before.is_none()) {
+            gpu.pool().write(range.start, &vec![poison; range.len()], gpu.stream())?;
+        }
+        for (range, bytes) in &self.reads {
+            gpu.pool().write(range.start, bytes, gpu.stream())?;
+        }
+        Ok(())
+    }
+
+    /// Runs the step on a device that holds what it reads, and compares what it wrote.
+    ///
+    /// # Errors
+    /// The step failed.
+    pub fn compare(&self, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<Vec<Written>> {
+        gpu.launch_step(bucket, step)?;
+        let name = || format!("step {} on the device", gpu.program().buckets[bucket].steps[step].name);
+        gpu.stream().synchronize().with_context(name)?;
+        let compared = self.outputs.iter().map(|place| {
+            let mut bytes = vec![0; place.range.len()];
+            gpu.pool().read(place.range.start, &mut bytes, gpu.stream())?;
+            compare(place.name.clone(), &place.ty, &place.after, &bytes, place.before.as_deref())
+        });
+        compared.collect()
+    }
+}
+
 /// Runs a step on both and compares what they wrote; the device's results stay. The device's pool must hold what the step
 /// reads. The CPU's weights are its own; everything else it gets from the device.
 ///
 /// # Errors
 /// A step that fails on one of them.
 pub fn compare_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<Vec<Written>> {
-    let program = gpu.program();
-    let found = &program.buckets[bucket].steps[step];
-    let semantic = &program.semantics[found.op as usize];
-    fetch_inputs(cpu, gpu, bucket, step)?;
-    let states: Vec<(Range<usize>, Vec<u8>, TensorType, String)> = found
-        .updates
-        .iter()
-        .map(|&state| {
-            let ty = program.states[state as usize].ty.clone();
-            let range = range(program, bucket, Ref::State(state), &ty)?;
-            let name = program.states[state as usize].name.clone();
-            Ok((range.clone(), cpu.pool().bytes()[range].to_vec(), ty, name))
-        })
-        .collect::<Result<_>>()?;
-    gpu.launch_step(bucket, step)?;
-    gpu.stream().synchronize().with_context(|| format!("step {} on the device", found.name))?;
-    cpu.run_step(bucket, step)?;
-    let mut list = vec![];
-    for (place, ty) in found.writes.iter().zip(&semantic.outputs) {
-        let range = range(program, bucket, *place, ty)?;
-        let mut bytes = vec![0; range.len()];
-        gpu.pool().read(range.start, &mut bytes, gpu.stream())?;
-        let name = place_name(program, bucket, found, *place);
-        list.push(compare(name, ty, &cpu.pool().bytes()[range], &bytes, None)?);
+    for range in inputs(gpu.program(), bucket, step)? {
+        gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
     }
-    for (range, before, ty, name) in states {
-        let mut bytes = vec![0; range.len()];
-        gpu.pool().read(range.start, &mut bytes, gpu.stream())?;
-        list.push(compare(name, &ty, &cpu.pool().bytes()[range], &bytes, Some(&before))?);
-    }
-    Ok(list)
+    Example::run(gpu.program(), cpu, bucket, step)?.compare(gpu, bucket, step)
 }
 
-/// Runs a step on the CPU alone, from what the device holds, and gives the device what it wrote.
-///
-/// # Errors
-/// The step fails, or the device does.
-pub fn supply_step(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<()> {
-    let program = gpu.program();
+/// Where a step's inputs lie, weights left out.
+fn inputs(program: &Program, bucket: usize, step: usize) -> Result<Vec<Range<usize>>> {
     let found = &program.buckets[bucket].steps[step];
-    let semantic = &program.semantics[found.op as usize];
-    fetch_inputs(cpu, gpu, bucket, step)?;
-    cpu.run_step(bucket, step)?;
-    let written = found.writes.iter().zip(&semantic.outputs).map(|(&place, ty)| range(program, bucket, place, ty));
-    let updated = found.updates.iter().map(|&state| {
-        let ty = &program.states[state as usize].ty;
-        range(program, bucket, Ref::State(state), ty)
-    });
-    for range in written.chain(updated) {
-        let range = range?;
-        gpu.pool().write(range.start, &cpu.pool().bytes()[range], gpu.stream())?;
-    }
-    Ok(())
-}
-
-/// Copies what a step reads, weights left out, from the device.
-fn fetch_inputs(cpu: &mut CpuExecutor, gpu: &CudaExecutor, bucket: usize, step: usize) -> Result<()> {
-    let program = gpu.program();
-    let found = &program.buckets[bucket].steps[step];
-    let semantic = &program.semantics[found.op as usize];
-    for (place, ty) in found.reads.iter().zip(&semantic.inputs) {
-        if !matches!(place, Ref::Weight(_)) {
-            let range = range(program, bucket, *place, ty)?;
-            gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
-        }
-    }
-    Ok(())
+    let reads = found.reads.iter().zip(&program.semantics[found.op as usize].inputs);
+    let beside_weights = reads.filter(|(place, _)| !matches!(place, Ref::Weight(_)));
+    beside_weights.map(|(place, ty)| range(program, bucket, *place, ty)).collect()
 }
 
 fn range(program: &Program, bucket: usize, place: Ref, ty: &TensorType) -> Result<Range<usize>> {

@@ -7,10 +7,9 @@ use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::ir::DType;
 use lfm2c::passes;
-use lfm2c::plan::{Kernel, Manifest, PlanFile, Step};
-use lfm2c::runtime::compare::{bound, compare_step, supply_step};
-use lfm2c::runtime::cpu::CpuExecutor;
-use lfm2c::runtime::cuda::{Graphs, kernel_name};
+use lfm2c::plan::{Bucket, Kernel, Manifest, PlanFile, Step};
+use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name};
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
@@ -53,52 +52,54 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Compares every step of a plan.
+/// Compares every step of a plan, from what the steps before it left on the GPU.
 fn check(shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
     let file = plan(shape, options);
-    let all = file.manifest.ranks[0].buckets.iter().map(|bucket| vec![true; bucket.steps.len()]).collect();
-    compare(&file, &mut cpu(&file), all, History::Run)
-}
-
-/// Compares the chosen steps of every bucket; the CPU runs the others alone.
-fn compare(file: &PlanFile, cpu: &mut CpuExecutor, chosen: Vec<Vec<bool>>, history: History) -> Result<(), Failed> {
-    let mut gpu = gpu(file, Graphs::Off);
-    let bound = bound(file.manifest.dtype);
-    let mut faults = vec![];
+    let (mut gpu, mut cpu) = (gpu(&file, Graphs::Off), cpu(&file));
+    let mut faults = Faults::of(&file);
     let program = gpu.program().clone();
-    for (i, (bucket, chosen)) in program.buckets.iter().zip(chosen).enumerate() {
-        let Some(last) = chosen.iter().rposition(|&chosen| chosen) else { continue };
-        gpu.poison(0xff).map_err(fail)?;
-        if history == History::Held {
-            gpu.randomize_state(i as u64).map_err(fail)?;
-        }
-        let batch = random_batch(&mut gpu, i, 40, 11 + i as u64, history).map_err(fail)?;
-        gpu.poison_arena(0xff).map_err(fail)?;
-        gpu.upload(i, &batch).map_err(fail)?;
-        for (at, step) in bucket.steps.iter().enumerate().take(last + 1) {
-            if !chosen[at] {
-                supply_step(cpu, &gpu, i, at).map_err(fail)?;
-                continue;
-            }
-            let kernel = kernel_of(file, step);
-            let written = compare_step(cpu, &gpu, i, at).map_err(fail)?;
-            for written in written.iter().filter(|written| !written.holds(bound)) {
-                faults.push(format!(
-                    "{} {} ({}), %{}: {:e}, {:?}",
-                    bucket.name,
-                    step.name,
-                    kernel_name(kernel),
-                    written.name,
-                    written.error,
-                    written.first
-                ));
-            }
-        }
-        if faults.len() > 12 {
-            break;
+    for (i, bucket) in program.buckets.iter().enumerate() {
+        begin(&mut gpu, i, History::Run).map_err(fail)?;
+        for (at, step) in bucket.steps.iter().enumerate() {
+            faults.add(&file, bucket, step, &compare_step(&mut cpu, &gpu, i, at).map_err(fail)?);
         }
     }
-    if faults.is_empty() { Ok(()) } else { Err(faults.join("\n").into()) }
+    faults.result()
+}
+
+/// Puts rows of a bucket on the GPU, with what they need in the state; all else is poisoned.
+fn begin(gpu: &mut CudaExecutor, bucket: usize, history: History) -> anyhow::Result<()> {
+    gpu.poison(0xff)?;
+    if history == History::Held {
+        gpu.randomize_state(bucket as u64)?;
+    }
+    let batch = random_batch(gpu, bucket, 40, 11 + bucket as u64, history)?;
+    gpu.poison_arena(0xff)?;
+    gpu.upload(bucket, &batch)
+}
+
+/// What steps wrote wrong.
+struct Faults {
+    bound: f64,
+    found: Vec<String>,
+}
+
+impl Faults {
+    fn of(file: &PlanFile) -> Faults {
+        Faults { bound: bound(file.manifest.dtype), found: vec![] }
+    }
+
+    fn add(&mut self, file: &PlanFile, bucket: &Bucket, step: &Step, written: &[Written]) {
+        for Written { name, error, first, .. } in written.iter().filter(|written| !written.holds(self.bound)) {
+            let kernel = kernel_name(kernel_of(file, step));
+            self.found.push(format!("{} {} ({kernel}), %{name}: {error:e}, {first:?}", bucket.name, step.name));
+        }
+    }
+
+    fn result(self) -> Result<(), Failed> {
+        let shown = &self.found[..self.found.len().min(20)];
+        if shown.is_empty() { Ok(()) } else { Err(shown.join("\n").into()) }
+    }
 }
 
 fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
@@ -106,13 +107,43 @@ fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
     &file.manifest.kernels[launch.kernel as usize]
 }
 
-/// Compares each kernel once a bucket, over several plans that differ in kernels alone.
+/// Compares each kernel once a bucket, over several plans that differ in kernels alone: with what the CPU made of each step, once
+/// for all.
 #[derive(Default)]
 struct Once {
     seen: BTreeSet<String>,
-    cpu: Option<(Manifest, CpuExecutor)>,
+    reference: Option<Reference>,
     share: Option<Share>,
     plans: usize,
+}
+
+/// A plan but for its kernels, and what its steps read and wrote on the CPU, by bucket.
+struct Reference {
+    plan: Manifest,
+    examples: Vec<Vec<Example>>,
+}
+
+impl Reference {
+    /// The GPU makes the state, if its rows run there; the steps of the buckets themselves run on the CPU alone.
+    fn of(file: &PlanFile, history: History) -> anyhow::Result<Reference> {
+        let program = &file.manifest.ranks[0];
+        let mut gpu = match history {
+            History::Run => gpu(file, Graphs::Off),
+            History::Held => gpu(&with_kernels(file, &[]), Graphs::Off),
+        };
+        let mut cpu = cpu(file);
+        let mut examples = vec![];
+        for (i, bucket) in program.buckets.iter().enumerate() {
+            begin(&mut gpu, i, history)?;
+            for region in [program.pool.state, program.pool.io] {
+                let range = region.offset as usize..(region.offset + region.bytes) as usize;
+                gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
+            }
+            let steps = 0..bucket.steps.len();
+            examples.push(steps.map(|at| Example::run(program, &mut cpu, i, at)).collect::<anyhow::Result<_>>()?);
+        }
+        Ok(Reference { plan: without_launches(file), examples })
+    }
 }
 
 /// What one of several processes compares, over a state of random numbers: under a sanitizer, running rows to fill it would take
@@ -148,36 +179,43 @@ impl Once {
 
     /// Compares the steps of a plan whose kernels have not had their turn yet.
     fn compare(&mut self, shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
-        let mut file = plan(shape, options);
+        let file = plan(shape, options);
+        let history = if self.share.is_some() { History::Held } else { History::Run };
+        if self.reference.is_none() {
+            self.reference = Some(Reference::of(&file, history).map_err(fail)?);
+        }
+        let Some(Reference { plan, examples }) = &self.reference else { unreachable!("it was just made") };
+        assert!(*plan == without_launches(&file), "plans differ in more than kernels");
         self.plans += 1;
         let mine = self.share.as_ref().is_none_or(|share| self.plans % share.parts == share.part - 1);
         let known = |name: &String| self.share.as_ref().is_some_and(|share| share.known.contains(name));
         let mut chosen = vec![];
-        let mut new = vec![];
-        for bucket in &file.manifest.ranks[0].buckets {
-            let mut first = |step| {
+        let mut names = vec![];
+        for (i, bucket) in file.manifest.ranks[0].buckets.iter().enumerate() {
+            for (at, step) in bucket.steps.iter().enumerate() {
                 let cubin = kernel_of(&file, step).cubin.expect("the plan has machine code") as usize;
                 let name = format!("{} {} {}", shape.name, bucket.name, blake3::hash(&file.cubins[cubin]));
-                let first = self.seen.insert(name.clone()) && mine && !known(&name);
-                if first {
-                    new.push(name);
+                if self.seen.insert(name.clone()) && mine && !known(&name) {
+                    chosen.push((i, at));
+                    names.push(name);
                 }
-                first
-            };
-            chosen.push(bucket.steps.iter().map(&mut first).collect::<Vec<bool>>());
+            }
         }
-        if new.is_empty() {
+        if chosen.is_empty() {
             return Ok(());
         }
-        let (plan, cpu) = self.cpu.get_or_insert_with(|| (without_launches(&file), cpu(&file)));
-        assert!(*plan == without_launches(&file), "plans differ in more than kernels");
-        let history = if self.share.is_some() { History::Held } else { History::Run };
-        if history == History::Held {
-            keep_kernels(&mut file, &chosen);
+        let gpu = gpu(&with_kernels(&file, &chosen), Graphs::Off);
+        let mut faults = Faults::of(&file);
+        for (bucket, step) in chosen {
+            let example = &examples[bucket][step];
+            example.pose(&gpu, 0xff).map_err(fail)?;
+            let written = example.compare(&gpu, bucket, step).map_err(fail)?;
+            let of = &file.manifest.ranks[0].buckets[bucket];
+            faults.add(&file, of, &of.steps[step], &written);
         }
-        compare(&file, cpu, chosen, history)?;
+        faults.result()?;
         if self.share.is_some() {
-            new.iter().for_each(|name| println!("ran {name}"));
+            names.iter().for_each(|name| println!("ran {name}"));
         }
         Ok(())
     }
@@ -196,18 +234,20 @@ fn without_launches(file: &PlanFile) -> Manifest {
     manifest
 }
 
-/// Leaves only the kernels of services and of the chosen steps, because a sanitizer takes its time for each that is loaded. The
-/// other steps can no longer be launched.
-fn keep_kernels(file: &mut PlanFile, chosen: &[Vec<bool>]) {
+/// A plan with no kernels but those of services and of the chosen steps, by bucket and position, because loading a kernel takes a
+/// sanitizer longer than running it. The other steps can no longer be launched.
+fn with_kernels(file: &PlanFile, chosen: &[(usize, usize)]) -> PlanFile {
+    let mut file = file.clone();
     let manifest = &mut file.manifest;
     let mut kept: Vec<u32> = manifest.services.iter().map(|service| service.1).collect();
-    let steps = manifest.ranks[0].buckets.iter_mut().zip(chosen);
-    for (step, &chosen) in steps.flat_map(|(bucket, chosen)| bucket.steps.iter_mut().zip(chosen)) {
-        let launch = step.launch.as_mut().expect("a plan for the GPU has launches");
-        if chosen {
-            kept.push(launch.kernel);
-        } else {
-            (launch.kernel, launch.shared, launch.args) = (kept[0], 0, vec![]);
+    for (i, bucket) in manifest.ranks[0].buckets.iter_mut().enumerate() {
+        for (at, step) in bucket.steps.iter_mut().enumerate() {
+            let launch = step.launch.as_mut().expect("a plan for the GPU has launches");
+            if chosen.contains(&(i, at)) {
+                kept.push(launch.kernel);
+            } else {
+                (launch.kernel, launch.shared, launch.args) = (kept[0], 0, vec![]);
+            }
         }
     }
     kept.sort_unstable();
@@ -217,6 +257,7 @@ fn keep_kernels(file: &mut PlanFile, chosen: &[Vec<bool>]) {
     let steps = manifest.ranks[0].buckets.iter_mut().flat_map(|bucket| &mut bucket.steps);
     steps.filter_map(|step| step.launch.as_mut()).for_each(|launch| place(&mut launch.kernel));
     manifest.kernels = kept.iter().map(|&kernel| manifest.kernels[kernel as usize].clone()).collect();
+    file
 }
 
 /// Runs every candidate of every problem.
