@@ -86,17 +86,20 @@ impl Engine {
         let whole = product.n.is_multiple_of(TILE * product.bands())
             && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
         let together = frame::rows_together(product);
-        let rows = match product.routing {
-            Routing::Dense { rows, .. } | Routing::Pairs { rows, .. } => rows,
-            Routing::Grouped { .. } => together,
-        };
-        let (most, engine) = if is_half(weight) && weight == product.rows_dtype {
+        let engine = if is_half(weight) && weight == product.rows_dtype {
             let columns = together.next_multiple_of(8);
-            (16, Engine { fma: false, weight: 2, staged: weight, span: 32, columns })
+            Engine { fma: false, weight: 2, staged: weight, span: 32, columns }
         } else {
             // Sixteen lanes read sixteen bytes each. Sums of all rows are in registers.
             let (weight, columns) = (weight.bytes(), together.next_power_of_two());
-            (8, Engine { fma: true, weight, staged: DType::F32, span: 256 / weight, columns })
+            Engine { fma: true, weight, staged: DType::F32, span: 256 / weight, columns }
+        };
+        let (rows, most) = match product.routing {
+            // The reads of more rows of x in f32 would take longer than memory takes for the weight; of those that are grouped there
+            // are seldom as many as there is room for.
+            Routing::Dense { rows, .. } => (rows, if engine.fma { 4 } else { 16 }),
+            Routing::Pairs { rows, .. } => (rows, if engine.fma { 8 } else { 16 }),
+            Routing::Grouped { .. } => (together, if engine.fma { 8 } else { 16 }),
         };
         (whole && frame::holds(product) && rows <= most).then_some(engine)
     }
