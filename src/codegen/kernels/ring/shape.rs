@@ -95,10 +95,10 @@ impl Engine {
             Engine { fma: true, weight, staged: DType::F32, span: 256 / weight, columns }
         };
         let (rows, most) = match product.routing {
-            // The reads of more rows of x in f32 would take longer than memory takes for the weight; of those that are grouped there
-            // are seldom as many as there is room for.
+            // Of more rows in f32, the reads from shared memory would take longer than the weight from memory.
             Routing::Dense { rows, .. } => (rows, if engine.fma { 4 } else { 16 }),
-            Routing::Pairs { rows, .. } => (rows, if engine.fma { 8 } else { 16 }),
+            Routing::Pairs { rows, .. } => (rows, 16),
+            // There are seldom as many as there is room for.
             Routing::Grouped { .. } => (together, if engine.fma { 8 } else { 16 }),
         };
         (whole && frame::holds(product) && rows <= most).then_some(engine)
@@ -109,14 +109,15 @@ impl Engine {
         if self.fma { k.next_multiple_of(self.span) } else { k.next_multiple_of(64) + 32 }
     }
 
-    /// Most threads of an SM that multiply, of blocks of this kernel: by the registers that each needs.
+    /// Most threads of an SM that multiply, of blocks of this kernel: as many as have registers enough.
     pub fn threads(&self, product: &Product) -> u64 {
-        match product.prologue {
-            _ if self.columns > 2 && self.fma => 512,
-            // The convolution has more on its way.
-            Prologue::ShortConv(_) => 768,
-            _ if self.fma => 768,
-            _ => 1024,
+        // A convolution has more on its way; f32 has its sums, and elements of four rows of the weight.
+        let convolves = matches!(product.prologue, Prologue::ShortConv(_));
+        match (self.fma, self.columns) {
+            (true, 3..) => 512,
+            (true, _) => 768,
+            (false, _) if convolves => 768,
+            (false, _) => 1024,
         }
     }
 }
