@@ -1,5 +1,5 @@
-// y = epilogue(x w^T) for few rows x, with 16-bit weights and rows, on tensor cores: weights pass through a ring of slots in
-// shared memory, which bulk copies fill.
+// y = epilogue(x w^T) for few rows x: weights pass through a ring of slots in shared memory, which bulk copies fill. Rows and weights
+// of one 16-bit type are multiplied on tensor cores (ring_mma.cuh), any others in f32 (ring_fma.cuh).
 //
 // Work is divided into items: a tile of eight rows of a weight [N, K] for a group of at most COLUMNS rows of x, which lie in
 // shared memory. Where the result has HALVES, a tile is four rows of the first and the four that belong to them of the second.
@@ -8,12 +8,10 @@
 // CHUNKS parts of CHUNK columns. Unit u of the run is copied into slot u % SLOTS, RUN adjacent rows at once; each row is a line
 // of LINE bytes there.
 //
-// A warp multiplies its STEPS steps, of 32 columns, of every unit. Lane (g, t) reads eight adjacent elements 8t.. of row g of
-// the tile, of row g of x and of row g + 8: the first four are those of one mma, the others of the next, as a product of
-// sixteen may take its k in any order. Weights are the right operand, of eight columns; x is the left one. After the last
-// chunk of a matrix each warp leaves its sums; one barrier for each item later, one thread for each element of y adds them up,
-// by warp, then over SUBS, and finishes it while the others go on. With a CONVOLUTION (convolution.cuh) it has read the earlier
-// columns of its channel, and has summed them, by then: those of a block's first item before the wait, if they are there.
+// A warp multiplies its STEPS steps, of SPAN columns, of every unit. After the last chunk of a matrix each warp leaves its sums; one
+// barrier for each item later, one thread for each element of y adds them up, by warp, then over SUBS, and finishes it while the
+// others go on. With a CONVOLUTION (convolution.cuh) it has read the earlier columns of its channel, and has summed them, by then:
+// those of a block's first item before the wait, if they are there.
 //
 // The last warp only copies: when the others are done with a slot, it starts the copies of the unit that is next there, and
 // nobody waits for it. The first units of a block are on their way before the kernels before this one are done, unless a routing
@@ -30,9 +28,10 @@
 // element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
 // sums depends on constants only: not on other rows, nor on their number.
 //
-// Generated: W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED,
-// SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block
-// remembers), OWN, for weighted sums the type P of the products, and CONVOLUTION if the product is the columns of one.
+// Generated: FMA, whether in f32; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT,
+// DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED
+// (claims that a block remembers), OWN, for weighted sums the type P of the products, and CONVOLUTION if the product is the
+// columns of one.
 
 #include "bulk.cuh"
 #include "convolution.cuh"
@@ -44,81 +43,19 @@ constexpr int PRODUCTS = SUBS * BANDS, UNITS = PRODUCTS * CHUNKS;
 static_assert(BANDS == 1 || (SUBS == 1 && HALVES == 1 && !ROUTED));
 // One warp fills slots, the others multiply.
 constexpr int MULTIPLIERS = WARPS - 1;
-constexpr int SPAN = 32, STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS * SPAN);
+constexpr int STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS * SPAN);
 // Whether every step of every warp is inside its unit.
 constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * MULTIPLIERS * SPAN;
 static_assert(COLUMNS * OUT <= THREADS && (!CLAIMS || (SLOTS >= 2 && SLOTS <= OWN * UNITS && SLOTS + 1 < CLAIMED)));
 // Sums of an item, and bytes of a slot.
 constexpr int SUMS = PRODUCTS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 
-struct Multiply {
-    static constexpr int LOADS = 1, CHAINS = STEPS > 4 ? 4 : 2;
-    float sums[CHAINS][4];
-
-    static __device__ __forceinline__ int lane_row() { return lane_id() / 4; }
-    static __device__ __forceinline__ int lane_k() { return lane_id() % 4 * 8; }
-
-    // Rows of x are an odd number of 64 bytes apart, so that eight lanes, of two rows, read different banks.
-    static __device__ __forceinline__ S* at(S* to, int r, int k) { return to + r * PITCH + k; }
-    static __device__ __forceinline__ void put(S* to, int r, int k, const float (&values)[8]) {
-        Eight<S> eight;
-        eight.set(values);
-        *(Eight<S>*)at(to, r, k) = eight;
-    }
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < CHAINS * 4; i++) sums[i / 4][i % 4] = 0;
-    }
-
-    // Adds the products of the slot's columns, of which there are `live`, with `count` rows of x. Rows of x beyond them are any
-    // other row: no row's sums depend on another row.
-    __device__ __forceinline__ void multiply(const u8* slot, const S* x, int count, int live) {
-        const int first = warp_id() * (STEPS * SPAN) + lane_k(), row = lane_row();
-        const u8* from = slot + row * LINE;
-        const S* lower = x + (row < count ? row : 0) * PITCH;
-        const S* upper = x + (row + 8 < count ? row + 8 : 0) * PITCH;
-        Quad next;
-        auto load = [&](const void* from, int column) {
-            return EXACT || column < live ? *(const Quad*)((const W*)from + column) : Quad{};
-        };
-        // Lines begin at the same bank: of two steps, odd rows read the second one first.
-        const int other = row % 2 * SPAN;
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            const int column = first + i * SPAN;
-            Quad a = load(lower, column), below = {}, b;
-            if (COLUMNS > 8) below = load(upper, column);
-            if (i % 2 == 0 && i + 1 < STEPS) {
-                Quad one = load(from, column + other), two = load(from, column + SPAN - other);
-#pragma unroll
-                for (int w = 0; w < 4; w++) {
-                    b.at[w] = other ? two.at[w] : one.at[w];
-                    next.at[w] = other ? one.at[w] : two.at[w];
-                }
-            } else {
-                b = i % 2 == 0 ? load(from, column) : next;
-            }
-            mma<S>(sums[2 * i % CHAINS], {a.at[0], below.at[0], a.at[1], below.at[1]}, {b.at[0], b.at[1]});
-            mma<S>(sums[(2 * i + 1) % CHAINS], {a.at[2], below.at[2], a.at[3], below.at[3]}, {b.at[2], b.at[3]});
-        }
-    }
-
-    // Leaves the warp's sums, in lines of a tile for each row of x.
-    __device__ __forceinline__ void store(float* to, int count) {
-#pragma unroll
-        for (int half = 0; half < (COLUMNS > 8 ? 2 : 1); half++) {
-            int row = lane_row() + half * 8, column = lane_id() % 4 * 2, i = half * 2;
-            Pack<float, 2> sum;
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                sum.at[e] = sums[0][i + e] + sums[1][i + e];
-                if (CHAINS == 4) sum.at[e] += sums[CHAINS - 2][i + e] + sums[CHAINS - 1][i + e];
-            }
-            if (row < count) *(Pack<float, 2>*)(to + row * TILE + column) = sum;
-        }
-    }
-};
+// `Multiply` has a warp's sums: `clear`, `multiply` for each unit of a matrix, `store`.
+#if FMA
+#include "ring_fma.cuh"
+#else
+#include "ring_mma.cuh"
+#endif
 
 // The row of the weight that is row r of a tile of a band.
 __device__ __forceinline__ int row_of(int tile, int band, int r) {

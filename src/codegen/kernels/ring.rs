@@ -1,12 +1,15 @@
-//! `kernels/ring.cu`: products of few 16-bit rows with 16-bit weights, which bulk copies bring through a ring in shared memory.
+//! `kernels/ring.cu`: products of few rows with weights, which bulk copies bring through a ring in shared memory.
 //!
-//! What `stream` does with loads into registers, for up to sixteen rows. Copies need neither registers nor warps while they are
-//! on their way, so blocks are small enough that those of the next kernel find room beside them and begin their copies. A
-//! tile has but eight rows: 256 blocks divide most sizes of models evenly.
+//! What `stream` does with loads into registers, for up to sixteen rows, and `stream_fma`, in f32 and for any float types, for up to
+//! four, or eight of an expert. Copies need neither registers nor warps while they are on their way, so blocks are small enough that
+//! those of the next kernel find room beside them and begin their copies. A tile has but eight rows: 256 blocks divide most sizes
+//! of models evenly.
 
+mod shape;
+
+use self::shape::{Engine, SHAPES, Shape, TILE};
 use super::builder::{Builder, Specialised};
 use super::frame::{self, List, SMS};
-use super::pattern::{dtype, is_half};
 use super::product::{Product, Prologue, Routing};
 use super::{Problem, Twin};
 
@@ -16,21 +19,9 @@ pub struct Ring;
 /// Claimed items that a block remembers.
 const CLAIMED: u64 = 16;
 
-/// Rows of a weight in a tile.
-const TILE: u64 = 8;
-
-/// Columns of a weight in a step of a warp.
-const SPAN: u64 = 32;
-
-/// Most rows of x.
-const MOST_COLUMNS: u64 = 16;
-
 /// Shared memory of an SM, and what each block takes of it beside its own.
 const SHARED_OF_SM: u64 = 228 << 10;
 const SHARED_BESIDE: u64 = 3 << 9;
-
-/// Most threads of an SM, of blocks of this kernel: with 64 registers each.
-const THREADS_OF_SM: u64 = 1024;
 
 impl Twin for Ring {
     fn name(&self) -> &'static str {
@@ -42,14 +33,16 @@ impl Twin for Ring {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let Some(product) = Product::of(problem).filter(|product| fits(problem, product)) else { return vec![] };
+        let Some(product) = Product::of(problem) else { return vec![] };
+        let Some(engine) = Engine::of(problem, &product) else { return vec![] };
         // Shapes that give each warp as much as the others, if there are any.
         let mut found: Vec<(bool, Specialised)> = vec![];
         for shape in SHAPES {
-            if let Some(specialised) = specialise(problem, &product, shape)
+            if let Some(specialised) = specialise(problem, &product, engine, shape)
                 && found.iter().all(|(_, known)| known.config != specialised.config)
             {
-                found.push((shape.chunk(product.k).is_multiple_of(shape.warps * SPAN), specialised));
+                let chunk = shape.chunk(product.k, engine);
+                found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
             }
         }
         let some_even = found.iter().any(|(even, _)| *even);
@@ -58,82 +51,12 @@ impl Twin for Ring {
     }
 }
 
-/// How the work is divided.
-#[derive(Clone, Copy, PartialEq, Debug)]
-struct Shape {
-    /// Warps of a block that multiply.
-    warps: u64,
-    /// Slots of the ring, at the most.
-    slots: u64,
-    /// Most columns of a unit.
-    columns: u64,
-    /// Blocks on an SM.
-    per_sm: u64,
-    /// Whether rows are copied each by itself, though they are adjacent.
-    apart: bool,
-    /// Whether blocks claim items beyond their first ones, so that who is faster does more.
-    claims: bool,
-}
-
-const fn shape(warps: u64, slots: u64, columns: u64, per_sm: u64) -> Shape {
-    Shape { warps, slots, columns, per_sm, apart: false, claims: false }
-}
-
-const fn claiming(shape: Shape) -> Shape {
-    Shape { claims: true, ..shape }
-}
-
-impl Shape {
-    /// Columns of a unit of rows of this length.
-    fn chunk(&self, k: u64) -> u64 {
-        k.div_ceil(k.div_ceil(self.columns)).next_multiple_of(SPAN)
-    }
-}
-
-/// Best guess first. 2048 columns are 32 KiB a unit.
-const SHAPES: &[Shape] = &[
-    shape(8, 2, 2048, 2),
-    claiming(shape(8, 2, 2048, 2)),
-    claiming(shape(8, 3, 2048, 1)),
-    claiming(Shape { apart: true, ..shape(8, 2, 2048, 2) }),
-    claiming(shape(8, 4, 1024, 2)),
-    claiming(shape(8, 6, 1024, 1)),
-    shape(8, 3, 1024, 2),
-    shape(8, 2, 1024, 2),
-    shape(8, 4, 1024, 2),
-    shape(8, 3, 2048, 1),
-    shape(8, 2, 2048, 3),
-    shape(4, 2, 2048, 2),
-    Shape { apart: true, ..shape(8, 2, 2048, 2) },
-    shape(4, 3, 1024, 2),
-    shape(4, 4, 1024, 2),
-    shape(8, 6, 1024, 1),
-    shape(8, 2, 1024, 1),
-    shape(4, 2, 1024, 2),
-    // Three tiles of an item at once.
-    shape(8, 3, 2048, 2),
-];
-
-/// Whether the kernel can run a product.
-fn fits(problem: &Problem, product: &Product) -> bool {
-    let weight = dtype(problem.semantic, product.weight);
-    let whole = product.n.is_multiple_of(TILE * product.bands())
-        && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
-    let rows = match product.routing {
-        Routing::Dense { rows, .. } | Routing::Pairs { rows, .. } => rows,
-        Routing::Grouped { .. } => frame::rows_together(product),
-    };
-    let types = is_half(weight) && weight == product.rows_dtype;
-    types && whole && frame::holds(product) && rows <= MOST_COLUMNS
-}
-
-fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Specialised> {
-    let (n, k) = (product.n, product.k);
-    let columns = frame::rows_together(product).next_multiple_of(8);
+fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shape) -> Option<Specialised> {
+    let (n, k, columns) = (product.n, product.k, engine.columns);
     let list = List::of(product, columns);
     let block = product.block();
 
-    let chunk = shape.chunk(k);
+    let chunk = shape.chunk(k, engine);
     let chunks = k.div_ceil(chunk);
     let run = match block {
         _ if chunk != k => 1,
@@ -142,7 +65,7 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
         Some(_) => 1,
     };
     // Copies of whole lines of the cache.
-    let line = if run > 1 { 2 * k } else { (2 * chunk).next_multiple_of(128) };
+    let line = if run > 1 { engine.weight * k } else { (engine.weight * chunk).next_multiple_of(128) };
     if shape.apart && run == 1 {
         return None;
     }
@@ -165,29 +88,31 @@ fn specialise(problem: &Problem, product: &Product, shape: &Shape) -> Option<Spe
     let width = if pairs || frame::rows_together(product) == 1 { 1 } else { columns };
     let sums = products * shape.warps * width * TILE;
     let room = list.room.min((list.groups * list.subs).next_multiple_of(32));
-    let pitch = k.next_multiple_of(64) + 32;
+    let pitch = engine.pitch(k);
     let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
-    let with_rows = |rows| beside + rows * pitch * 2;
+    let with_rows = |rows| beside + rows * pitch * engine.staged.bytes();
     let shared = with_rows(list.staged_rows);
     if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * units > i32::MAX as u64 {
         return None;
     }
     let most_rows = if list.staged_rows == 1 || pairs { list.staged_rows } else { columns };
-    // One more fills slots. The convolution has more on its way.
+    // One more fills slots.
     let block_warps = shape.warps + 1;
-    let multiplying = if matches!(product.prologue, Prologue::ShortConv(_)) { 768 } else { THREADS_OF_SM };
-    let resident = (SHARED_OF_SM / (with_rows(most_rows) + SHARED_BESIDE)).clamp(1, multiplying / (shape.warps * 32));
+    let multiplying = engine.threads(product) / (shape.warps * 32);
+    let resident = (SHARED_OF_SM / (with_rows(most_rows) + SHARED_BESIDE)).clamp(1, multiplying);
 
     let norm = matches!(product.prologue, Prologue::Norm { .. });
     let mut builder = Builder::new(problem);
     product.declare(&mut builder);
-    builder.alias("S", product.rows_dtype);
+    builder.alias("S", engine.staged);
+    builder.line(format_args!("#define FMA {}", u8::from(engine.fma)));
     let constants = [
         ("COLUMNS", columns),
         ("WIDTH", width),
         ("SLOTS", slots),
         ("CHUNK", chunk),
         ("CHUNKS", chunks),
+        ("SPAN", engine.span),
         ("LINE", line),
         ("RUN", run),
         // Pairs of several rows may share experts.
@@ -253,11 +178,20 @@ mod tests {
 
     #[test]
     fn every_body_of_few_rows_has_candidates() {
-        for dtype in [DType::BF16, DType::F16] {
-            let of_one_matrix = samples::all(dtype, dtype).into_iter().chain(samples::small(dtype, dtype));
-            for sample in of_one_matrix.chain(samples::convolved(dtype, dtype)) {
+        use DType::{BF16, F16, F32};
+        for (x, w) in [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F32), (F16, BF16)] {
+            let of_one_matrix = samples::all(x, w).into_iter().chain(samples::small(x, w));
+            for sample in of_one_matrix.chain(samples::convolved(x, w)) {
                 let rows: u64 = sample.name.split('_').find_map(|part| part.parse().ok()).expect("a number of rows");
-                assert!(rows > 16 || !found(&sample).is_empty(), "{}", sample.name);
+                let routed = sample.semantic.inputs[1].1.len() == 3;
+                let most = if x == w && x != F32 {
+                    16
+                } else if routed {
+                    8
+                } else {
+                    4
+                };
+                assert!(rows > most || !found(&sample).is_empty(), "{} {x:?} {w:?}", sample.name);
             }
         }
         // Rows that two tiles have, or a tile and a half.
@@ -267,12 +201,10 @@ mod tests {
     }
 
     #[test]
-    fn bodies_of_other_types_sizes_or_wires_have_none() {
-        for (x, w) in [(DType::F32, DType::BF16), (DType::F16, DType::BF16), (DType::F32, DType::F32)] {
-            assert!(samples::all(x, w).iter().all(|sample| found(sample).is_empty()), "{x:?} {w:?}");
-        }
+    fn bodies_of_other_sizes_or_wires_have_none() {
         let half = DType::F16;
         assert!(found(&samples::matmul(half, half, 17, 64, 64)).is_empty(), "too many rows");
+        assert!(found(&samples::matmul(DType::F32, half, 5, 64, 64)).is_empty(), "too many rows in f32");
         assert!(found(&samples::matmul(half, half, 4, 20, 64)).is_empty(), "rows that no tile divides");
         assert!(found(&samples::matmul(half, half, 4, 64, 60)).is_empty(), "columns that no copy divides");
         for sample in samples::broken(half) {
@@ -297,8 +229,32 @@ mod tests {
     }
 
     #[test]
+    fn units_of_any_weight_have_as_many_bytes() {
+        let of = |x, w| found(&samples::residual(x, w, 1, 2048, 4096))[0].clone();
+        let (half, mixed, whole) =
+            (of(DType::BF16, DType::BF16), of(DType::F32, DType::F16), of(DType::F32, DType::F32));
+        assert_eq!([&half, &mixed].map(|found| found.config.as_str()), ["warps=8 slots=2 chunk=2048 blocks=256"; 2]);
+        assert_eq!(whole.config, "warps=8 slots=2 chunk=1024 blocks=256");
+        // Rows of x are in f32, one after the other; a step of a warp has 256 bytes of each row of the weight.
+        let has =
+            |found: &Specialised, text: &str| assert!(found.prelude().contains(text), "{text}: {}", found.prelude());
+        let texts = ["typedef float S;", "#define FMA 1", "SPAN = 128;", "PITCH = 4096;", "LINE = 4096;"];
+        texts.into_iter().for_each(|text| has(&mixed, text));
+        ["SPAN = 64;", "LINE = 4096;"].into_iter().for_each(|text| has(&whole, text));
+        ["typedef bf16 S;", "#define FMA 0", "SPAN = 32;", "PITCH = 4128;"]
+            .into_iter()
+            .for_each(|text| has(&half, text));
+        // As many rows of x as there are registers for.
+        let columns = |sample: &Sample, count: u64| has(&found(sample)[0], &format!(" COLUMNS = {count};"));
+        for (rows, count) in [(1, 1), (2, 2), (3, 4), (4, 4)] {
+            columns(&samples::norm(DType::F32, DType::BF16, rows, 6144, 2048), count);
+        }
+        columns(&samples::grouped(DType::F32, DType::BF16, 64, 32, 2048, 1792), 8);
+    }
+
+    #[test]
     fn candidates_differ_and_fit() {
-        for sample in samples::all(DType::BF16, DType::BF16) {
+        for sample in samples::all(DType::BF16, DType::BF16).into_iter().chain(samples::all(DType::F32, DType::F32)) {
             let candidates = found(&sample);
             assert!(candidates.len() <= SHAPES.len(), "{}", sample.name);
             for (i, one) in candidates.iter().enumerate() {

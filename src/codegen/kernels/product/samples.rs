@@ -321,7 +321,7 @@ pub fn broken(dtype: DType) -> Vec<Sample> {
 /// Writes the text of every candidate of every body, a file each, which begins with the launch and its arguments.
 pub fn write(twins: &[&'static dyn Twin], folder: &Path) {
     use DType::{BF16, F16, F32};
-    for (x, w) in [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F32), (F32, F16)] {
+    for (x, w) in [(BF16, BF16), (F16, F16), (F32, BF16), (F32, F32), (F32, F16), (F16, BF16)] {
         for sample in all(x, w).into_iter().chain(small(x, w)).chain(convolved(x, w)) {
             let problem = Problem { semantic: &sample.semantic, phase: sample.phase };
             for twin in twins {

@@ -1,0 +1,123 @@
+//! What candidates of `kernels/ring.cu` differ in, and what follows from a product: how its warps multiply.
+
+use crate::codegen::kernels::pattern::{dtype, is_half};
+use crate::codegen::kernels::product::{Product, Prologue, Routing};
+use crate::codegen::kernels::{Problem, frame};
+use crate::plan::DType;
+
+/// Rows of a weight in a tile.
+pub const TILE: u64 = 8;
+
+/// How the work is divided.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Shape {
+    /// Warps of a block that multiply.
+    pub warps: u64,
+    /// Slots of the ring, at the most.
+    pub slots: u64,
+    /// Most bytes of a row of a unit.
+    pub bytes: u64,
+    /// Blocks on an SM.
+    pub per_sm: u64,
+    /// Whether rows are copied each by itself, though they are adjacent.
+    pub apart: bool,
+    /// Whether blocks claim items beyond their first ones, so that who is faster does more.
+    pub claims: bool,
+}
+
+const fn shape(warps: u64, slots: u64, bytes: u64, per_sm: u64) -> Shape {
+    Shape { warps, slots, bytes, per_sm, apart: false, claims: false }
+}
+
+const fn claiming(shape: Shape) -> Shape {
+    Shape { claims: true, ..shape }
+}
+
+impl Shape {
+    /// Columns of a unit of rows of this length.
+    pub fn chunk(&self, k: u64, engine: Engine) -> u64 {
+        k.div_ceil(k.div_ceil(self.bytes / engine.weight)).next_multiple_of(engine.span)
+    }
+}
+
+/// Best guess first. 4096 bytes of a row are 32 KiB a unit.
+pub const SHAPES: &[Shape] = &[
+    shape(8, 2, 4096, 2),
+    claiming(shape(8, 2, 4096, 2)),
+    claiming(shape(8, 3, 4096, 1)),
+    claiming(Shape { apart: true, ..shape(8, 2, 4096, 2) }),
+    claiming(shape(8, 4, 2048, 2)),
+    claiming(shape(8, 6, 2048, 1)),
+    shape(8, 3, 2048, 2),
+    shape(8, 2, 2048, 2),
+    shape(8, 4, 2048, 2),
+    shape(8, 3, 4096, 1),
+    shape(8, 2, 4096, 3),
+    shape(4, 2, 4096, 2),
+    Shape { apart: true, ..shape(8, 2, 4096, 2) },
+    shape(4, 3, 2048, 2),
+    shape(4, 4, 2048, 2),
+    shape(8, 6, 2048, 1),
+    shape(8, 2, 2048, 1),
+    shape(4, 2, 2048, 2),
+    // Three tiles of an item at once.
+    shape(8, 3, 4096, 2),
+];
+
+/// How warps multiply.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Engine {
+    /// Whether by FMA in f32, not on tensor cores.
+    pub fma: bool,
+    /// Bytes of an element of the weight.
+    pub weight: u64,
+    /// The type that rows of x are staged in.
+    pub staged: DType,
+    /// Columns of the weight in a step of a warp.
+    pub span: u64,
+    /// Rows of x at a time.
+    pub columns: u64,
+}
+
+impl Engine {
+    /// The one for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type.
+    pub fn of(problem: &Problem, product: &Product) -> Option<Engine> {
+        let weight = dtype(problem.semantic, product.weight);
+        let whole = product.n.is_multiple_of(TILE * product.bands())
+            && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
+        let together = frame::rows_together(product);
+        let engine = if is_half(weight) && weight == product.rows_dtype {
+            let columns = together.next_multiple_of(8);
+            Engine { fma: false, weight: 2, staged: weight, span: 32, columns }
+        } else {
+            // Sixteen lanes read sixteen bytes each. Sums of all rows are in registers.
+            let (weight, columns) = (weight.bytes(), together.next_power_of_two());
+            Engine { fma: true, weight, staged: DType::F32, span: 256 / weight, columns }
+        };
+        let (rows, most) = match product.routing {
+            // Of more rows in f32, the reads from shared memory would take longer than the weight from memory.
+            Routing::Dense { rows, .. } => (rows, if engine.fma { 4 } else { 16 }),
+            Routing::Pairs { rows, .. } => (rows, 16),
+            // There are seldom as many as there is room for.
+            Routing::Grouped { .. } => (together, if engine.fma { 8 } else { 16 }),
+        };
+        (whole && frame::holds(product) && rows <= most).then_some(engine)
+    }
+
+    /// Elements of shared memory from a row of x to the next: an odd number of 64 bytes where lanes of two rows read together.
+    pub fn pitch(&self, k: u64) -> u64 {
+        if self.fma { k.next_multiple_of(self.span) } else { k.next_multiple_of(64) + 32 }
+    }
+
+    /// Most threads of an SM that multiply, of blocks of this kernel: as many as have registers enough.
+    pub fn threads(&self, product: &Product) -> u64 {
+        // A convolution has more on its way; f32 has its sums, and elements of four rows of the weight.
+        let convolves = matches!(product.prologue, Prologue::ShortConv(_));
+        match (self.fma, self.columns) {
+            (true, 3..) => 512,
+            (true, _) => 768,
+            (false, _) if convolves => 768,
+            (false, _) => 1024,
+        }
+    }
+}
