@@ -6,8 +6,17 @@ use super::tiles::{Form, Product};
 use super::{Problem, Twin};
 use crate::plan::DType;
 
-/// The twin.
-pub struct Wgmma;
+/// The twin, for rows that are multiplied as sums of so many terms.
+#[derive(Clone, Copy, Debug)]
+pub struct Wgmma {
+    terms: u64,
+    shapes: &'static [Shape],
+}
+
+/// Rows of 16 bits, with a weight of their type.
+pub static WHOLE: Wgmma = Wgmma { terms: 1, shapes: &SHAPES };
+/// Rows of f32, with a weight of bf16: three terms of bf16 are a number of f32.
+pub static SPLIT: Wgmma = Wgmma { terms: 3, shapes: &SPLIT_SHAPES };
 
 const PROCESSORS: u64 = 132;
 /// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
@@ -16,6 +25,8 @@ const ALL_SHARED: u64 = 233_472;
 const SYSTEM_SHARED: u64 = 1024;
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
+/// Rows whose terms are not worth their while: other kernels compute so few in f32 at the speed of memory.
+const FEW_ROWS: u64 = 8;
 /// Buffers without which copies do not run ahead.
 const FEWEST_STAGES: u64 = 3;
 const MOST_STAGES: u64 = 8;
@@ -64,6 +75,18 @@ const SHAPES: [Shape; 15] = [
     shape(64, 16, 1, 3),
 ];
 
+/// Where each sum is in registers twice, and a row three times in a buffer.
+const SPLIT_SHAPES: [Shape; 8] = [
+    shape(128, 128, 2, 1),
+    shape(256, 64, 2, 1),
+    shape(128, 64, 2, 1),
+    shape(128, 32, 2, 2),
+    shape(64, 128, 1, 1),
+    shape(64, 64, 1, 2),
+    shape(64, 32, 1, 2),
+    shape(64, 16, 1, 3),
+];
+
 impl Twin for Wgmma {
     fn name(&self) -> &'static str {
         "wgmma"
@@ -74,19 +97,29 @@ impl Twin for Wgmma {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let Some(product) = matched(problem) else { return vec![] };
-        let mut shapes = SHAPES;
-        shapes.sort_by(|a, b| a.seconds(&product).total_cmp(&b.seconds(&product)));
-        shapes.iter().filter_map(|shape| shape.specialise(problem, &product)).take(MOST_CANDIDATES).collect()
+        let Some(product) = self.matched(problem) else { return vec![] };
+        let mut shapes = self.shapes.to_vec();
+        shapes.sort_by(|a, b| a.seconds(&product, self.terms).total_cmp(&b.seconds(&product, self.terms)));
+        let found = shapes.iter().filter_map(|shape| shape.specialise(problem, &product, self.terms));
+        found.take(MOST_CANDIDATES).collect()
+    }
+
+    fn exact(&self) -> bool {
+        self.terms == 1
     }
 }
 
-/// The product, if warpgroups can compute it.
-fn matched(problem: &Problem) -> Option<Product> {
-    let product = Product::of_tensor_cores(problem.semantic)?;
-    // Places in x are counted in chunks, in 32 bits.
-    let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
-    counted.then_some(product)
+impl Wgmma {
+    /// The product, if warpgroups can compute it.
+    fn matched(&self, problem: &Problem) -> Option<Product> {
+        let product = match self.terms {
+            1 => Product::of_tensor_cores(problem.semantic)?,
+            _ => Product::of_terms(problem.semantic).filter(|product| product.rows > FEW_ROWS)?,
+        };
+        // Places in x are counted in chunks of 16 bytes, in 32 bits.
+        let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
+        counted.then_some(product)
+    }
 }
 
 /// Rows of x that meet one matrix, were all equally likely.
@@ -107,16 +140,16 @@ impl Shape {
         (self.groups + 1) * 128
     }
 
-    fn stage_bytes(&self) -> u64 {
-        (self.weights + self.rows) * ROW_BYTES
+    fn stage_bytes(&self, terms: u64) -> u64 {
+        (self.weights + terms * self.rows) * ROW_BYTES
     }
 
     /// Buffers, as many as there is room for, rows of a piece of results, of elements of so many bytes, and shared memory in
     /// all; none if there is too little.
-    fn memory(&self, product: &Product, bytes: u64) -> Option<(u64, u64, u64)> {
+    fn memory(&self, product: &Product, terms: u64, bytes: u64) -> Option<(u64, u64, u64)> {
         let groups = if matches!(product.form, Form::Grouped { .. }) { product.experts + 1 } else { 1 };
         let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
-        let stage = self.stage_bytes() + 16;
+        let stage = self.stage_bytes(terms) + 16;
         let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
         pieces.into_iter().find_map(|piece| {
             let buffers = if self.apart { 1 } else { 2 };
@@ -128,8 +161,8 @@ impl Shape {
     }
 
     /// Warps that copy, and that finish.
-    fn warps(&self, gathers: bool) -> (u64, u64) {
-        match (self.apart, gathers) {
+    fn warps(&self, gathers: bool, terms: u64) -> (u64, u64) {
+        match (self.apart, gathers || terms > 1) {
             (true, true) => (2, 2),
             (true, false) => (1, 3),
             (false, true) => (4, 0),
@@ -139,19 +172,21 @@ impl Shape {
 
     /// Registers of copying and of multiplying threads, where a multiplying one needs more than there are for each: together no
     /// more than a block begins with.
-    fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
+    fn registers(&self, gathers: bool, terms: u64) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
+            // Those who multiply have every sum twice, those who copy have rows on their way: an equal part is right for both.
+            _ if terms > 1 => None,
             (2, 1, 64..) if self.apart => Some((104, 200)),
             (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
             _ => None,
         }
     }
 
-    fn specialise(&self, problem: &Problem, product: &Product) -> Option<Specialised> {
+    fn specialise(&self, problem: &Problem, product: &Product, terms: u64) -> Option<Specialised> {
         let semantic = problem.semantic;
         let made = dtype(semantic, *semantic.body.first()?.2.first()?);
-        let (stages, piece, shared) = self.memory(product, made.bytes())?;
+        let (stages, piece, shared) = self.memory(product, terms, made.bytes())?;
         let tiles = product.row_tiles(self.rows) * product.n.div_ceil(self.weights);
         // A tile taller than the weight or the rows, where a lower one does, is work for nothing.
         let wasteful = (self.weights > 64 && self.weights / 2 >= product.n)
@@ -159,7 +194,7 @@ impl Shape {
         if wasteful || tiles > i32::MAX as u64 {
             return None;
         }
-        let (copiers, finishers) = self.warps(product.gathers());
+        let (copiers, finishers) = self.warps(product.gathers(), terms);
         let once = rows_together(product) <= self.rows as f64;
         let mut builder = Builder::new(problem);
         let constants = [
@@ -168,6 +203,7 @@ impl Shape {
             ("BM", self.weights),
             ("BN", self.rows),
             ("UNIT", self.unit()),
+            ("TERMS", terms),
             ("BOX", self.rows.min(BOX)),
             ("STAGES", stages),
             ("RESIDENT", self.resident),
@@ -180,18 +216,25 @@ impl Shape {
             builder.constant(name, value);
         }
         builder.line(format_args!("constexpr bool W_ONCE = {once};"));
-        let registers = self.registers(product.gathers());
+        builder.line(format_args!("#define SPLIT {}", u8::from(terms > 1)));
+        let registers = self.registers(product.gathers(), terms);
         builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
         if let Some((copy, multiply)) = registers {
             builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
         }
         builder.alias("P", made);
         builder.line("template <int COUNT> __device__ void product(float (&d)[BN / 2], u64 w, u64 x);");
+        if terms > 1 {
+            builder.line("template <int COUNT> __device__ void first_product(float (&d)[BN / 2], u64 w, u64 x);");
+        }
         for count in (self.unit()..=self.rows).step_by(self.unit() as usize) {
-            builder.line(instruction(dtype(semantic, product.x), count));
+            builder.line(instruction(dtype(semantic, product.w), count, true));
+            if terms > 1 {
+                builder.line(instruction(dtype(semantic, product.w), count, false));
+            }
         }
         builder.map("w_map", product.w, self.weights as u32);
-        match product.gathers() {
+        match product.gathers() || terms > 1 {
             true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
             false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
         };
@@ -199,12 +242,14 @@ impl Shape {
         product.epilogue.declare_vectors(&mut builder);
         let blocks = tiles.min(PROCESSORS * self.resident);
         let apart = if self.apart { " apart" } else { "" };
-        let config = format!("tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
+        let terms = if terms > 1 { format!("terms={terms} ") } else { String::new() };
+        let config =
+            format!("{terms}tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
     /// A guess at the time: of arithmetic, of the caches, or of memory, whichever is longest.
-    fn seconds(&self, product: &Product) -> f64 {
+    fn seconds(&self, product: &Product, terms: u64) -> f64 {
         let (weights, k) = (self.weights as f64, product.k.next_multiple_of(64) as f64);
         let columns = product.n.div_ceil(self.weights) as f64;
         // Rows that a tile computes, and tiles.
@@ -217,14 +262,16 @@ impl Shape {
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
         // An instruction reads the weight's 64 rows and those of x while it multiplies.
         let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
-        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
-        // A copying warp begins the copies of four gathered rows in some 50 cycles.
-        let copies = match self.warps(true).0 {
-            copiers if product.gathers() => each * k / 64.0 * rows / 4.0 / copiers as f64 * 30e-9,
+        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k * terms as f64 / rate;
+        // A copying warp begins the copies of four gathered rows in some 50 cycles, and takes a row apart in some 20.
+        let row = if terms > 1 { 12e-9 } else { 7.5e-9 };
+        let copies = match self.warps(true, terms).0 {
+            copiers if product.gathers() || terms > 1 => each * k / 64.0 * rows / copiers as f64 * row,
             _ => 0.0,
         };
         let arithmetic = arithmetic.max(copies);
-        let cache = tiles * (weights + rows) * k * 2.0 / 5.5e12;
+        let x_bytes = if terms > 1 { 4.0 } else { 2.0 };
+        let cache = tiles * (weights * 2.0 + rows * x_bytes) * k / 5.5e12;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
         let fill = (tiles / PROCESSORS as f64).min(1.0);
         // What follows the products, beside them if it is left to others but for a block's last tile.
@@ -235,17 +282,19 @@ impl Shape {
     }
 }
 
-/// The product's instruction for so many rows of x.
-fn instruction(ty: DType, count: u64) -> String {
+/// The product's instruction for so many rows of x: adds to sums, or sets them.
+fn instruction(ty: DType, count: u64, adds: bool) -> String {
     let name = if ty == DType::F16 { "f16" } else { "bf16" };
+    let (function, bound) = if adds { ("product", "+f") } else { ("first_product", "=f") };
     let sums = count / 2;
     let list = |item: &dyn Fn(u64) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
-    let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
+    let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"{bound}\"(d[{i}])")));
     format!(
-        "template <> __device__ __forceinline__ void product<{count}>(float (&d)[BN / 2], u64 w, u64 x) {{\n    asm \
-         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, %{sums}, %{}, 1, 1, 1, 0, 0;\" \
+        "template <> __device__ __forceinline__ void {function}<{count}>(float (&d)[BN / 2], u64 w, u64 x) {{\n    asm \
+         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, %{sums}, %{}, {}, 1, 1, 0, 0;\" \
          : {bound} : \"l\"(w), \"l\"(x));\n}}",
-        sums + 1
+        sums + 1,
+        u8::from(adds)
     )
 }
 
