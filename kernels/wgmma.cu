@@ -1,7 +1,7 @@
 // A matrix product of many rows on Hopper's tensor cores with what follows it: y [rows,..] = epilogue(x [rows,K] w [N,K]^T),
-// 16-bit operands, or with SPLIT rows of f32 and a weight of bf16; sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies rows offsets[e] .. offsets[e + 1] of the
-// result; gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the last group are as if the product were
-// zero.
+// 16-bit operands, or with SPLIT rows of f32 and a weight of bf16; sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies
+// rows offsets[e] .. offsets[e + 1] of the result; gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the
+// last group are as if the product were zero.
 //
 // Tiles are BM rows of w by up to BN rows of x, the product's operands swapped: w's rows are the 64 of an instruction, x's rows
 // its columns, of which there may be any multiple of eight, so that groups of any size waste little. A block takes tiles

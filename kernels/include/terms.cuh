@@ -42,14 +42,29 @@ __device__ __forceinline__ void put_terms(u32 to, u32 apart, const Quad& four) {
     }
 }
 
-// Adds to sums the product of a tile with its first COUNT rows of x.
+// Adds to sums the product of a tile with its first COUNT rows of x. Each part of w meets several terms: if HELD, it comes into
+// registers once, which leaves shared memory to the rows.
 template <int COUNT>
 __device__ __forceinline__ void multiply(float (&sums)[MT][BN / 2], Cursor& at, u64* full, u64* empty, u32 ring, u32 w_row) {
 #pragma unroll 1
     for (int k = 0; k < K_TILES; k++) {
         barrier_wait(full + at.stage, at.odd);
         const u32 buffer = ring + at.stage * STAGE_BYTES;
-        const u64 w = operand(buffer + w_row * ROW_BYTES), x = operand(buffer + W_BYTES);
+        const u64 x = operand(buffer + W_BYTES);
+#if HELD
+        // A lane has the pairs that `mma` says (mma.cuh), of sixteen rows for each warp.
+        const u32 lane = lane_id(), row = buffer + (w_row + warp_id() % 4 * 16 + lane % 16) * ROW_BYTES;
+        u32 held[MT][K_STEPS][4];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int step = 0; step < K_STEPS; step++)
+                load_matrices(held[m][step], row + m * 64 * ROW_BYTES + ((step * 2 + lane / 16 ^ lane % 8) << 4));
+        auto part = [&](int m, int step) -> const u32(&)[4] { return held[m][step]; };
+#else
+        const u64 w = operand(buffer + w_row * ROW_BYTES);
+        auto part = [&](int m, int step) { return w + (m * 64 * ROW_BYTES + step * 32 >> 4); };
+#endif
         float d[MT][BN / 2];
         products_begin();
 #pragma unroll
@@ -58,11 +73,11 @@ __device__ __forceinline__ void multiply(float (&sums)[MT][BN / 2], Cursor& at, 
             for (int step = 0; step < K_STEPS; step++)
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
-                    const u64 w_at = w + (m * 64 * ROW_BYTES + step * 32 >> 4), x_at = x + (term * X_BYTES + step * 32 >> 4);
+                    const u64 x_at = x + (term * X_BYTES + step * 32 >> 4);
                     if (term == TERMS - 1 && step == 0)
-                        first_product<COUNT>(d[m], w_at, x_at);
+                        first_product<COUNT>(d[m], part(m, step), x_at);
                     else
-                        product<COUNT>(d[m], w_at, x_at);
+                        product<COUNT>(d[m], part(m, step), x_at);
                 }
         products_end_group();
         products_wait<0>();

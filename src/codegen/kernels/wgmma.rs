@@ -25,7 +25,7 @@ const ALL_SHARED: u64 = 233_472;
 const SYSTEM_SHARED: u64 = 1024;
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
-/// Rows whose terms are not worth their while: other kernels compute so few in f32 at the speed of memory.
+/// Rows that meet one matrix whose terms are not worth their while: other kernels compute so few in f32 at the speed of memory.
 const FEW_ROWS: u64 = 8;
 /// Buffers without which copies do not run ahead.
 const FEWEST_STAGES: u64 = 3;
@@ -38,8 +38,8 @@ const MOST_CANDIDATES: usize = 8;
 /// Rows of x in a band of tiles, whose weights blocks that run at the same time share.
 const BAND_ROWS: u64 = 2048;
 
-/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, and whether
-/// other warps finish a tile while the next is multiplied.
+/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, whether
+/// other warps finish a tile while the next is multiplied, and whether the weight is multiplied from registers.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
     weights: u64,
@@ -47,14 +47,19 @@ struct Shape {
     groups: u64,
     resident: u64,
     apart: bool,
+    held: bool,
 }
 
 const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: false }
+    Shape { weights, rows, groups, resident, apart: false, held: false }
 }
 
 const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: true }
+    Shape { apart: true, ..shape(weights, rows, groups, resident) }
+}
+
+const fn held(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { held: true, ..shape(weights, rows, groups, resident) }
 }
 
 const SHAPES: [Shape; 15] = [
@@ -78,10 +83,10 @@ const SHAPES: [Shape; 15] = [
 /// Where each sum is in registers twice, and a row three times in a buffer.
 const SPLIT_SHAPES: [Shape; 8] = [
     shape(128, 128, 2, 1),
-    shape(256, 64, 2, 1),
-    shape(128, 64, 2, 1),
+    held(128, 128, 2, 1),
+    held(256, 64, 2, 1),
+    held(128, 64, 2, 1),
     shape(128, 32, 2, 2),
-    shape(64, 128, 1, 1),
     shape(64, 64, 1, 2),
     shape(64, 32, 1, 2),
     shape(64, 16, 1, 3),
@@ -114,7 +119,7 @@ impl Wgmma {
     fn matched(&self, problem: &Problem) -> Option<Product> {
         let product = match self.terms {
             1 => Product::of_tensor_cores(problem.semantic)?,
-            _ => Product::of_terms(problem.semantic).filter(|product| product.rows > FEW_ROWS)?,
+            _ => Product::of_terms(problem.semantic).filter(|product| rows_together(product) > FEW_ROWS as f64)?,
         };
         // Places in x are counted in chunks of 16 bytes, in 32 bits.
         let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
@@ -175,7 +180,8 @@ impl Shape {
     fn registers(&self, gathers: bool, terms: u64) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
-            // Those who multiply have every sum twice, those who copy have rows on their way: an equal part is right for both.
+            // Those who multiply have every sum twice, and the weight if they hold it; those who copy have rows on their way.
+            (2, 1, 64..) if self.held => Some(if self.rows > 64 { (136, 184) } else { (104, 200) }),
             _ if terms > 1 => None,
             (2, 1, 64..) if self.apart => Some((104, 200)),
             (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
@@ -217,20 +223,23 @@ impl Shape {
         }
         builder.line(format_args!("constexpr bool W_ONCE = {once};"));
         builder.line(format_args!("#define SPLIT {}", u8::from(terms > 1)));
+        builder.line(format_args!("#define HELD {}", u8::from(self.held)));
         let registers = self.registers(product.gathers(), terms);
         builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
         if let Some((copy, multiply)) = registers {
             builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
         }
         builder.alias("P", made);
-        builder.line("template <int COUNT> __device__ void product(float (&d)[BN / 2], u64 w, u64 x);");
-        if terms > 1 {
-            builder.line("template <int COUNT> __device__ void first_product(float (&d)[BN / 2], u64 w, u64 x);");
+        for name in ["product", "first_product"].into_iter().take(if terms > 1 { 2 } else { 1 }) {
+            let weight = weight_parameter(self.held);
+            builder.line(format_args!(
+                "template <int COUNT> __device__ void {name}(float (&d)[BN / 2], {weight}, u64 x);"
+            ));
         }
         for count in (self.unit()..=self.rows).step_by(self.unit() as usize) {
-            builder.line(instruction(dtype(semantic, product.w), count, true));
+            builder.line(instruction(dtype(semantic, product.w), count, self.held, true));
             if terms > 1 {
-                builder.line(instruction(dtype(semantic, product.w), count, false));
+                builder.line(instruction(dtype(semantic, product.w), count, self.held, false));
             }
         }
         builder.map("w_map", product.w, self.weights as u32);
@@ -242,9 +251,10 @@ impl Shape {
         product.epilogue.declare_vectors(&mut builder);
         let blocks = tiles.min(PROCESSORS * self.resident);
         let apart = if self.apart { " apart" } else { "" };
+        let held = if self.held { " held" } else { "" };
         let terms = if terms > 1 { format!("terms={terms} ") } else { String::new() };
-        let config =
-            format!("{terms}tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
+        let (weights, rows, resident) = (self.weights, self.rows, self.resident);
+        let config = format!("{terms}tile={weights}x{rows} stages={stages} blocks={resident}{apart}{held}");
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
@@ -282,18 +292,31 @@ impl Shape {
     }
 }
 
+/// How an instruction takes the weight: the operand in shared memory, or what a thread has of it.
+fn weight_parameter(held: bool) -> &'static str {
+    if held { "const u32 (&w)[4]" } else { "u64 w" }
+}
+
 /// The product's instruction for so many rows of x: adds to sums, or sets them.
-fn instruction(ty: DType, count: u64, adds: bool) -> String {
+fn instruction(ty: DType, count: u64, held: bool, adds: bool) -> String {
     let name = if ty == DType::F16 { "f16" } else { "bf16" };
     let (function, bound) = if adds { ("product", "+f") } else { ("first_product", "=f") };
     let sums = count / 2;
     let list = |item: &dyn Fn(u64) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
     let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"{bound}\"(d[{i}])")));
+    // Of what is in registers the instruction does not ask whether it is transposed.
+    let (weight, operands, x, transposed) = match held {
+        true => {
+            let weight = format!("{{%{sums}, %{}, %{}, %{}}}", sums + 1, sums + 2, sums + 3);
+            (weight, r#""r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])"#, sums + 4, "0")
+        }
+        false => (format!("%{sums}"), r#""l"(w)"#, sums + 1, "0, 0"),
+    };
     format!(
-        "template <> __device__ __forceinline__ void {function}<{count}>(float (&d)[BN / 2], u64 w, u64 x) {{\n    asm \
-         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, %{sums}, %{}, {}, 1, 1, 0, 0;\" \
-         : {bound} : \"l\"(w), \"l\"(x));\n}}",
-        sums + 1,
+        "template <> __device__ __forceinline__ void {function}<{count}>(float (&d)[BN / 2], {}, u64 x) {{\n    asm \
+         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, {weight}, %{x}, {}, 1, 1, \
+         {transposed};\" : {bound} : {operands}, \"l\"(x));\n}}",
+        weight_parameter(held),
         u8::from(adds)
     )
 }
