@@ -48,23 +48,45 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_fma(PARAMS) {
 }
 
 #else
-// A block computes BM x BN, a thread TM x TN of it, in quads of adjacent rows and columns that are spread over the tile, so
-// that a warp's reads of shared memory have no bank conflicts. K goes by in tiles of BK, as f32 in two buffers in shared
-// memory, k outermost. While one buffer is in use, the next tile comes into registers, from there into the other buffer; the
-// barrier after that separates its reads from the writes, both ways. Rows that a partial tile lacks are other rows again,
-// whose results are not stored; beyond the end of K are zeros on both sides.
+// A block computes BM x BN, a thread TM x TN of it, in quads of adjacent rows and columns that are spread over the tile, and a
+// warp's threads are eight beside each other, four below: its reads of shared memory have no bank conflicts, and read little
+// twice. K goes by in tiles of BK, as f32 in two buffers in shared memory, k outermost, with room after every eighth against
+// conflicts of writes. While one buffer is in use, the next tile comes into registers, from there into the other buffer; the
+// barrier after that separates its reads from the writes, both ways, and other blocks on the multiprocessor work meanwhile. Rows
+// that a partial tile lacks are other rows again, whose results are not stored; beyond the end of K are zeros on both sides.
 
 constexpr int ROW_RUN = TM < 4 ? TM : 4, ROW_APART = BM / (TM / ROW_RUN), COLUMN_APART = BN / (TN / 4);
 constexpr int COLUMNS = BN / HALVES, CHUNKS = BK / VECTOR;
 constexpr int X_COPIES = BM * CHUNKS / THREADS, W_COPIES = BN * CHUNKS / THREADS;
 static_assert(BM / TM * (BN / TN) == THREADS && TM % ROW_RUN == 0 && TN % 4 == 0, "a thread for each part");
 static_assert(HALVES == 1 || TN == 8, "one quad of each half");
+constexpr int ACROSS = BN / TN, LANES_ACROSS = ACROSS < 8 ? ACROSS : 8, WARPS_ACROSS = ACROSS / LANES_ACROSS;
+static_assert(ACROSS % LANES_ACROSS == 0 && (int)WARP % LANES_ACROSS == 0, "whole warps");
+
+// Where k begins in a buffer of so many rows or columns.
+__device__ constexpr int begin_of(int k, int width) { return k * (width + 4) + k / 8 * 8; }
 static_assert(BM * CHUNKS % THREADS == 0 && BN * CHUNKS % THREADS == 0, "whole rounds of copies");
 
-extern "C" __global__ void __launch_bounds__(THREADS) tile_fma(PARAMS) {
+// Reads what is wanted only after other work, and begins before it: an ordinary load the compiler would move to its use.
+template <class T> __device__ __forceinline__ T load_ahead(const T* from) {
+    T value;
+    if constexpr (sizeof(T) == 16) {
+        const Quad q = load_fresh((const void*)from);
+        value = *(const T*)&q;
+    } else if constexpr (sizeof(T) == 8) {
+        u64 bits;
+        asm volatile("ld.global.b64 %0, [%1];" : "=l"(bits) : "l"(from));
+        value = *(const T*)&bits;
+    } else {
+        value = *from;
+    }
+    return value;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tile_fma(PARAMS) {
     release_next();
     wait_for_previous();
-    __shared__ __align__(16) float x_tile[2][BK][BM + 4], w_tile[2][BK][BN + 4];
+    __shared__ __align__(16) float x_tile[2][begin_of(BK, BM)], w_tile[2][begin_of(BK, BN)];
     const TileAt at = tile_of_block<(Y_COLUMNS + COLUMNS - 1) / COLUMNS, BAND>();
     const int column0 = at.column * COLUMNS;
 #if GROUPED
@@ -102,12 +124,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_fma(PARAMS) {
 #pragma unroll
         for (int i = 0; i < X_COPIES; i++) {
             int k = k0 + (id + i * THREADS) % CHUNKS * VECTOR;
-            x_next[i] = K % BK == 0 || k < K ? *(const Pack<X, VECTOR>*)(x_from[i] + k) : Pack<X, VECTOR>{};
+            x_next[i] = {};
+            if (K % BK == 0 || k < K) x_next[i] = load_ahead((const Pack<X, VECTOR>*)(x_from[i] + k));
         }
 #pragma unroll
         for (int i = 0; i < W_COPIES; i++) {
             int k = k0 + (id + i * THREADS) % CHUNKS * VECTOR;
-            w_next[i] = K % BK == 0 || k < K ? *(const Pack<W, VECTOR>*)(w_from[i] + k) : Pack<W, VECTOR>{};
+            w_next[i] = {};
+            if (K % BK == 0 || k < K) w_next[i] = load_ahead((const Pack<W, VECTOR>*)(w_from[i] + k));
         }
     };
     auto put = [&](int buffer) {
@@ -115,17 +139,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_fma(PARAMS) {
         for (int i = 0; i < X_COPIES; i++) {
             int place = (id + i * THREADS) / CHUNKS, k = (id + i * THREADS) % CHUNKS * VECTOR;
 #pragma unroll
-            for (int j = 0; j < VECTOR; j++) x_tile[buffer][k + j][place] = to_f32(x_next[i].at[j]);
+            for (int j = 0; j < VECTOR; j++) x_tile[buffer][begin_of(k + j, BM) + place] = to_f32(x_next[i].at[j]);
         }
 #pragma unroll
         for (int i = 0; i < W_COPIES; i++) {
             int place = (id + i * THREADS) / CHUNKS, k = (id + i * THREADS) % CHUNKS * VECTOR;
 #pragma unroll
-            for (int j = 0; j < VECTOR; j++) w_tile[buffer][k + j][place] = to_f32(w_next[i].at[j]);
+            for (int j = 0; j < VECTOR; j++) w_tile[buffer][begin_of(k + j, BN) + place] = to_f32(w_next[i].at[j]);
         }
     };
 
-    const int m_thread = id / (BN / TN) * ROW_RUN, n_thread = id % (BN / TN) * 4;
+    const int warp = id / (int)WARP, lane = id % (int)WARP;
+    const int m_thread = (warp / WARPS_ACROSS * ((int)WARP / LANES_ACROSS) + lane / LANES_ACROSS) * ROW_RUN;
+    const int n_thread = (warp % WARPS_ACROSS * LANES_ACROSS + lane % LANES_ACROSS) * 4;
     float d[TM][TN] = {};
     if (summed) {
         fetch(0);
@@ -133,24 +159,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) tile_fma(PARAMS) {
         __syncthreads();
         int buffer = 0;
         for (int k0 = 0; k0 < K; k0 += BK) {
-            const bool more = k0 + BK < K;
-            if (more) fetch(k0 + BK);
+            // After the last tile the same one again, for nothing: without branches the loads begin before the arithmetic.
+            fetch(k0 + BK < K ? k0 + BK : k0);
 #pragma unroll
             for (int k = 0; k < BK; k++) {
                 Pack<float, ROW_RUN> a[TM / ROW_RUN];
                 Pack<float, 4> b[TN / 4];
 #pragma unroll
                 for (int i = 0; i < TM / ROW_RUN; i++)
-                    a[i] = *(const Pack<float, ROW_RUN>*)&x_tile[buffer][k][m_thread + i * ROW_APART];
+                    a[i] = *(const Pack<float, ROW_RUN>*)&x_tile[buffer][begin_of(k, BM) + m_thread + i * ROW_APART];
 #pragma unroll
-                for (int j = 0; j < TN / 4; j++) b[j] = *(const Pack<float, 4>*)&w_tile[buffer][k][n_thread + j * COLUMN_APART];
+                for (int j = 0; j < TN / 4; j++)
+                    b[j] = *(const Pack<float, 4>*)&w_tile[buffer][begin_of(k, BN) + n_thread + j * COLUMN_APART];
 #pragma unroll
                 for (int i = 0; i < TM; i++)
 #pragma unroll
                     for (int j = 0; j < TN; j++)
                         d[i][j] = fmaf(a[i / ROW_RUN].at[i % ROW_RUN], b[j / 4].at[j % 4], d[i][j]);
             }
-            if (more) put(buffer ^ 1);
+            put(buffer ^ 1);
             __syncthreads();
             buffer ^= 1;
         }

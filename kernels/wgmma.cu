@@ -1,7 +1,7 @@
 // A matrix product of many rows on Hopper's tensor cores with what follows it: y [rows,..] = epilogue(x [rows,K] w [N,K]^T),
-// 16-bit operands, sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies rows offsets[e] .. offsets[e + 1] of the
-// result; gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the last group are as if the product were
-// zero.
+// 16-bit operands, or with SPLIT rows of f32 and a weight of bf16; sums in f32. Grouped: w [EXPERTS,N,K], and expert e multiplies
+// rows offsets[e] .. offsets[e + 1] of the result; gathered: row r of the result is row pairs[r] / PER_TOKEN of x. Rows past the
+// last group are as if the product were zero.
 //
 // Tiles are BM rows of w by up to BN rows of x, the product's operands swapped: w's rows are the 64 of an instruction, x's rows
 // its columns, of which there may be any multiple of eight, so that groups of any size waste little. A block takes tiles
@@ -9,6 +9,11 @@
 // of them; of the last four, COPIERS copy and FINISHERS, if any, finish. K goes by in steps of 64 through a ring of STAGES
 // buffers: BM rows of w, then BN of x, 128 bytes each, as wgmma.cuh says. w comes as one box of its tensor map; x as boxes of
 // BOX rows, or where it is gathered by copies of 16 bytes.
+//
+// With SPLIT those who copy take rows of x apart into TERMS terms of bf16 (terms.cuh), which lie one after the other, and w meets
+// each of them. The unit that multiplies cuts every sum off towards zero where f32 would round: over a long K, and in the same
+// direction each time, that is worse than sums of f32 in order. So it adds up one step of K, the smallest terms first, and ordinary
+// additions do the rest.
 //
 // A buffer's barrier `full` ends a phase when its bytes and copies are there, `empty` when each multiplying warp has arrived,
 // which it does after the products that read the buffer are done. Copies of 16 bytes are not made by the unit that the products
@@ -26,7 +31,7 @@
 #include "wgmma.cuh"
 
 constexpr int BK = 64, ROW_BYTES = BK * 2, K_TILES = (K + BK - 1) / BK, K_STEPS = BK / 16;
-constexpr int W_BYTES = BM * ROW_BYTES, STAGE_BYTES = W_BYTES + BN * ROW_BYTES;
+constexpr int W_BYTES = BM * ROW_BYTES, X_BYTES = BN * ROW_BYTES, STAGE_BYTES = W_BYTES + TERMS * X_BYTES;
 constexpr int COLUMN_TILES = (N + BM - 1) / BM;
 constexpr int GROUP_THREADS = 128, MULTIPLIERS = THREADS / GROUP_THREADS - 1;
 constexpr int COPY_THREADS = COPIERS * 32, FINISH_THREADS = FINISHERS * 32;
@@ -60,6 +65,9 @@ struct Cursor {
     }
 };
 
+#if SPLIT
+#include "terms.cuh"
+#else
 // Adds to d the product of a tile with its first COUNT rows of x. The products of a buffer are begun before those of the buffer
 // before are done.
 template <int COUNT>
@@ -88,6 +96,7 @@ __device__ __forceinline__ void multiply(float (&d)[MT][BN / 2], Cursor& at, u64
     products_wait<0>();
     if (lane_id() == 0) barrier_arrive(empty + (at.stage == 0 ? STAGES - 1 : at.stage - 1));
 }
+#endif
 
 // The same for a number of rows that is known when the kernel runs, UNIT at a time.
 template <int UNITS>
@@ -125,12 +134,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            barrier_make(full + s, GATHERED ? 1 + COPY_THREADS : 1);
+            barrier_make(full + s, SPLIT ? 1 + COPIERS : GATHERED ? 1 + COPY_THREADS : 1);
             barrier_make(empty + s, MULTIPLIERS * 4);
         }
         barriers_made();
         prefetch(&w_map);
-#if !GATHERED
+#if !GATHERED && !SPLIT
         prefetch(&x_map);
 #endif
     }
@@ -200,7 +209,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
                 }
             return;
         }
-#if GATHERED
+        // Announces a buffer with so many bytes of x, and begins the copy of its weights.
+        auto copy_weights = [&](int stage, const Tile& tile, int k, u32 x_bytes) {
+            barrier_expect(full + stage, W_BYTES + x_bytes);
+            copy_box<W_ONCE>(ring + stage * STAGE_BYTES, &w_map, k * BK, tile.column * BM, tile.group, full + stage);
+        };
+        const bool first = warp == MULTIPLIERS * 4 && elected();
+        [[maybe_unused]] int early = 0;
+#if !GROUPED
+        // Weights may be read while the kernel before is still at work.
+        if (first && (int)blockIdx.x < tiles) {
+            const Tile tile = find_tile(parts, (int)blockIdx.x, group);
+            const u32 x_bytes = SPLIT ? 0 : (tile.count + BOX - 1) / BOX * BOX * ROW_BYTES;
+            for (; early < STAGES && early < K_TILES; early++) copy_weights(early, tile, early, x_bytes);
+        }
+        wait_for_previous();
+#endif
+#if SPLIT
+#if !GATHERED
+        const int* const pairs = nullptr;
+#endif
+        auto copy_later_weights = [&](int stage, const Tile& tile, int k) {
+            if (early > 0)
+                early--;
+            else if (first)
+                copy_weights(stage, tile, k, 0);
+        };
+        copy_rows_apart(x, pairs, parts, tiles, group, copy_later_weights, full, empty, ring);
+#elif GATHERED
         // Eight threads copy a row; each thread copies the same chunk of rows that are ROUND apart.
         constexpr int ROUND = COPY_THREADS / 8;
         const int chunk = thread % 8, row0 = thread / 8;
@@ -218,10 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
             for (int k = 0; k < K_TILES; k++) {
                 barrier_wait(empty + at.stage, at.odd ^ 1);
                 const u32 buffer = ring + at.stage * STAGE_BYTES;
-                if (thread == 0) {
-                    barrier_expect(full + at.stage, W_BYTES);
-                    copy_box<W_ONCE>(buffer, &w_map, k * BK, tile.column * BM, tile.group, full + at.stage);
-                }
+                if (first) copy_weights(at.stage, tile, k, 0);
                 const u32 position = k * 8 + chunk;
                 const bool valid = K % BK == 0 || position < K / 8;
 #pragma unroll
@@ -234,20 +267,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
             }
         }
 #else
-        if (warp == MULTIPLIERS * 4 && elected()) {
-            int early = 0;
-#if !GROUPED
-            // Weights may be read while the kernel before is still at work.
-            if ((int)blockIdx.x < tiles) {
-                const Tile tile = find_tile(parts, (int)blockIdx.x, group);
-                const u32 bytes = W_BYTES + (tile.count + BOX - 1) / BOX * BOX * ROW_BYTES;
-                for (; early < STAGES && early < K_TILES; early++) {
-                    barrier_expect(full + early, bytes);
-                    copy_box<W_ONCE>(ring + early * STAGE_BYTES, &w_map, early * BK, tile.column * BM, 0, full + early);
-                }
-            }
-            wait_for_previous();
-#endif
+        if (first) {
             for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
                 const Tile tile = find_tile(parts, index, group);
 #if GROUPED
@@ -261,8 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
                         early--;
                     } else {
                         barrier_wait(empty + at.stage, at.odd ^ 1);
-                        barrier_expect(full + at.stage, W_BYTES + boxes * BOX * ROW_BYTES);
-                        copy_box<W_ONCE>(buffer, &w_map, k * BK, tile.column * BM, tile.group, full + at.stage);
+                        copy_weights(at.stage, tile, k, boxes * BOX * ROW_BYTES);
                     }
                     for (int i = 0; i < boxes; i++)
                         copy_box<false>(buffer + W_BYTES + i * BOX * ROW_BYTES, &x_map, k * BK, tile.first + i * BOX, 0,

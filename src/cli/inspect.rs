@@ -9,9 +9,9 @@ use crate::cli::load::{self, find_bucket};
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
-use crate::plan::{Bucket, Manifest, Phase, PlanFile, Program, WeightSource};
+use crate::plan::{Bucket, Manifest, Phase, PlanFile, WeightSource};
 use crate::runtime::Executor;
-use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
+use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, kernel_name};
 
 /// Show what is in a plan: model, pool, buckets, steps.
 #[derive(clap::Args, Debug)]
@@ -65,7 +65,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         Format::Text => {
             print(summary(&file.manifest, &file.hash()))?;
             if let Some(at) = chosen {
-                print(format_args!("\n{}", steps(program, &program.buckets[at])))?;
+                print(format_args!("\n{}", steps(&file.manifest, &program.buckets[at])))?;
             }
         }
         Format::Json => {
@@ -141,7 +141,8 @@ fn excess(bucket: &Bucket) -> f64 {
     }
 }
 
-fn steps(program: &Program, bucket: &Bucket) -> String {
+fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
+    let semantics = &manifest.ranks[0].semantics;
     let rows: Vec<Vec<String>> = bucket
         .steps
         .iter()
@@ -155,12 +156,17 @@ fn steps(program: &Program, bucket: &Bucket) -> String {
             if step.cost.bytes_per_position > 0 {
                 bytes += &format!(" + {}/position", size(step.cost.bytes_per_position));
             }
-            let operators = program.semantics[step.op as usize].body.len();
+            let operators = semantics[step.op as usize].body.len();
             let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);
-            vec![format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")]
+            let kernel = step.launch.as_ref().map(|launch| kernel_name(&manifest.kernels[launch.kernel as usize]));
+            let cells = [format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")];
+            cells.into_iter().chain(kernel).collect()
         })
         .collect();
-    table(&[&format!("step ({})", bucket.name), "operators", "bytes", "Mflop", "after"], &rows)
+    let title = format!("step ({})", bucket.name);
+    // A plan for the CPU has no launches.
+    let columns = rows.first().map_or(0, Vec::len);
+    table(&[title.as_str(), "operators", "bytes", "Mflop", "after", "kernel"][..columns.max(1)], &rows)
 }
 
 /// Captures every bucket on the first GPU and says what each took; weights are not loaded.

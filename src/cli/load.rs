@@ -12,6 +12,7 @@ use crate::cli::output::{note, note_once};
 use crate::cli::{lock, progress, usage};
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
+use crate::codegen::select::F32;
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
 use crate::cuda;
 use crate::ir::{DType, Graph};
@@ -31,6 +32,10 @@ pub struct Choices {
     /// Element type of activations and caches [default: the recipe's, else the model's]
     #[arg(long, value_enum)]
     pub dtype: Option<DTypeChoice>,
+    /// How products of f32 are computed: as such, or, where a weight is of bf16 and rows are many, on tensor cores, each number of f32
+    /// as three of bf16 that are together the number itself. What a lock file chooses goes before
+    #[arg(long, value_enum, default_value_t = F32Choice::Exact)]
+    pub f32: F32Choice,
     /// Rows of the prefill buckets [default: the recipe's, else 16 to 8192]
     #[arg(long, value_delimiter = ',', value_name = "ROWS,...")]
     pub prefill: Option<Vec<u64>>,
@@ -86,6 +91,15 @@ pub enum DTypeChoice {
     F16,
 }
 
+/// `--f32`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[allow(missing_docs)]
+pub enum F32Choice {
+    #[default]
+    Exact,
+    Split,
+}
+
 impl Choices {
     /// As options of the compile driver.
     pub fn options(&self) -> CompileOptions {
@@ -100,6 +114,10 @@ impl Choices {
                 DTypeChoice::Bf16 => DType::BF16,
                 DTypeChoice::F16 => DType::F16,
             }),
+            f32: match self.f32 {
+                F32Choice::Exact => F32::Exact,
+                F32Choice::Split => F32::Split,
+            },
             prefill: self.prefill.clone(),
             decode: self.decode.clone(),
             max_sequences: self.max_sequences,

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::lower::{self, Prepared};
-use crate::codegen::select::{Known, Selector, Tactics};
+use crate::codegen::select::{F32, Known, Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
@@ -61,6 +61,8 @@ pub struct CompileOptions {
     pub forced_routing: bool,
     /// Choices among kernels.
     pub tactics: Tactics,
+    /// How products of f32 are computed that tactics do not choose a kernel for.
+    pub f32: F32,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
     pub without_cubins: bool,
 }
@@ -79,6 +81,7 @@ impl Default for CompileOptions {
             stop_after_patch: None,
             forced_routing: false,
             tactics: Tactics::default(),
+            f32: F32::default(),
             without_cubins: false,
         }
     }
@@ -164,7 +167,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let once = first.run_stage(Stage::Once, &mut graph, &any)?;
     let patches = first.patches();
     let done = std::sync::atomic::AtomicUsize::new(0);
-    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics));
+    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32));
     let compiled: Vec<(Graph, BucketReport)> = specs
         .par_iter()
         .map(|&spec| -> Result<_> {

@@ -21,6 +21,16 @@ pub struct Tactics {
     pub nth: Option<usize>,
 }
 
+/// How products of f32 are computed where tactics name no candidate.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum F32 {
+    /// As such.
+    #[default]
+    Exact,
+    /// On tensor cores, as sums of terms, where a kernel can: the first candidate of a twin that is not exact.
+    Split,
+}
+
 /// How many of a program's problems tactics know.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Known {
@@ -82,13 +92,14 @@ fn may_be_apart(semantic: &Semantic) -> bool {
 /// Chooses, and remembers what it chose.
 pub struct Selector<'a> {
     tactics: &'a Tactics,
+    f32: F32,
     known: Mutex<HashMap<String, Option<Arc<Candidate>>>>,
 }
 
 impl<'a> Selector<'a> {
     /// A selector that goes by these tactics.
-    pub fn new(tactics: &'a Tactics) -> Self {
-        Selector { tactics, known: Mutex::default() }
+    pub fn new(tactics: &'a Tactics, f32: F32) -> Self {
+        Selector { tactics, f32, known: Mutex::default() }
     }
 
     /// The candidate for a step, if any kernel can run it.
@@ -101,8 +112,12 @@ impl<'a> Selector<'a> {
         let problem = Problem { semantic, phase };
         let mut list = candidates(&problem);
         // Whatever candidate tactics name, there is a choice if there is one: what is fused must not depend on that.
-        let at = self.chosen(&problem, &list).or(self.tactics.nth.and_then(|nth| nth.checked_rem(list.len())));
-        let at = at.unwrap_or(0);
+        let nth = || self.tactics.nth.and_then(|nth| nth.checked_rem(list.len()));
+        let split = || match self.f32 {
+            F32::Exact => None,
+            F32::Split => list.iter().position(|found| !found.twin.exact()),
+        };
+        let at = self.chosen(&problem, &list).or_else(nth).or_else(split).unwrap_or(0);
         let chosen = (at < list.len()).then(|| Arc::new(list.swap_remove(at)));
         known().insert(key, chosen.clone());
         chosen
@@ -297,6 +312,27 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_f32_are_taken_apart_where_that_is_asked_for() {
+        let program = program_of(DType::F32, vec![1, 16], Tactics::default());
+        let (mut products, tactics) = (0, Tactics::default());
+        for (_, problem) in step_problems(&program) {
+            let list = candidates(&problem);
+            let choose = |tactics: &Tactics, f32| {
+                let found = Selector::new(tactics, f32).choose(problem.semantic, problem.phase);
+                found.expect("there is a candidate")
+            };
+            assert!(choose(&tactics, F32::Exact).twin.exact());
+            let split = choose(&tactics, F32::Split);
+            let can = list.iter().any(|found| !found.twin.exact());
+            assert_eq!(split.twin.exact(), !can);
+            products += usize::from(can);
+            let named = Tactics { chosen: BTreeMap::from([(problem_key(&problem), list[0].name())]), nth: None };
+            assert_eq!(choose(&named, F32::Split).name(), list[0].name(), "a name goes before");
+        }
+        assert!(products > 0);
+    }
+
+    #[test]
     fn there_is_a_choice_whatever_tactics_say() {
         let program = program(Tactics::default());
         for (_, problem) in step_problems(&program) {
@@ -305,7 +341,7 @@ mod tests {
             let name = |chosen: &str, nth| {
                 let chosen = BTreeMap::from([(problem_key(&problem), chosen.to_owned())]);
                 let tactics = Tactics { chosen, nth };
-                let found = Selector::new(&tactics).choose(problem.semantic, problem.phase);
+                let found = Selector::new(&tactics, F32::Exact).choose(problem.semantic, problem.phase);
                 found.expect("there is a candidate").name()
             };
             assert_eq!(name(&last, None), last);

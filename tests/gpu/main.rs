@@ -6,6 +6,7 @@
 mod bits;
 mod load;
 mod models;
+mod precision;
 mod sessions;
 mod steps;
 mod tune;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = vec![];
     trials.extend(load::trials());
     trials.extend(steps::trials());
+    trials.extend(precision::trials());
     trials.extend(bits::trials());
     trials.extend(sessions::trials());
     trials.extend(tune::trials());

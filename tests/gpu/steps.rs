@@ -37,10 +37,7 @@ pub fn trials() -> Vec<Trial> {
                 check(shape, &CompileOptions { disabled, ..options(dtype) })
             }));
             trials.push(Trial::test(format!("candidates {} {dtype}", shape.name), move || candidates(shape, dtype)));
-            if dtype != DType::F32 {
-                let name = format!("many rows {} {dtype}", shape.name);
-                trials.push(Trial::test(name, move || many_rows(shape, dtype)));
-            }
+            trials.push(Trial::test(format!("many rows {} {dtype}", shape.name), move || many_rows(shape, dtype)));
         }
         for left_out in passes::names().into_iter().filter(|name| name.starts_with("fuse") || name.starts_with("group"))
         {

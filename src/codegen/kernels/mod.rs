@@ -69,17 +69,24 @@ pub trait Twin: Sync {
 
     /// The ways in which this kernel can run a step, best guess first; none if it cannot.
     fn candidates(&self, problem: &Problem) -> Vec<Specialised>;
+
+    /// Whether it multiplies numbers of f32 as such. What takes them apart is never a default: it stands behind a twin that does not,
+    /// and is chosen by tactics.
+    fn exact(&self) -> bool {
+        true
+    }
 }
 
 /// Every kernel that steps launch, the more special before the more general.
 #[rustfmt::skip]
 pub static TWINS: &[&dyn Twin] = &[
     &ring::Ring,
-    &wgmma::Wgmma,
+    &wgmma::WHOLE,
     &tile::Tile,
     &stream::Stream,
     &stream_fma::StreamFma,
     &tile_fma::TileFma,
+    &wgmma::SPLIT,
     &router_few::RouterFew,
     &router::Router,
     &group_rows::GroupRows,
@@ -124,6 +131,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("softmax.cuh", include_str!("../../../kernels/include/softmax.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
     ("stream.cuh", include_str!("../../../kernels/include/stream.cuh")),
+    ("terms.cuh", include_str!("../../../kernels/include/terms.cuh")),
     ("tiles.cuh", include_str!("../../../kernels/include/tiles.cuh")),
     ("types.cuh", include_str!("../../../kernels/include/types.cuh")),
     ("wgmma.cuh", include_str!("../../../kernels/include/wgmma.cuh")),

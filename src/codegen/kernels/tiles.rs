@@ -52,10 +52,21 @@ impl Product {
     pub fn of_tensor_cores(semantic: &Semantic) -> Option<Product> {
         let product = Product::of(semantic)?;
         let (x, w) = (dtype(semantic, product.x), dtype(semantic, product.w));
-        let chunked = product.k > 0 && product.k.is_multiple_of(8) && product.n.is_multiple_of(8 * product.halves());
-        let halves = product.epilogue.block.is_none_or(|block| block == 8);
-        let tiled = !matches!(product.form, Form::ByPair { .. });
-        (is_half(x) && x == w && chunked && halves && tiled).then_some(product)
+        (is_half(x) && x == w && product.in_chunks()).then_some(product)
+    }
+
+    /// The same of rows of f32, as sums of terms that have the weight's type, bf16.
+    pub fn of_terms(semantic: &Semantic) -> Option<Product> {
+        let product = Product::of(semantic)?;
+        let types = (dtype(semantic, product.x), dtype(semantic, product.w));
+        (types == (DType::F32, DType::BF16) && product.in_chunks()).then_some(product)
+    }
+
+    /// Whether tiles can have rows of the weight and of the result by whole chunks of 16 bytes.
+    fn in_chunks(&self) -> bool {
+        let chunked = self.k > 0 && self.k.is_multiple_of(8) && self.n.is_multiple_of(8 * self.halves());
+        let halves = self.epilogue.block.is_none_or(|block| block == 8);
+        chunked && halves && !matches!(self.form, Form::ByPair { .. })
     }
 
     /// Whether a list says which rows of x they are.

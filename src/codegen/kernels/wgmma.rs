@@ -6,8 +6,17 @@ use super::tiles::{Form, Product};
 use super::{Problem, Twin};
 use crate::plan::DType;
 
-/// The twin.
-pub struct Wgmma;
+/// The twin, for rows that are multiplied as sums of so many terms.
+#[derive(Clone, Copy, Debug)]
+pub struct Wgmma {
+    terms: u64,
+    shapes: &'static [Shape],
+}
+
+/// Rows of 16 bits, with a weight of their type.
+pub static WHOLE: Wgmma = Wgmma { terms: 1, shapes: &SHAPES };
+/// Rows of f32, with a weight of bf16: three terms of bf16 are a number of f32.
+pub static SPLIT: Wgmma = Wgmma { terms: 3, shapes: &SPLIT_SHAPES };
 
 const PROCESSORS: u64 = 132;
 /// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
@@ -16,6 +25,8 @@ pub(super) const ALL_SHARED: u64 = 233_472;
 pub(super) const SYSTEM_SHARED: u64 = 1024;
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
+/// Rows that meet one matrix whose terms are not worth their while: other kernels compute so few in f32 at the speed of memory.
+const FEW_ROWS: u64 = 8;
 /// Buffers without which copies do not run ahead.
 const FEWEST_STAGES: u64 = 3;
 const MOST_STAGES: u64 = 8;
@@ -27,8 +38,8 @@ const MOST_CANDIDATES: usize = 8;
 /// Rows of x in a band of tiles, whose weights blocks that run at the same time share.
 const BAND_ROWS: u64 = 2048;
 
-/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, and whether
-/// other warps finish a tile while the next is multiplied.
+/// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, whether
+/// other warps finish a tile while the next is multiplied, and whether the weight is multiplied from registers.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
     weights: u64,
@@ -36,14 +47,19 @@ struct Shape {
     groups: u64,
     resident: u64,
     apart: bool,
+    held: bool,
 }
 
 const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: false }
+    Shape { weights, rows, groups, resident, apart: false, held: false }
 }
 
 const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: true }
+    Shape { apart: true, ..shape(weights, rows, groups, resident) }
+}
+
+const fn held(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { held: true, ..shape(weights, rows, groups, resident) }
 }
 
 const SHAPES: [Shape; 15] = [
@@ -64,6 +80,18 @@ const SHAPES: [Shape; 15] = [
     shape(64, 16, 1, 3),
 ];
 
+/// Where each sum is in registers twice, and a row three times in a buffer.
+const SPLIT_SHAPES: [Shape; 8] = [
+    shape(128, 128, 2, 1),
+    held(128, 128, 2, 1),
+    held(256, 64, 2, 1),
+    held(128, 64, 2, 1),
+    shape(128, 32, 2, 2),
+    shape(64, 64, 1, 2),
+    shape(64, 32, 1, 2),
+    shape(64, 16, 1, 3),
+];
+
 impl Twin for Wgmma {
     fn name(&self) -> &'static str {
         "wgmma"
@@ -74,19 +102,29 @@ impl Twin for Wgmma {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let Some(product) = matched(problem) else { return vec![] };
-        let mut shapes = SHAPES;
-        shapes.sort_by(|a, b| a.seconds(&product).total_cmp(&b.seconds(&product)));
-        shapes.iter().filter_map(|shape| shape.specialise(problem, &product)).take(MOST_CANDIDATES).collect()
+        let Some(product) = self.matched(problem) else { return vec![] };
+        let mut shapes = self.shapes.to_vec();
+        shapes.sort_by(|a, b| a.seconds(&product, self.terms).total_cmp(&b.seconds(&product, self.terms)));
+        let found = shapes.iter().filter_map(|shape| shape.specialise(problem, &product, self.terms));
+        found.take(MOST_CANDIDATES).collect()
+    }
+
+    fn exact(&self) -> bool {
+        self.terms == 1
     }
 }
 
-/// The product, if warpgroups can compute it.
-fn matched(problem: &Problem) -> Option<Product> {
-    let product = Product::of_tensor_cores(problem.semantic)?;
-    // Places in x are counted in chunks, in 32 bits.
-    let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
-    counted.then_some(product)
+impl Wgmma {
+    /// The product, if warpgroups can compute it.
+    fn matched(&self, problem: &Problem) -> Option<Product> {
+        let product = match self.terms {
+            1 => Product::of_tensor_cores(problem.semantic)?,
+            _ => Product::of_terms(problem.semantic).filter(|product| rows_together(product) > FEW_ROWS as f64)?,
+        };
+        // Places in x are counted in chunks of 16 bytes, in 32 bits.
+        let counted = product.rows.max(product.experts * product.n).saturating_mul(product.k / 8) < 1 << 31;
+        counted.then_some(product)
+    }
 }
 
 /// Rows of x that meet one matrix, were all equally likely.
@@ -107,16 +145,16 @@ impl Shape {
         (self.groups + 1) * 128
     }
 
-    fn stage_bytes(&self) -> u64 {
-        (self.weights + self.rows) * ROW_BYTES
+    fn stage_bytes(&self, terms: u64) -> u64 {
+        (self.weights + terms * self.rows) * ROW_BYTES
     }
 
     /// Buffers, as many as there is room for, rows of a piece of results, of elements of so many bytes, and shared memory in
     /// all; none if there is too little.
-    fn memory(&self, product: &Product, bytes: u64) -> Option<(u64, u64, u64)> {
+    fn memory(&self, product: &Product, terms: u64, bytes: u64) -> Option<(u64, u64, u64)> {
         let groups = if matches!(product.form, Form::Grouped { .. }) { product.experts + 1 } else { 1 };
         let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
-        let stage = self.stage_bytes() + 16;
+        let stage = self.stage_bytes(terms) + 16;
         let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
         pieces.into_iter().find_map(|piece| {
             let buffers = if self.apart { 1 } else { 2 };
@@ -128,8 +166,8 @@ impl Shape {
     }
 
     /// Warps that copy, and that finish.
-    fn warps(&self, gathers: bool) -> (u64, u64) {
-        match (self.apart, gathers) {
+    fn warps(&self, gathers: bool, terms: u64) -> (u64, u64) {
+        match (self.apart, gathers || terms > 1) {
             (true, true) => (2, 2),
             (true, false) => (1, 3),
             (false, true) => (4, 0),
@@ -139,19 +177,22 @@ impl Shape {
 
     /// Registers of copying and of multiplying threads, where a multiplying one needs more than there are for each: together no
     /// more than a block begins with.
-    fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
+    fn registers(&self, gathers: bool, terms: u64) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
+            // Those who multiply have every sum twice, and the weight if they hold it; those who copy have rows on their way.
+            (2, 1, 64..) if self.held => Some(if self.rows > 64 { (136, 184) } else { (104, 200) }),
+            _ if terms > 1 => None,
             (2, 1, 64..) if self.apart => Some((104, 200)),
             (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
             _ => None,
         }
     }
 
-    fn specialise(&self, problem: &Problem, product: &Product) -> Option<Specialised> {
+    fn specialise(&self, problem: &Problem, product: &Product, terms: u64) -> Option<Specialised> {
         let semantic = problem.semantic;
         let made = dtype(semantic, *semantic.body.first()?.2.first()?);
-        let (stages, piece, shared) = self.memory(product, made.bytes())?;
+        let (stages, piece, shared) = self.memory(product, terms, made.bytes())?;
         let tiles = product.row_tiles(self.rows) * product.n.div_ceil(self.weights);
         // A tile taller than the weight or the rows, where a lower one does, is work for nothing.
         let wasteful = (self.weights > 64 && self.weights / 2 >= product.n)
@@ -159,7 +200,7 @@ impl Shape {
         if wasteful || tiles > i32::MAX as u64 {
             return None;
         }
-        let (copiers, finishers) = self.warps(product.gathers());
+        let (copiers, finishers) = self.warps(product.gathers(), terms);
         let once = rows_together(product) <= self.rows as f64;
         let mut builder = Builder::new(problem);
         let constants = [
@@ -168,6 +209,7 @@ impl Shape {
             ("BM", self.weights),
             ("BN", self.rows),
             ("UNIT", self.unit()),
+            ("TERMS", terms),
             ("BOX", self.rows.min(BOX)),
             ("STAGES", stages),
             ("RESIDENT", self.resident),
@@ -180,18 +222,28 @@ impl Shape {
             builder.constant(name, value);
         }
         builder.line(format_args!("constexpr bool W_ONCE = {once};"));
-        let registers = self.registers(product.gathers());
+        builder.line(format_args!("#define SPLIT {}", u8::from(terms > 1)));
+        builder.line(format_args!("#define HELD {}", u8::from(self.held)));
+        let registers = self.registers(product.gathers(), terms);
         builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
         if let Some((copy, multiply)) = registers {
             builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
         }
         builder.alias("P", made);
-        builder.line("template <int COUNT> __device__ void product(float (&d)[BN / 2], u64 w, u64 x);");
+        for name in ["product", "first_product"].into_iter().take(if terms > 1 { 2 } else { 1 }) {
+            let weight = weight_parameter(self.held);
+            builder.line(format_args!(
+                "template <int COUNT> __device__ void {name}(float (&d)[BN / 2], {weight}, u64 x);"
+            ));
+        }
         for count in (self.unit()..=self.rows).step_by(self.unit() as usize) {
-            builder.line(instruction(dtype(semantic, product.x), count));
+            builder.line(instruction(dtype(semantic, product.w), count, self.held, true));
+            if terms > 1 {
+                builder.line(instruction(dtype(semantic, product.w), count, self.held, false));
+            }
         }
         builder.map("w_map", product.w, self.weights as u32);
-        match product.gathers() {
+        match product.gathers() || terms > 1 {
             true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
             false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
         };
@@ -199,12 +251,15 @@ impl Shape {
         product.epilogue.declare_vectors(&mut builder);
         let blocks = tiles.min(PROCESSORS * self.resident);
         let apart = if self.apart { " apart" } else { "" };
-        let config = format!("tile={}x{} stages={stages} blocks={}{apart}", self.weights, self.rows, self.resident);
+        let held = if self.held { " held" } else { "" };
+        let terms = if terms > 1 { format!("terms={terms} ") } else { String::new() };
+        let (weights, rows, resident) = (self.weights, self.rows, self.resident);
+        let config = format!("{terms}tile={weights}x{rows} stages={stages} blocks={resident}{apart}{held}");
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
     /// A guess at the time: of arithmetic, of the caches, or of memory, whichever is longest.
-    fn seconds(&self, product: &Product) -> f64 {
+    fn seconds(&self, product: &Product, terms: u64) -> f64 {
         let (weights, k) = (self.weights as f64, product.k.next_multiple_of(64) as f64);
         let columns = product.n.div_ceil(self.weights) as f64;
         // Rows that a tile computes, and tiles.
@@ -217,14 +272,16 @@ impl Shape {
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
         // An instruction reads the weight's 64 rows and those of x while it multiplies.
         let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
-        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k / rate;
-        // A copying warp begins the copies of four gathered rows in some 50 cycles.
-        let copies = match self.warps(true).0 {
-            copiers if product.gathers() => each * k / 64.0 * rows / 4.0 / copiers as f64 * 30e-9,
+        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k * terms as f64 / rate;
+        // A copying warp begins the copies of four gathered rows in some 50 cycles, and takes a row apart in some 20.
+        let row = if terms > 1 { 12e-9 } else { 7.5e-9 };
+        let copies = match self.warps(true, terms).0 {
+            copiers if product.gathers() || terms > 1 => each * k / 64.0 * rows / copiers as f64 * row,
             _ => 0.0,
         };
         let arithmetic = arithmetic.max(copies);
-        let cache = tiles * (weights + rows) * k * 2.0 / 5.5e12;
+        let x_bytes = if terms > 1 { 4.0 } else { 2.0 };
+        let cache = tiles * (weights * 2.0 + rows * x_bytes) * k / 5.5e12;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
         let fill = (tiles / PROCESSORS as f64).min(1.0);
         // What follows the products, beside them if it is left to others but for a block's last tile.
@@ -235,17 +292,32 @@ impl Shape {
     }
 }
 
-/// The product's instruction for so many rows of x.
-fn instruction(ty: DType, count: u64) -> String {
+/// How an instruction takes the weight: the operand in shared memory, or what a thread has of it.
+fn weight_parameter(held: bool) -> &'static str {
+    if held { "const u32 (&w)[4]" } else { "u64 w" }
+}
+
+/// The product's instruction for so many rows of x: adds to sums, or sets them.
+fn instruction(ty: DType, count: u64, held: bool, adds: bool) -> String {
     let name = if ty == DType::F16 { "f16" } else { "bf16" };
+    let (function, bound) = if adds { ("product", "+f") } else { ("first_product", "=f") };
     let sums = count / 2;
     let list = |item: &dyn Fn(u64) -> String| (0..sums).map(item).collect::<Vec<_>>().join(", ");
-    let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
+    let (places, bound) = (list(&|i| format!("%{i}")), list(&|i| format!("\"{bound}\"(d[{i}])")));
+    // Of what is in registers the instruction does not ask whether it is transposed.
+    let (weight, operands, x, transposed) = match held {
+        true => {
+            let weight = format!("{{%{sums}, %{}, %{}, %{}}}", sums + 1, sums + 2, sums + 3);
+            (weight, r#""r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])"#, sums + 4, "0")
+        }
+        false => (format!("%{sums}"), r#""l"(w)"#, sums + 1, "0, 0"),
+    };
     format!(
-        "template <> __device__ __forceinline__ void product<{count}>(float (&d)[BN / 2], u64 w, u64 x) {{\n    asm \
-         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, %{sums}, %{}, 1, 1, 1, 0, 0;\" \
-         : {bound} : \"l\"(w), \"l\"(x));\n}}",
-        sums + 1
+        "template <> __device__ __forceinline__ void {function}<{count}>(float (&d)[BN / 2], {}, u64 x) {{\n    asm \
+         volatile(\"wgmma.mma_async.sync.aligned.m64n{count}k16.f32.{name}.{name} {{{places}}}, {weight}, %{x}, {}, 1, 1, \
+         {transposed};\" : {bound} : {operands}, \"l\"(x));\n}}",
+        weight_parameter(held),
+        u8::from(adds)
     )
 }
 

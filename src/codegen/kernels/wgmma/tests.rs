@@ -7,8 +7,15 @@ use crate::plan::{Arg, Op, Phase, Semantic, Slot, TensorMap};
 const GATHER: Op = Op::GroupedMatmulGather { k: 4 };
 
 fn of(semantic: &Semantic) -> Vec<Specialised> {
-    Wgmma.candidates(&Problem { semantic, phase: Phase::Prefill })
+    WHOLE.candidates(&Problem { semantic, phase: Phase::Prefill })
 }
+
+fn split(semantic: &Semantic) -> Vec<Specialised> {
+    SPLIT.candidates(&Problem { semantic, phase: Phase::Prefill })
+}
+
+/// Types of x, w and y that are multiplied as sums of terms.
+const TERMS: [DType; 3] = [DType::F32, DType::BF16, DType::F32];
 
 #[test]
 fn products_of_one_16_bit_type_match_in_each_form_with_each_epilogue() {
@@ -73,27 +80,57 @@ fn maps_are_of_the_weight_and_of_rows_that_are_not_gathered() {
 }
 
 #[test]
+fn rows_of_f32_match_in_each_form_where_the_weight_is_of_bf16() {
+    for op in [Op::Matmul, GATHER, Op::GroupedMatmul] {
+        for after in [After::Nothing, After::Residual, After::Swiglu(Some(8))] {
+            let found = split(&typed(op.clone(), TERMS, 300, 264, 272, after));
+            assert!(found.len() >= 4, "{op:?} {after:?}");
+            for found in found {
+                assert!(found.config.starts_with("terms=3 "), "{}", found.config);
+                let maps = found.launch.args.iter().filter(|arg| matches!(arg, Arg::Map(_))).count();
+                assert_eq!(maps, 1, "rows are taken apart on their way, so no boxes of them");
+            }
+            assert_eq!(of(&typed(op.clone(), TERMS, 300, 264, 272, after)), []);
+        }
+    }
+    let of_types = |types| split(&typed(Op::Matmul, types, 300, 264, 272, After::Nothing));
+    let (f32, bf16, f16) = (DType::F32, DType::BF16, DType::F16);
+    assert!(!of_types([f32, bf16, bf16]).is_empty());
+    for types in [[f32, f16, f32], [f32, f32, f32], [bf16, bf16, f32], [f16, bf16, f32]] {
+        assert_eq!(of_types(types), [], "{types:?}");
+    }
+    for (op, rows, k) in [(Op::ExpertMatmul, 300, 264), (Op::Matmul, 300, 260), (Op::Matmul, FEW_ROWS, 264)] {
+        assert_eq!(split(&typed(op.clone(), TERMS, rows, k, 272, After::Nothing)), [], "{op:?} {rows} {k}");
+    }
+}
+
+#[test]
 fn blocks_on_a_multiprocessor_have_room_and_large_products_large_tiles() {
+    let check = |twin: &Wgmma, semantic: &Semantic, y: DType| {
+        let problem = Problem { semantic, phase: Phase::Prefill };
+        let product = twin.matched(&problem).expect("a product");
+        for shape in twin.shapes {
+            let Some((stages, piece, shared)) = shape.memory(&product, twin.terms, y.bytes()) else {
+                assert!(y == DType::F32 && shape.apart, "{shape:?}");
+                continue;
+            };
+            assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
+            assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
+            let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
+            let registers = [true, false].into_iter().filter_map(|gathers| shape.registers(gathers, twin.terms));
+            for (copy, multiply) in registers {
+                assert!((copy + multiply * shape.groups) * 128 <= first * shape.threads(), "{shape:?}");
+            }
+        }
+        twin.candidates(&problem).remove(0).config
+    };
     for after in [After::Nothing, After::Residual, After::Swiglu(Some(8))] {
         for (ty, y) in [(DType::BF16, DType::BF16), (DType::F16, DType::F32)] {
-            let semantic = typed(Op::Matmul, [ty, ty, y], 8192, 2048, 6144, after);
-            let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
-            let product = matched(&problem).expect("a product");
-            for shape in SHAPES {
-                let Some((stages, piece, shared)) = shape.memory(&product, y.bytes()) else {
-                    assert!(y == DType::F32 && shape.apart, "{shape:?}");
-                    continue;
-                };
-                assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
-                assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
-                let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
-                for (copy, multiply) in [true, false].into_iter().filter_map(|gathers| shape.registers(gathers)) {
-                    assert!((copy + multiply * shape.groups) * 128 <= first * shape.threads(), "{shape:?}");
-                }
-            }
-            let first = of(&semantic).remove(0);
-            assert!(first.config.starts_with("tile=128x256") || first.config.starts_with("tile=256x128"));
+            let first = check(&WHOLE, &typed(Op::Matmul, [ty, ty, y], 8192, 2048, 6144, after), y);
+            assert!(first.starts_with("tile=128x256") || first.starts_with("tile=256x128"), "{first}");
         }
+        let first = check(&SPLIT, &typed(Op::Matmul, TERMS, 8192, 2048, 6144, after), DType::F32);
+        assert!(first.starts_with("terms=3 tile=128x128 "), "{first}");
     }
 }
 
@@ -120,20 +157,43 @@ fn texts() {
     cases.push(typed(Op::Matmul, types, 512, 2048, 2048, After::Residual));
     for (case, semantic) in cases.iter().enumerate() {
         let problem = Problem { semantic, phase: Phase::Prefill };
-        let product = matched(&problem).expect("a product");
-        for (i, shape) in SHAPES.iter().enumerate() {
-            let Some(found) = shape.specialise(&problem, &product) else { continue };
-            write_all(&format!("wgmma.{case}.{i}"), format!("{}\n{}", found.prelude(), Wgmma.source()), &found);
-        }
+        write_shapes(&WHOLE, &case.to_string(), &problem);
     }
 }
 
-/// The same, of products as a large model has them, beside those of `tile`: to measure.
+/// A kernel of each shape.
+fn write_shapes(twin: &Wgmma, case: &str, problem: &Problem) {
+    let product = twin.matched(problem).expect("a product");
+    for (i, shape) in twin.shapes.iter().enumerate() {
+        let Some(found) = shape.specialise(problem, &product, twin.terms) else { continue };
+        write_all(&format!("wgmma.{case}.{i}"), format!("{}\n{}", found.prelude(), twin.source()), &found);
+    }
+}
+
+/// The same of rows of f32.
+#[test]
+fn texts_of_terms() {
+    let cases = [
+        (Op::Matmul, 8192, 2048, 6144, After::Nothing),
+        (Op::Matmul, 100, 2048, 2048, After::Residual),
+        (Op::Matmul, 16, 264, 72, After::Nothing),
+        (GATHER, 2048, 2048, 3584, After::Swiglu(Some(8))),
+        (Op::GroupedMatmul, 8192, 1792, 2048, After::Residual),
+        (Op::Matmul, 150, 200, 272, After::Swiglu(Some(8))),
+        (GATHER, 37, 200, 272, After::Swiglu(Some(8))),
+    ];
+    for (case, (op, rows, k, n, after)) in cases.into_iter().enumerate() {
+        let semantic = typed(op, TERMS, rows, k, n, after);
+        write_shapes(&SPLIT, &format!("terms.{case}"), &Problem { semantic: &semantic, phase: Phase::Prefill });
+    }
+}
+
+/// Products as a large model has them, of 16 bits beside those of `tile`, of f32 beside those of `tile_fma`: to measure.
 #[test]
 fn texts_to_measure() {
     let experts = 32;
-    let of_model = |op: Op, rows: u64, k, n, after| {
-        let mut semantic = semantic(op, DType::BF16, rows, k, n, after);
+    let of_model = |op: Op, types, rows: u64, k, n, after| {
+        let mut semantic = typed(op, types, rows, k, n, after);
         if let [_, w, rest @ ..] = &mut semantic.inputs[..]
             && w.1.len() == 3
         {
@@ -152,13 +212,16 @@ fn texts_to_measure() {
         ("back", Op::Matmul, 1, 7168, 2048, After::Residual),
     ] {
         for rows in rows {
-            let semantic = of_model(op.clone(), rows * each, k, n, after);
-            let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
-            let twins: [&dyn Twin; 2] = [&Wgmma, &super::super::tile::Tile];
-            for (twin, most) in twins.into_iter().zip([8, 2]) {
-                for (i, found) in twin.candidates(&problem).into_iter().take(most).enumerate() {
-                    let text = format!("{}\n{}", found.prelude(), twin.source());
-                    write_all(&format!("measure.{kind}.{rows}.{}.{i}", twin.name()), text, &found);
+            let of_bf16: [&dyn Twin; 2] = [&WHOLE, &super::super::tile::Tile];
+            let of_f32: [&dyn Twin; 2] = [&SPLIT, &super::super::tile_fma::TileFma];
+            for (label, types, twins) in [("measure", [DType::BF16; 3], of_bf16), ("terms", TERMS, of_f32)] {
+                let semantic = of_model(op.clone(), types, rows * each, k, n, after);
+                let problem = Problem { semantic: &semantic, phase: Phase::Prefill };
+                for (twin, most) in twins.into_iter().zip([8, 2]) {
+                    for (i, found) in twin.candidates(&problem).into_iter().take(most).enumerate() {
+                        let text = format!("{}\n{}", found.prelude(), twin.source());
+                        write_all(&format!("{label}.{kind}.{rows}.{}.{i}", twin.name()), text, &found);
+                    }
                 }
             }
         }
