@@ -22,7 +22,7 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// A product of `depth` columns of x with a weight, both of them inputs.
+/// A product of `depth` columns of x with a weight.
 struct Product {
     executor: CudaExecutor,
     depth: usize,
@@ -31,7 +31,7 @@ struct Product {
 impl Product {
     fn new(depth: usize, f32: F32) -> Result<Product, Failed> {
         let text = format!(
-            "graph @product (%x: f32[{ROWS},{depth}], %w: bf16[{COLUMNS},{depth}]) {{\n  %y = matmul %x, %w : \
+            "graph @product (%x: f32[{ROWS},{depth}]) {{\n  weight @w : bf16[{COLUMNS},{depth}]\n  %y = matmul %x, @w : \
              f32[{ROWS},{COLUMNS}]\n  return %y\n}}\n"
         );
         let graph = lfm2c::ir::parse(&text).map_err(|fault| fault.to_string())?.graph;
