@@ -127,6 +127,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("ring_mma.cuh", include_str!("../../../kernels/include/ring_mma.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("route.cuh", include_str!("../../../kernels/include/route.cuh")),
+    ("runs.cuh", include_str!("../../../kernels/include/runs.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("softmax.cuh", include_str!("../../../kernels/include/softmax.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
