@@ -9,6 +9,7 @@
 mod attention;
 mod attention_decode;
 mod attention_prefill;
+mod attention_tile_fma;
 mod builder;
 mod expression;
 mod flash;
@@ -105,7 +106,9 @@ pub static TWINS: &[&dyn Twin] = &[
     &kv_write::KvWrite,
     &flash::Flash,
     &attention_prefill::AttentionPrefill,
+    &attention_tile_fma::MANY,
     &attention_decode::AttentionDecode,
+    &attention_tile_fma::FEW,
     &attention::Attention,
 ];
 
