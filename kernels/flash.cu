@@ -23,11 +23,11 @@
 // that begins beyond a row's position the probabilities are exact zeros and the factor on its sums is exactly 1; and the sum of
 // a line is over its own positions in an order that the line's place does not change.
 
-#include "attention.cuh"
+#include "runs.cuh"
 #include "wgmma.cuh"
 
 constexpr int GROUP_THREADS = 128, LINES = 64, ROW_BYTES = D * 2, CHUNKS = ROW_BYTES / 16, STEPS = D / 16;
-constexpr int WG_ROWS = LINES / SHARE, ROWS = GROUPS * WG_ROWS, SHARES = GROUP / SHARE, UNITS = KV_HEADS * SHARES;
+constexpr int WG_ROWS = LINES / SHARE, ROWS = GROUPS * WG_ROWS;
 constexpr int BOXES = KEYS / BOX;
 constexpr u32 TILE_BYTES = KEYS * ROW_BYTES, QUERY_BYTES = LINES * ROW_BYTES, KEYS_AT = GROUPS * QUERY_BYTES;
 constexpr u32 VALUES_AT = KEYS_AT + STAGES * TILE_BYTES, BARRIERS_AT = VALUES_AT + STAGES * TILE_BYTES;
@@ -40,40 +40,6 @@ static_assert(32 % BOXES == 0 && (BOXES == 1 || BOX == PAGE), "a tile's pages ar
 // The buffer of the tile with this number, counted from the block's first, and whether the ring goes around for an odd time.
 __device__ __forceinline__ u32 buffer_of(u32 number) { return number % STAGES; }
 __device__ __forceinline__ u32 odd_of(u32 number) { return number / STAGES & 1; }
-
-// What a block works on.
-struct Part {
-    int kv_head, first_head, first_row;
-};
-
-__device__ __forceinline__ Part part_of(int block, int rows) {
-    const int unit = block % UNITS, kv_head = unit / SHARES;
-    // Later rows are of later positions and take longer: they start first.
-    return {kv_head, kv_head * GROUP + unit % SHARES * SHARE, ((rows + ROWS - 1) / ROWS - 1 - block / UNITS) * ROWS};
-}
-
-// Rows of the block from one on that are of one slot: where they end, and their largest position.
-struct Run {
-    int slot, end, last;
-};
-
-// The same in all lanes of a warp, which call it together.
-__device__ __forceinline__ Run run_from(int first, const int* slots, const int* positions) {
-    const int lane = (int)lane_id();
-    Run run = {slots[first], ROWS, -1};
-    for (int i = first; i < ROWS; i += 32) {
-        const int at = i + lane;
-        const u32 others = __ballot_sync(ALL_LANES, at >= ROWS || slots[at < ROWS ? at : first] != run.slot);
-        const int end = others ? i + __ffs(others) - 1 : i + 32;
-        if (at < end) run.last = max(run.last, positions[at]);
-        if (others) {
-            run.end = end;
-            break;
-        }
-    }
-    run.last = warp_largest(run.last);
-    return run;
-}
 
 // An operand so many bytes further on: its address does not carry into its upper half, which stays constant.
 __device__ __forceinline__ u64 further(u64 operand, u32 bytes) {
@@ -107,7 +73,7 @@ __device__ __forceinline__ void copy_tiles(const int* slots, const int* position
     const bool leader = elected();
     u32 number = 0;
     for (int first = 0; first < ROWS;) {
-        const Run run = run_from(first, slots, positions);
+        const Run run = run_from<ROWS>(first, slots, positions);
         first = run.end;
         if (run.slot < 0) continue;
         int held = 0;
@@ -179,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
     u64 *empty_keys = full_values + STAGES, *empty_values = empty_keys + STAGES;
     int *slots = (int*)(shared + ROWS_AT), *positions = slots + ROWS;
     const int warp = (int)warp_id(), lane = (int)lane_id();
-    const Part part = part_of((int)blockIdx.x, rows);
+    const Part part = part_of<ROWS>((int)blockIdx.x, rows);
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
@@ -192,11 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
         prefetch(&kv_map);
     }
     wait_for_previous();
-    for (int i = (int)threadIdx.x; i < ROWS; i += THREADS) {
-        const int row = part.first_row + i;
-        positions[i] = row < rows ? pos[row] : -1;
-        slots[i] = row < rows && positions[i] >= 0 ? slot[row] : -1;
-    }
+    find_rows<ROWS>(slots, positions, slot, pos, part.first_row, rows);
     __syncthreads();
 
     if (warp >= GROUPS * 4) {
@@ -249,20 +211,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
         u32 p[KEYS / 16][4];
 
         for (int first = 0; first < ROWS;) {
-            const Run run = run_from(first, slots, positions);
-            // The smallest and the largest position of this warpgroup's rows of the run.
-            int lowest = 0x3fffffff, highest = -1;
-            for (int row = own + lane; row < own + WG_ROWS; row += 32) {
-                if (row < first || row >= run.end) continue;
-                lowest = min(lowest, positions[row]);
-                highest = max(highest, positions[row]);
-            }
-            lowest = -warp_largest(-lowest);
-            highest = warp_largest(highest);
+            const Run run = run_from<ROWS>(first, slots, positions);
+            // Of this warpgroup's rows of the run.
+            const Reach reach = reach_of<WG_ROWS>(own, first, run.end, positions);
             const int tiles = run.slot < 0 ? 0 : run.last / KEYS + 1;
-            const int own_tiles = run.slot < 0 || highest < 0 ? 0 : highest / KEYS + 1;
+            const int own_tiles = run.slot < 0 || reach.highest < 0 ? 0 : reach.highest / KEYS + 1;
             // Tiles that no row of these is masked in.
-            const int whole_tiles = (lowest + 1) / KEYS;
+            const int whole_tiles = (reach.lowest + 1) / KEYS;
             Lines lines = {{-INFINITE, -INFINITE}, {0, 0}};
             float factor[2];
 #pragma unroll
@@ -327,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
             u32 place = line, block;
             pin(place);
             asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-            const Part part = part_of((int)block, rows);
+            const Part part = part_of<ROWS>((int)block, rows);
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float all = warp_sum<4>(lines.total[h]), each = run.slot < 0 ? 0.0f : 1.0f / all;

@@ -5,8 +5,7 @@
 #include "attention.cuh"
 #include "wgmma.cuh"
 
-// Nothing that uses x moves across.
-__device__ __forceinline__ void pin(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
+// Nothing that uses any of x moves across.
 template <class X, int N> __device__ __forceinline__ void pin_all(X (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) pin(x[i]);

@@ -28,6 +28,9 @@ pub fn trials() -> Vec<Trial> {
             trials.push(Trial::test(name("replays"), move || replays(&plan(&SHAPES[i], &options(dtype)))));
             trials.push(Trial::test(name("company"), move || company(&plan(&SHAPES[i], &options(dtype)))));
             trials.push(Trial::test(name("graphs"), move || graphs(&plan(&SHAPES[i], &options(dtype)))));
+            // A bucket so large that kernels for many rows are the defaults of its steps.
+            let many = small(&[512], &[8], dtype);
+            trials.push(Trial::test(name("company of many rows"), move || company(&plan(&SHAPES[i], &many))));
         }
     }
     trials

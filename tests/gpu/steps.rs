@@ -271,11 +271,11 @@ fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     Ok(())
 }
 
-/// Runs every candidate of the kernels with the largest tiles, `wgmma` and `flash`, with more rows than those have.
+/// Runs every candidate of the kernels with the largest tiles, and of those that are for many rows, with more rows than tiles have.
 fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
     let options = CompileOptions { prefill: Some(vec![600]), decode: Some(vec![100]), ..options(dtype) };
     let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
-    let large = |name: &str| name.starts_with("wgmma ") || name.starts_with("flash ");
+    let large = |name: &str| ["wgmma ", "flash ", "attention_tile_fma "].iter().any(|kernel| name.starts_with(kernel));
     let own =
         |names: Vec<&str>| -> Vec<String> { names.into_iter().filter(|name| large(name)).map(str::to_owned).collect() };
     let own: Vec<(&str, Vec<String>)> = problems.problems().map(|(key, names)| (key, own(names))).collect();

@@ -9,6 +9,7 @@
 mod attention;
 mod attention_decode;
 mod attention_prefill;
+mod attention_tile_fma;
 mod builder;
 mod expression;
 mod flash;
@@ -105,7 +106,9 @@ pub static TWINS: &[&dyn Twin] = &[
     &kv_write::KvWrite,
     &flash::Flash,
     &attention_prefill::AttentionPrefill,
+    &attention_tile_fma::MANY,
     &attention_decode::AttentionDecode,
+    &attention_tile_fma::FEW,
     &attention::Attention,
 ];
 
@@ -127,6 +130,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("ring_mma.cuh", include_str!("../../../kernels/include/ring_mma.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("route.cuh", include_str!("../../../kernels/include/route.cuh")),
+    ("runs.cuh", include_str!("../../../kernels/include/runs.cuh")),
     ("select.cuh", include_str!("../../../kernels/include/select.cuh")),
     ("softmax.cuh", include_str!("../../../kernels/include/softmax.cuh")),
     ("stage.cuh", include_str!("../../../kernels/include/stage.cuh")),
