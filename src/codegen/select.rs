@@ -15,7 +15,7 @@ pub const APART: &str = "apart";
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
     /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
-    /// are ignored.
+    /// are ignored. A problem in f16 without an entry goes by that of the same problem in bf16.
     pub chosen: BTreeMap<String, String>,
     /// Takes the candidate of this position, modulo their number, of each problem that none is chosen for: to run all of them.
     pub nth: Option<usize>,
@@ -42,7 +42,21 @@ pub struct Known {
 
 /// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for.
 pub fn problem_key(problem: &Problem) -> String {
-    let text = format!("{:?} {:?}", problem.phase, without_capacity(problem.semantic));
+    key_of(problem, &text_of(problem))
+}
+
+/// The name of the same problem with bf16 in place of f16. Kernels of both are the same but for the instructions that convert and
+/// multiply, which take as long.
+fn key_in_bf16(problem: &Problem) -> String {
+    // As a problem prints its types.
+    key_of(problem, &text_of(problem).replace("BF16", "F16").replace("F16", "BF16"))
+}
+
+fn text_of(problem: &Problem) -> String {
+    format!("{:?} {:?}", problem.phase, without_capacity(problem.semantic))
+}
+
+fn key_of(problem: &Problem, text: &str) -> String {
     format!("{} {}", problem.semantic.name, &blake3::hash(text.as_bytes()).to_hex()[..16])
 }
 
@@ -125,11 +139,17 @@ impl<'a> Selector<'a> {
 
     /// Position of the candidate that tactics name, if there is such a one.
     fn chosen(&self, problem: &Problem, list: &[Candidate]) -> Option<usize> {
-        if self.tactics.chosen.is_empty() {
+        let wanted = self.wanted(problem)?;
+        list.iter().position(|found| found.name() == *wanted)
+    }
+
+    /// What tactics say of a problem.
+    fn wanted(&self, problem: &Problem) -> Option<&String> {
+        let chosen = &self.tactics.chosen;
+        if chosen.is_empty() {
             return None;
         }
-        let wanted = self.tactics.chosen.get(&problem_key(problem))?;
-        list.iter().position(|found| found.name() == *wanted)
+        chosen.get(&problem_key(problem)).or_else(|| chosen.get(&key_in_bf16(problem)))
     }
 
     /// Counts the problems of a program, and those that tactics know.
@@ -161,9 +181,9 @@ impl<'a> Selector<'a> {
         if !may_be_apart(&semantic) {
             return true;
         }
-        let key = problem_key(&Problem { semantic: &semantic, phase });
-        let apart = self.tactics.chosen.get(&key).is_some_and(|chosen| chosen == APART);
-        optional.insert(key);
+        let problem = Problem { semantic: &semantic, phase };
+        let apart = self.wanted(&problem).is_some_and(|wanted| wanted == APART);
+        optional.insert(problem_key(&problem));
         !apart
     }
 
@@ -220,6 +240,11 @@ mod tests {
         };
         let compiled = compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles");
         compiled.file.manifest.ranks.into_iter().next().expect("a plan has a rank")
+    }
+
+    fn chosen_by(tactics: &Tactics, problem: &Problem) -> String {
+        let found = Selector::new(tactics, F32::Exact).choose(problem.semantic, problem.phase);
+        found.expect("there is a candidate").name()
     }
 
     #[test]
@@ -333,16 +358,37 @@ mod tests {
     }
 
     #[test]
+    fn f16_goes_by_what_is_known_of_bf16() {
+        let keys = |dtype| -> Vec<String> {
+            let program = program_of(dtype, vec![8], Tactics::default());
+            step_problems(&program).map(|(_, problem)| key_in_bf16(&problem)).collect()
+        };
+        let program = program_of(DType::F16, vec![8], Tactics::default());
+        assert_eq!(keys(DType::F16), keys(DType::BF16));
+        let mut by_another = 0;
+        for (_, problem) in step_problems(&program) {
+            let list = candidates(&problem);
+            let [first, last] = [0, list.len() - 1].map(|at| list[at].name());
+            let choose = |chosen| chosen_by(&Tactics { chosen, nth: None }, &problem);
+            let mut chosen = BTreeMap::from([(key_in_bf16(&problem), last.clone())]);
+            assert_eq!(choose(chosen.clone()), last);
+            // A problem without numbers of 16 bits has one key.
+            if chosen.insert(problem_key(&problem), first.clone()).is_none() {
+                by_another += 1;
+                assert_eq!(choose(chosen), first);
+            }
+        }
+        assert!(by_another > 10);
+    }
+
+    #[test]
     fn there_is_a_choice_whatever_tactics_say() {
         let program = program(Tactics::default());
         for (_, problem) in step_problems(&program) {
             let list = candidates(&problem);
             let last = list.last().expect("a step has a candidate").name();
             let name = |chosen: &str, nth| {
-                let chosen = BTreeMap::from([(problem_key(&problem), chosen.to_owned())]);
-                let tactics = Tactics { chosen, nth };
-                let found = Selector::new(&tactics, F32::Exact).choose(problem.semantic, problem.phase);
-                found.expect("there is a candidate").name()
+                chosen_by(&Tactics { chosen: [(problem_key(&problem), chosen.to_owned())].into(), nth }, &problem)
             };
             assert_eq!(name(&last, None), last);
             assert_eq!(name(&last, Some(0)), last, "a name goes before a position");

@@ -270,9 +270,14 @@ impl Shape {
         let rows = ((together / parts / unit).ceil() * unit).min(self.rows as f64);
         let tiles = groups * parts * columns;
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
-        // An instruction reads the weight's 64 rows and those of x while it multiplies.
-        let rate = 5.8e12 * (rows / (rows + 30.0)) * if self.groups == 1 { 0.85 } else { 1.0 };
-        let arithmetic = each * self.resident as f64 * 2.0 * weights * rows * k * terms as f64 / rate;
+        // An instruction reads the weight's 64 rows and those of x while it multiplies. With terms, those of each row are stored
+        // before a step of 64 columns, and sums are added up after it.
+        let step = |rate: f64| 128.0 * weights * rows * terms as f64 / rate;
+        let step = match terms {
+            1 => step(5.8e12 * (rows / (rows + 30.0))),
+            _ => step(5.3e12) + rows * 3.75e-9 + 6e-8,
+        };
+        let arithmetic = each * self.resident as f64 * k / 64.0 * step / if self.groups == 1 { 0.85 } else { 1.0 };
         // A copying warp begins the copies of four gathered rows in some 50 cycles, and takes a row apart in some 20.
         let row = if terms > 1 { 12e-9 } else { 7.5e-9 };
         let copies = match self.warps(true, terms).0 {
