@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Tuning};
+use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
 use lfm2c::passes;
 use lfm2c::plan::{Bucket, Kernel, Manifest, PlanFile, Step};
@@ -109,7 +110,7 @@ fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
 #[derive(Default)]
 struct Once {
     seen: BTreeSet<String>,
-    reference: Option<Reference>,
+    begun: Option<(Reference, CudaExecutor)>,
     share: Option<Share>,
     plans: usize,
 }
@@ -121,14 +122,20 @@ struct Reference {
 }
 
 impl Reference {
-    /// The GPU makes the state, if its rows run there; the steps of the buckets themselves run on the CPU alone.
-    fn of(file: &PlanFile, history: History) -> anyhow::Result<Reference> {
+    /// The GPU makes the state, if its rows run there; the steps of the buckets themselves run on the CPU alone. The executor keeps
+    /// its weights for others of the plan's kernels.
+    fn of(file: &PlanFile, history: History) -> anyhow::Result<(Reference, CudaExecutor)> {
         let program = &file.manifest.ranks[0];
+        let mut cpu = cpu(file);
         let mut gpu = match history {
             History::Run => gpu(file, Graphs::Off),
-            History::Held => gpu(&with_kernels(file, &[]), Graphs::Off),
+            History::Held => {
+                // A sanitizer takes seconds to watch weights being made.
+                let bare = CudaExecutor::new(&with_kernels(file, &[]), 0, &Device::open(0)?, Graphs::Off)?;
+                bare.pool().write(program.pool.weights.offset as usize, cpu.pool_mut().weights_mut(), bare.stream())?;
+                bare
+            }
         };
-        let mut cpu = cpu(file);
         let mut examples = vec![];
         for (i, bucket) in program.buckets.iter().enumerate() {
             begin(&mut gpu, i, history)?;
@@ -139,7 +146,7 @@ impl Reference {
             let steps = 0..bucket.steps.len();
             examples.push(steps.map(|at| Example::run(program, &mut cpu, i, at)).collect::<anyhow::Result<_>>()?);
         }
-        Ok(Reference { plan: without_launches(file), examples })
+        Ok((Reference { plan: without_launches(file), examples }, gpu))
     }
 }
 
@@ -178,10 +185,10 @@ impl Once {
     fn compare(&mut self, shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
         let file = plan(shape, options);
         let history = if self.share.is_some() { History::Held } else { History::Run };
-        if self.reference.is_none() {
-            self.reference = Some(Reference::of(&file, history).map_err(fail)?);
+        if self.begun.is_none() {
+            self.begun = Some(Reference::of(&file, history).map_err(fail)?);
         }
-        let Some(Reference { plan, examples }) = &self.reference else { unreachable!("it was just made") };
+        let Some((Reference { plan, examples }, gpu)) = &mut self.begun else { unreachable!("it was just made") };
         assert!(*plan == without_launches(&file), "plans differ in more than kernels");
         self.plans += 1;
         let mine = self.share.as_ref().is_none_or(|share| self.plans % share.parts == share.part - 1);
@@ -201,12 +208,13 @@ impl Once {
         if chosen.is_empty() {
             return Ok(());
         }
-        let gpu = gpu(&with_kernels(&file, &chosen), Graphs::Off);
+        gpu.adopt(&with_kernels(&file, &chosen)).map_err(fail)?;
+        gpu.poison_arena(0xff).map_err(fail)?;
         let mut faults = Faults::of(&file);
         for (bucket, step) in chosen {
             let example = &examples[bucket][step];
-            example.pose(&gpu, 0xff).map_err(fail)?;
-            let written = example.compare(&gpu, bucket, step).map_err(fail)?;
+            example.pose(gpu, 0xff).map_err(fail)?;
+            let written = example.compare(gpu, bucket, step).map_err(fail)?;
             let of = &file.manifest.ranks[0].buckets[bucket];
             faults.add(&file, of, &of.steps[step], &written);
         }
