@@ -17,8 +17,8 @@
 //
 // A buffer's barrier `full` ends a phase when its bytes and copies are there, `empty` when each multiplying warp has arrived,
 // which it does after the products that read the buffer are done. Copies of 16 bytes are not made by the unit that the products
-// read with (they are of the generic proxy): each multiplying thread, having seen the barrier, fences before its products.
-// Boxes need no fence.
+// read with (they are of the generic proxy): each copying thread waits for its own, LAG buffers later, fences, and then arrives.
+// A buffer is freed when the next one's products have begun, so LAG is at most STAGES - 2. Boxes need no fence.
 //
 // Results go through shared memory, PIECE rows at a time for each four multiplying warps: these hold columns of x's rows, and
 // memory wants rows. Without finishers they finish a piece themselves. There are then two buffers, taken in turn, and one
@@ -75,9 +75,6 @@ __device__ __forceinline__ void multiply(float (&d)[MT][BN / 2], Cursor& at, u64
 #pragma unroll 1
     for (int k = 0; k < K_TILES; k++) {
         barrier_wait(full + at.stage, at.odd);
-#if GATHERED
-        fence_for_products();
-#endif
         const u32 buffer = ring + at.stage * STAGE_BYTES;
         const u64 w = operand(buffer + w_row * ROW_BYTES), x = operand(buffer + W_BYTES);
         products_begin();
@@ -238,17 +235,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         copy_rows_apart(x, pairs, parts, tiles, group, copy_later_weights, full, empty, ring);
 #elif GATHERED
         // Eight threads copy a row; each thread copies the same chunk of rows that are ROUND apart.
-        constexpr int ROUND = COPY_THREADS / 8;
+        constexpr int ROUND = COPY_THREADS / 8, ROUNDS = (BN + ROUND - 1) / ROUND, LAG = STAGES > 3 ? 2 : 1;
+        static_assert(ROUND % 4 == 0 && LAG <= STAGES - 2, "every other row's chunk is moved by four, if at all");
         const int chunk = thread % 8, row0 = thread / 8;
         const u32 copy_to = W_BYTES + row0 * ROW_BYTES + ((chunk ^ (row0 % 8)) << 4);
+        // The buffer whose copies are waited for next, and how many have been begun but not waited for.
+        Cursor done = {0, 0};
+        int begun = 0;
+        auto arrive = [&] {
+            fence_for_products();
+            barrier_arrive(full + done.stage);
+            done.next();
+        };
         for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
             const Tile tile = find_tile(parts, index, group);
             if (tile.group == EXPERTS) break;
+            auto has = [&](int i) { return i * ROUND < tile.count && (BN % ROUND == 0 || row0 + i * ROUND < BN); };
             // Where the thread's rows are in x, in sixteens of bytes; beyond the group's end, the last row again.
-            u32 from[BN / ROUND];
+            u32 from[ROUNDS];
 #pragma unroll
-            for (int i = 0; i < BN / ROUND; i++)
-                if (i * ROUND < tile.count)
+            for (int i = 0; i < ROUNDS; i++)
+                if (has(i))
                     from[i] = (u32)(load_fresh(pairs + min(tile.first + row0 + i * ROUND, tile.end - 1)) / PER_TOKEN) * (K / 8);
 #pragma unroll 1
             for (int k = 0; k < K_TILES; k++) {
@@ -258,14 +265,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
                 const u32 position = k * 8 + chunk;
                 const bool valid = K % BK == 0 || position < K / 8;
 #pragma unroll
-                for (int i = 0; i < BN / ROUND; i++)
-                    if (i * ROUND < tile.count)
-                        copy_async(buffer + copy_to + i * ROUND * ROW_BYTES,
+                for (int i = 0; i < ROUNDS; i++)
+                    if (has(i))
+                        copy_async((buffer + copy_to ^ i * ROUND % 8 << 4) + i * ROUND * ROW_BYTES,
                                    (const u8*)x + ((u64)(from[i] + (valid ? position : 0)) << 4), valid);
-                barrier_arrive_copies(full + at.stage);
+                copies_end_group();
                 at.next();
+                if (begun == LAG) {
+                    copies_wait<LAG>();
+                    arrive();
+                } else {
+                    begun++;
+                }
             }
         }
+        copies_wait<0>();
+        for (; begun > 0; begun--) arrive();
 #else
         if (first) {
             for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {

@@ -55,7 +55,8 @@ const fn held(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
     Shape { held: true, ..shape(weights, rows, groups, resident) }
 }
 
-const SHAPES: [Shape; 15] = [
+const SHAPES: [Shape; 16] = [
+    shape(256, 192, 2, 1),
     shape(128, 256, 2, 1),
     apart(128, 256, 2, 1),
     shape(256, 128, 2, 1),
@@ -161,7 +162,7 @@ impl Shape {
     /// Warps that copy, and that finish.
     fn warps(&self, gathers: bool, terms: u64) -> (u64, u64) {
         match (self.apart, gathers || terms > 1) {
-            (true, true) => (2, 2),
+            (true, true) => (3, 1),
             (true, false) => (1, 3),
             (false, true) => (4, 0),
             (false, false) => (1, 0),
@@ -177,7 +178,7 @@ impl Shape {
             (2, 1, 64..) if self.held => Some(if self.rows > 64 { (136, 184) } else { (104, 200) }),
             _ if terms > 1 => None,
             (2, 1, 64..) if self.apart => Some((104, 200)),
-            (2, 1, 64..) => Some(if gathers { (72, 216) } else { (40, 232) }),
+            (2, 1, 64..) => Some(if gathers && sums <= 128 { (72, 216) } else { (40, 232) }),
             _ => None,
         }
     }
