@@ -41,9 +41,6 @@ template <class T, int N> __device__ __forceinline__ float element(const Words<T
     }
 }
 
-// Nothing that uses x moves across.
-__device__ __forceinline__ void pin(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
-
 // The largest over the warp.
 __device__ __forceinline__ int warp_largest(int x) {
 #pragma unroll

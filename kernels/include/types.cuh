@@ -107,6 +107,9 @@ __device__ __forceinline__ int load_fresh(const int* from) {
     return x;
 }
 
+// Nothing that uses x moves across.
+__device__ __forceinline__ void pin(u32& x) { asm volatile("" : "+r"(x)::"memory"); }
+
 // The same past caches that other kernels on this multiprocessor have filled: before `wait_for_previous`, of what is there by then.
 __device__ __forceinline__ int load_early(const int* from) {
     int x;
