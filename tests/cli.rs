@@ -363,6 +363,26 @@ fn every_pass_of_the_design_can_be_left_out() {
     }
 }
 
+/// A recipe whose weights come from a checkpoint can be measured without it.
+#[test]
+fn drawn_weights_take_the_place_of_a_checkpoint() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let recipe = project("plans/lfm2-8b-a1b.ron");
+    let errors = fails(at, 2, &["run", recipe.to_str().expect("UTF-8"), "--tokens", "1", "--target", "cpu"]);
+    assert!(errors.contains("--model DIR") && errors.contains("--synthetic SEED"), "{errors}");
+
+    let demo = project("plans/demo.ron");
+    let run = ["run", demo.to_str().expect("UTF-8"), "--tokens", "5,6,7", "--max-new-tokens", "8"];
+    let tokens = |seed: &str| done(at, &[&run[..], &["--synthetic", seed]].concat());
+    assert_eq!(tokens("1"), tokens("1"));
+    assert!(tokens("1") != tokens("2") && tokens("1") != done(at, &run));
+    done(at, &["compile", demo.to_str().expect("UTF-8"), "--synthetic", "1", "-o", "drawn.plan"]);
+    assert_eq!(done(at, &["run", "drawn.plan", "--tokens", "5,6,7", "--max-new-tokens", "8"]), tokens("1"));
+    let errors = fails(at, 2, &["run", "drawn.plan", "--synthetic", "2"]);
+    assert!(errors.contains("is compiled already: --target, --dtype, --synthetic"), "{errors}");
+}
+
 /// `-o` may name a device: renaming a file onto it would take it from the whole machine.
 #[test]
 #[cfg(unix)]

@@ -39,7 +39,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         ));
     }
     let (_device, machine) = measure::machine()?;
-    let source = load::source(Some(&arguments.input), model)?;
+    let source = load::source(Some(&arguments.input), model, arguments.choices.synthetic)?;
     let fused = compile_options(arguments)?;
     let mut unfused = fused.clone();
     unfused.disabled.extend(passes::fusing().into_iter().map(str::to_owned));

@@ -46,7 +46,7 @@ pub struct Arguments {
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = std::time::Instant::now();
-    let source = load::source(arguments.recipe.as_deref(), arguments.model.as_deref())?;
+    let source = load::source(arguments.recipe.as_deref(), arguments.model.as_deref(), arguments.choices.synthetic)?;
     // What the lock file lies beside.
     let named = arguments.recipe.as_deref().unwrap_or(&arguments.output);
     let options = match (arguments.tune, arguments.choices.no_lock) {

@@ -99,7 +99,8 @@ fn graph(arguments: &Arguments) -> Result<Graph> {
             staged(&load::recipe_source(recipe)?, load::choices_of(&file.manifest), arguments, after)
         }
         (None, after) => {
-            let source = load::source(arguments.input.as_deref(), arguments.model.as_deref())?;
+            let source =
+                load::source(arguments.input.as_deref(), arguments.model.as_deref(), arguments.choices.synthetic)?;
             match after {
                 Some(after) => staged(&source, without_cubins(arguments)?, arguments, after),
                 None => {

@@ -42,6 +42,9 @@ pub struct Choices {
     /// Sequences of the decode buckets [default: the recipe's, else 1 to 512]
     #[arg(long, value_delimiter = ',', value_name = "SEQUENCES,...")]
     pub decode: Option<Vec<u64>>,
+    /// Draws the weights with this seed instead of reading a checkpoint: for measurements
+    #[arg(long, value_name = "SEED", conflicts_with = "model")]
+    pub synthetic: Option<u64>,
     /// Sequences that can be in work at a time; more wait in a queue
     #[arg(long, value_name = "N")]
     pub max_sequences: Option<u64>,
@@ -120,6 +123,7 @@ impl Choices {
             },
             prefill: self.prefill.clone(),
             decode: self.decode.clone(),
+            synthetic: self.synthetic,
             max_sequences: self.max_sequences,
             max_context: self.max_context,
             kv_tokens: self.kv_tokens,
@@ -157,8 +161,8 @@ pub fn choices_of(manifest: &Manifest) -> CompileOptions {
 }
 
 /// The source that a path or `--model` names. A recipe's own directory, or `--model` beside it, gives the checkpoint's
-/// element types.
-pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
+/// element types, if the weights are not drawn.
+pub fn source(path: Option<&Path>, model: Option<&Path>, synthetic: Option<u64>) -> Result<Source> {
     let recipe = match (path, model) {
         (Some(path), _) if has_extension(path, "ir") => {
             let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -170,6 +174,9 @@ pub fn source(path: Option<&Path>, model: Option<&Path>) -> Result<Source> {
             if let Some(model) = model {
                 recipe.model = ModelSource::Directory(model.to_owned());
                 recipe.weights = WeightSource::Checkpoint;
+            }
+            if let Some(seed) = synthetic {
+                recipe.weights = WeightSource::Synthetic(seed);
             }
             recipe
         }
@@ -237,7 +244,7 @@ impl Observer for Bar<'_> {
 /// A plan from a plan file, or compiled on the spot from a recipe or a graph.
 pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
     if is_source(path) {
-        let compiled = compile_source(&source(Some(path), model)?, options)?;
+        let compiled = compile_source(&source(Some(path), model, options.synthetic)?, options)?;
         if !options.tactics.chosen.is_empty()
             && let Some(line) = lock::report(path, &compiled)
         {
@@ -247,7 +254,7 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     }
     if *options != Choices::default().options() {
         return usage(format!(
-            "{} is compiled already: --target, --dtype, bucket sizes, limits and passes are choices of `lfm2c compile`",
+            "{} is compiled already: --target, --dtype, --synthetic, bucket sizes, limits and passes are choices of `lfm2c compile`",
             path.display()
         ));
     }
@@ -381,7 +388,10 @@ fn recipe_directory(file: &PlanFile) -> Result<PathBuf> {
     let directory = Recipe::parse(&file.recipe).ok().and_then(|recipe| recipe.directory().map(Path::to_owned));
     match directory {
         Some(directory) if directory.is_dir() => Ok(directory),
-        _ => usage("this plan's weights come from a checkpoint: name its directory with --model DIR"),
+        _ => usage(
+            "this plan's weights come from a checkpoint: name its directory with --model DIR, or have them drawn with --synthetic SEED \
+             where the plan is made",
+        ),
     }
 }
 

@@ -47,6 +47,8 @@ pub struct CompileOptions {
     pub prefill: Option<Vec<u64>>,
     /// Sequences of the decode buckets.
     pub decode: Option<Vec<u64>>,
+    /// Seed of drawn weights, in place of a checkpoint's.
+    pub synthetic: Option<u64>,
     /// Sequence slots.
     pub max_sequences: Option<u64>,
     /// Positions of one sequence.
@@ -74,6 +76,7 @@ impl Default for CompileOptions {
             dtype: None,
             prefill: None,
             decode: None,
+            synthetic: None,
             max_sequences: None,
             max_context: None,
             kv_tokens: None,
@@ -284,6 +287,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
     if !dtype.is_float() {
         bail!("the element type of activations: expected f32, bf16 or f16, found {dtype}");
     }
+    let weights = options.synthetic.map_or_else(|| recipe.weights.clone(), WeightSource::Synthetic);
     let limits = limits(recipe, options, &config)?;
     let specs = buckets(recipe, options, &limits)?;
     let listed = listing.cloned();
@@ -314,7 +318,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         config_hash: config.hash(),
         vocab: config.vocab,
         eos_tokens: config.eos_tokens.clone(),
-        weights: recipe.weights.clone(),
+        weights: weights.clone(),
         prompt: recipe.prompt.tokens().to_vec(),
         forced_routing: options.forced_routing.then(|| forced_routing(&config)).flatten(),
     };
@@ -331,6 +335,7 @@ fn model_unit(recipe: &Recipe, listing: Option<&CheckpointListing>, options: &Co
         max_sequences: Some(limits.max_sequences),
         max_context: Some(limits.max_context),
         kv_tokens: Some(limits.kv_tokens),
+        weights,
         ..recipe.clone()
     };
     Ok(Unit { graph, specs, model, limits, dtype, recipe: recipe.to_text()?, checkpoint_dtype })
@@ -363,7 +368,7 @@ fn graph_unit(name: &str, graph: &Graph, options: &CompileOptions) -> Result<Uni
         config_hash: blake3::hash(graph.to_string().as_bytes()).to_hex().to_string(),
         vocab: 0,
         eos_tokens: vec![],
-        weights: WeightSource::Synthetic(0),
+        weights: WeightSource::Synthetic(options.synthetic.unwrap_or(0)),
         prompt: vec![],
         forced_routing: None,
     };

@@ -3,8 +3,9 @@
 //! What a kernel does with its arguments no wrapper can check: a plan contains machine code and is trusted like a program.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -44,6 +45,10 @@ pub(super) fn during<T>(what: &str, result: Result<T, DriverError>) -> Result<T,
     result.map_err(|error| DeviceError::Call { what: what.to_owned(), error: format!("{error:?}") })
 }
 
+/// The devices that were opened. Each keeps its primary context until the process ends: one that a thread let go of while another
+/// asked for it would be destroyed and made anew for nothing.
+static OPEN: Mutex<BTreeMap<usize, Arc<Device>>> = Mutex::new(BTreeMap::new());
+
 /// A GPU with its primary context.
 #[derive(Debug)]
 pub struct Device {
@@ -75,7 +80,7 @@ impl Device {
         result::device::get_count().map_or(0, |count| count.max(0) as usize)
     }
 
-    /// Opens a device and makes its context current in this thread.
+    /// Opens a device, once for the process, and makes its context current in this thread.
     ///
     /// # Errors
     /// No driver, no such device, or the driver failed.
@@ -96,8 +101,21 @@ impl Device {
         }
         let handle = during("opening the device", result::device::get(ordinal as i32))?;
         let name = during("reading the device's name", result::device::get_name(handle))?;
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = open.get(&ordinal) {
+            device.bind()?;
+            return Ok(Arc::clone(device));
+        }
+        let device = Arc::new(Self::first(ordinal, handle, name)?);
+        device.bind()?;
+        open.insert(ordinal, Arc::clone(&device));
+        Ok(device)
+    }
+
+    /// A device that nobody has opened yet.
+    fn first(ordinal: usize, handle: sys::CUdevice, name: String) -> Result<Device, DeviceError> {
         use sys::CUdevice_attribute as A;
-        // SAFETY: the handle is a device's; the context is released once, when the device is dropped.
+        // SAFETY: the handle is a device's; the context is never released.
         unsafe {
             let attribute = |which: A| {
                 during("reading the device's attributes", result::device::get_attribute(handle, which))
@@ -112,9 +130,7 @@ impl Device {
             during("reading the driver's version", sys::cuDriverGetVersion(&mut version).result())?;
             let driver = ((version / 1000) as u32, (version % 1000 / 10) as u32);
             let context = during("making a context", result::primary_ctx::retain(handle))?;
-            let device = Device { handle, context, ordinal, name, capability, multiprocessors, driver };
-            device.bind()?;
-            Ok(Arc::new(device))
+            Ok(Device { handle, context, ordinal, name, capability, multiprocessors, driver })
         }
     }
 
@@ -150,13 +166,6 @@ impl Device {
     /// Something that ran has failed.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         during("waiting for the device", result::ctx::synchronize())
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        // SAFETY: retained once. A failure at the end leaves nothing to do.
-        let _ = unsafe { result::primary_ctx::release(self.handle) };
     }
 }
 
@@ -286,6 +295,7 @@ const MAX_ARGS: usize = 32;
 
 impl Drop for Stream {
     fn drop(&mut self) {
+        let _ = self.device.bind();
         // SAFETY: destroyed once; work that is queued still runs.
         let _ = unsafe { result::stream::destroy(self.handle) };
     }
@@ -295,7 +305,7 @@ impl Drop for Stream {
 #[derive(Debug)]
 pub struct Event {
     handle: sys::CUevent,
-    _device: Arc<Device>,
+    device: Arc<Device>,
 }
 
 // SAFETY: as of the device.
@@ -312,7 +322,7 @@ impl Event {
             false => sys::CUevent_flags::CU_EVENT_DISABLE_TIMING,
         };
         let handle = during("making an event", result::event::create(flags))?;
-        Ok(Event { handle, _device: Arc::clone(device) })
+        Ok(Event { handle, device: Arc::clone(device) })
     }
 
     /// Moves it to the end of the stream's work.
@@ -345,6 +355,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
+        let _ = self.device.bind();
         // SAFETY: destroyed once.
         let _ = unsafe { result::event::destroy(self.handle) };
     }

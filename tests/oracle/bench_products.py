@@ -48,7 +48,7 @@ def profile(args, rows):
     """The steps of a bucket of prefill: name, kernel, median time alone in microseconds and operations."""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "products.plan"
-        how = ["--dtype", args.dtype, *(["--f32", args.f32] if args.dtype == "f32" else [])]
+        how = ["--synthetic", 1, "--dtype", args.dtype, *(["--f32", args.f32] if args.dtype == "f32" else [])]
         sizes = ["--decode", "1", "--prefill", rows]
         run(args.lfm2c, "compile", args.recipe, "--target", "sm_90a", *how, *sizes, "-o", plan)
         found = json.loads(run(args.lfm2c, "profile", plan, "--bucket", f"prefill_{rows}", "--format", "json"))
