@@ -8,7 +8,7 @@ use anyhow::Result;
 use crate::cli::load::{self, Choices, TargetChoice, compile_source};
 use crate::cli::output::{note, print};
 use crate::cli::table::{regions, size, table};
-use crate::cli::{lock, tune, usage};
+use crate::cli::{inspect, lock, tune, usage};
 use crate::codegen::compile::{BucketReport, Observer};
 use crate::codegen::select::Tactics;
 use crate::codegen::{CompileOptions, Compiled, Lock, Source, compile};
@@ -163,7 +163,11 @@ fn report(compiled: &Compiled) -> String {
         .collect();
     text += &table(&["bucket", "steps", "unfused", "arena", "lower bound"], &rows);
     let pool = &program.pool;
-    text + &format!("pool {}: {}\n", size(pool.bytes()), regions(pool))
+    text += &format!("pool {}: {}\n", size(pool.bytes()), regions(pool));
+    match inspect::ranks(&compiled.file.manifest) {
+        ranks if ranks.is_empty() => text,
+        ranks => text + "\n" + ranks.trim_end() + "\n",
+    }
 }
 
 /// The smallest decode bucket and the largest prefill bucket, as far as there are such.

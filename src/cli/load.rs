@@ -19,7 +19,7 @@ use crate::ir::{DType, Graph};
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
-use crate::runtime::cpu::{CpuExecutor, HostPool};
+use crate::runtime::cpu::{CpuEnsemble, CpuExecutor, HostPool};
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::weights::{self, Checkpoint, Origin};
 
@@ -51,6 +51,10 @@ pub struct Choices {
     /// Positions of all sequences together that the KV cache holds
     #[arg(long, value_name = "N")]
     pub kv_tokens: Option<u64>,
+    /// Spreads the experts over ranks, with all else on each: `expert=2`. The plan then has a program for each of them, and runs on as many
+    /// ranks, or a multiple of that, under `mpirun`
+    #[arg(long, value_name = "expert=N", value_parser = ranks)]
+    pub ranks: Option<u64>,
     /// Leaves a pass out; may be repeated
     #[arg(long, value_name = "NAME")]
     pub disable_pass: Vec<String>,
@@ -127,6 +131,7 @@ impl Choices {
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
             without_cubins: self.without_cubins,
+            expert_ranks: self.ranks.unwrap_or(1),
             ..CompileOptions::default()
         }
     }
@@ -137,6 +142,12 @@ impl Choices {
         let options = self.options();
         if self.no_lock || !is_source(path) { Ok(options) } else { lock::apply(options, path) }
     }
+}
+
+/// The value of `--ranks`.
+fn ranks(text: &str) -> Result<u64, String> {
+    let count = text.strip_prefix("expert=").and_then(|count| count.parse().ok());
+    count.ok_or_else(|| format!("expected expert=N with a whole number N, such as expert=2, found `{text}`"))
 }
 
 /// True if the first GPU is of the kind that kernels are compiled for.
@@ -152,6 +163,7 @@ pub fn choices_of(manifest: &Manifest) -> CompileOptions {
             plan::Target::Sm_90a => Target::Sm90a,
         },
         forced_routing: manifest.model.forced_routing.is_some(),
+        expert_ranks: manifest.ranks.len() as u64,
         ..CompileOptions::default()
     }
 }
@@ -247,7 +259,7 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     }
     if *options != Choices::default().options() {
         return usage(format!(
-            "{} is compiled already: --target, --dtype, bucket sizes, limits and passes are choices of `lfm2c compile`",
+            "{} is compiled already: --target, --dtype, --ranks, bucket sizes, limits and passes are choices of `lfm2c compile`",
             path.display()
         ));
     }
@@ -294,14 +306,21 @@ pub fn executor(
     place: impl Into<Place>,
     graphs: Graphs,
 ) -> Result<Box<dyn Executor>> {
-    let Place { device, gpu } = place.into();
+    let Place { device, gpu, groups } = place.into();
     if device.is_cuda(&file.manifest) {
         return Ok(Box::new(executor_on_gpu(file, model, gpu, graphs)?));
     }
     if graphs == Graphs::Required {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
     }
-    Ok(Box::new(cpu_executor(file, model)?))
+    match (groups, file.manifest.ranks.len()) {
+        (_, 1) => Ok(Box::new(cpu_executor(file, model)?)),
+        (None, _) => Ok(Box::new(cpu_ensemble(file, model)?)),
+        (Some(groups), ranks) => {
+            let group = groups(ranks)?;
+            Ok(Box::new(cpu_executor_of(file, group.rank(), model)?.with_group(group)?))
+        }
+    }
 }
 
 /// As [`executor`], with every graph captured that would be when first needed, so that what is timed is running.
@@ -323,10 +342,34 @@ pub fn prepared_executor(
     }
 }
 
-/// The CPU executor with its weights loaded.
+/// The CPU executor of a plan of one rank, with its weights loaded.
 pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
+    one_rank(&file.manifest)?;
+    cpu_executor_of(file, 0, model)
+}
+
+/// Refuses a plan of several ranks where one at a time is looked at.
+pub fn one_rank(manifest: &Manifest) -> Result<()> {
+    match manifest.ranks.len() {
+        1 => Ok(()),
+        found => bail!(
+            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
+            manifest.model.name
+        ),
+    }
+}
+
+/// The executor of all ranks of a plan in this process, with their weights loaded.
+fn cpu_ensemble(file: &PlanFile, model: Option<&Path>) -> Result<CpuEnsemble> {
+    CpuEnsemble::new(
+        (0..file.manifest.ranks.len()).map(|rank| cpu_executor_of(file, rank, model)).collect::<Result<_>>()?,
+    )
+}
+
+/// The CPU executor of a rank's program, with its weights loaded.
+fn cpu_executor_of(file: &PlanFile, rank: usize, model: Option<&Path>) -> Result<CpuExecutor> {
     let manifest = &file.manifest;
-    let program = &manifest.ranks[0];
+    let program = &manifest.ranks[rank];
     let mut pool = HostPool::new(program)?;
     let bar = progress::bytes("loading weights", weights::total_bytes(program));
     let report = |done: u64| bar.set_position(done);
@@ -342,7 +385,7 @@ pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor
         Ok(())
     })?;
     bar.finish_and_clear();
-    CpuExecutor::new(Arc::new(manifest.clone()), 0, pool)
+    CpuExecutor::new(Arc::new(manifest.clone()), rank, pool)
 }
 
 /// The CUDA executor on the first GPU, with its weights loaded.

@@ -69,7 +69,7 @@ impl World {
                 (gpu, cuda::Device::open(gpu)?.name.clone())
             }
         };
-        let place = Place { device, gpu };
+        let place = Place { device, gpu, groups: ranks.groups() };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             plans: plans.iter().map(PlanFile::hash).collect(),
@@ -81,11 +81,11 @@ impl World {
         }
         ranks.meet(&introduction)?;
         for plan in plans {
-            let (found, size) = (plan.manifest.ranks.len(), ranks.size());
-            if found != 1 {
+            let (expected, found) = (plan.manifest.ranks.len(), ranks.size());
+            if found % expected != 0 {
                 bail!(
-                    "plan `{}`: expected a program for one rank, of which each of the {size} is a replica, found programs for {found}; \
-                     compile it without --ranks",
+                    "ranks: expected a multiple of {expected}, for each of which plan `{}` has a program, found {found}; start another \
+                     number, or compile the plan with another --ranks",
                     plan.manifest.model.name
                 );
             }

@@ -6,6 +6,7 @@ pub mod cubins;
 pub mod kernels;
 pub mod lock;
 mod lower;
+mod pipeline;
 pub mod recipe;
 pub mod refine;
 pub mod select;

@@ -1,5 +1,6 @@
 //! The plan: what the compiler writes and the runtime reads. Uses no other room.
 
+pub mod collective;
 pub mod file;
 pub mod launch;
 pub mod layout;
@@ -7,6 +8,7 @@ pub mod manifest;
 pub mod operators;
 pub mod validate;
 
+pub use collective::{Collective, CollectiveKind};
 pub use file::{PlanError, PlanFile};
 pub use launch::*;
 pub use layout::*;

@@ -13,7 +13,7 @@ use self::work::Feed;
 pub use self::work::{All, Next, Work};
 use super::Executor;
 use super::request::{FinishReason, Finished, Request, RequestError, Session};
-use super::scheduler::{Scheduler, Step};
+use super::scheduler::{Agreed, Scheduler, Step};
 use super::statistics::Statistics;
 use crate::plan::{Bucket, Manifest, Phase};
 
@@ -42,6 +42,8 @@ pub struct Generator<'e, E: ?Sized> {
     chosen: Vec<i32>,
     /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
     since: Instant,
+    /// What the ranks that run steps together agreed on last; [`Agreed::Later`] where there is one.
+    agreed: Agreed,
 }
 
 #[derive(Clone, Default)]
@@ -73,6 +75,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             captures: Vec::new(),
             chosen: Vec::new(),
             since: Instant::now(),
+            agreed: Agreed::Later,
         })
     }
 
@@ -160,7 +163,11 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         self.enqueue(feed)?;
         let Some(step) = self.scheduler.oldest() else {
             // What comes later may still come, unless something waits that nothing will make room for.
-            let over = feed.dry || self.scheduler.waiting() > 0;
+            let over = match self.executor.group() {
+                None => feed.dry || self.scheduler.waiting() > 0,
+                // Others may have steps to run, in which this rank takes part.
+                Some(_) => self.agreed == Agreed::Over,
+            };
             return Ok(if over { None } else { Some(()) });
         };
         self.chosen.clear();
@@ -203,9 +210,11 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
 
     /// Admits what fits. Only the first that waits matters, as none overtakes it: the others need not be known yet.
     fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
+        // Where it may wait, the ranks that run steps together with this one wait too.
+        let others_idle = !matches!(self.agreed, Agreed::Step(..));
         loop {
             while self.scheduler.waiting() == 0
-                && let Some((index, request)) = feed.next(self.scheduler.is_idle())?
+                && let Some((index, request)) = feed.next(self.scheduler.is_idle() && others_idle)?
             {
                 if let Some(result) = self.submit(index, request) {
                     feed.work.finished(index, result)?;
@@ -230,7 +239,21 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 self.admit(feed)?;
             }
             let idle = self.scheduler.in_flight() == 0;
-            let Some(step) = self.scheduler.next_step() else { return Ok(()) };
+            let step = match self.executor.group() {
+                None => self.scheduler.next_step(),
+                Some(_) if !self.scheduler.has_spare_step() => None,
+                Some(group) => {
+                    // What waits now with no sequence at work never finds room.
+                    let stuck = feed.dry || self.scheduler.waiting() > 0;
+                    let over = stuck && self.scheduler.sequences().next().is_none();
+                    self.agreed = self.scheduler.agree(group, over)?;
+                    match self.agreed {
+                        Agreed::Step(phase, bucket) => self.scheduler.plan_step(phase, bucket),
+                        Agreed::Later | Agreed::Over => None,
+                    }
+                }
+            };
+            let Some(step) = step else { return Ok(()) };
             if idle {
                 self.since = Instant::now();
             }

@@ -31,9 +31,13 @@ struct World {
 
 impl World {
     fn at_work(ranks: usize) -> World {
+        World::with_plan(ranks, &[])
+    }
+
+    fn with_plan(ranks: usize, choices: &[&str]) -> World {
         let folder = tempfile::tempdir().expect("a folder can be made");
         let at = folder.path();
-        compile(at, "plans/synthetic.ron", "demo.plan", &[]);
+        compile(at, "plans/synthetic.ron", "demo.plan", choices);
         let line = |i: usize| format!("{{\"tokens\": [{i}], \"max_new_tokens\": {}, \"ignore_eos\": true}}\n", 20 + i);
         fs::write(at.join("in.jsonl"), (1..400).map(line).collect::<String>().repeat(9)).expect("it is written");
         fs::write(at.join("rank"), RANK).expect("it is written");
@@ -89,7 +93,11 @@ impl Drop for World {
 }
 
 fn strike(name: &str, ranks: usize, victim: usize, cause: &str) {
-    let world = World::at_work(ranks);
+    strike_in(&World::at_work(ranks), name, victim, cause);
+}
+
+fn strike_in(world: &World, name: &str, victim: usize, cause: &str) {
+    let ranks = world.ranks;
     let pid = world.read(&format!("pid.{victim}"));
     let (elapsed, ends) = world.strike(name, victim);
     println!("SIG{name} of rank {victim} of {ranks}: the others have ended after {:.2} s", elapsed.as_secs_f64());
@@ -111,6 +119,15 @@ fn strike(name: &str, ranks: usize, victim: usize, cause: &str) {
 fn a_rank_that_is_killed() {
     strike("KILL", 4, 3, "has ended before the work was done");
     strike("KILL", 2, 0, "has ended before the work was done");
+}
+
+/// The others are within a collective with it, or wait for it to agree on the next step.
+#[test]
+fn a_rank_with_experts_that_others_wait_for() {
+    let spread = |ranks, size| World::with_plan(ranks, &["--ranks", size]);
+    strike_in(&spread(2, "expert=2"), "KILL", 1, "has ended before the work was done");
+    strike_in(&spread(2, "expert=2"), "KILL", 0, "has ended before the work was done");
+    strike_in(&spread(4, "expert=2"), "STOP", 3, "no sign of life for 5 s");
 }
 
 #[test]

@@ -72,7 +72,7 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     let names = [&arguments.input_plan].into_iter().chain(&arguments.batch.compare);
     for (at, (name, file)) in names.zip(&plans).enumerate() {
         world.load(at)?;
-        reports.push(evaluate(arguments, name.display().to_string(), file, place, input, count, world)?);
+        reports.push(evaluate(arguments, name.display().to_string(), file, place.clone(), input, count, world)?);
     }
     world.leave()?;
     match arguments.format.unwrap_or(Format::Text) {

@@ -155,6 +155,14 @@ impl<'a> Frame<'a, '_> {
                 let assignment = experts::by_pair(self.i32(chosen)?, k, self.ty(x)?.1.len() == 3);
                 experts::product(&self.view(x)?.to_f32()?, self.view(weight)?, self.ty(weight)?, &assignment)?
             }
+            Op::LocalExperts { experts: local, .. } => {
+                let [chosen] = slots(args)?;
+                return Ok(vec![Value::I32(experts::local(self.i32(chosen)?, local))]);
+            }
+            Op::BlockSum { blocks } => {
+                let [x] = slots(args)?;
+                experts::block_sum(&self.view(x)?.to_f32()?, usize::try_from(*blocks)?)?
+            }
             Op::GroupRows => {
                 let [chosen] = slots(args)?;
                 let offsets = results.get(2).context("three results are needed")?;
@@ -188,7 +196,7 @@ impl<'a> Frame<'a, '_> {
                 };
                 experts::weighted_sum(&self.view(y)?.to_f32()?, n, &self.view(weights)?.to_f32()?, k, place)?
             }
-            _ => bail!("an operator that updates state stands where none is expected"),
+            _ => bail!("an operator that updates state, or that ranks run together, stands where none is expected"),
         };
         Ok(vec![Value::F32(numbers)])
     }

@@ -197,9 +197,9 @@ mod tests {
     #[test]
     fn blocks_are_told_by_names_and_experts() {
         let step = |name: &str, bytes_per_expert: u64| {
-            let cost = Cost { bytes: 0, bytes_per_expert, bytes_per_position: 0, flops: 0 };
+            let cost = Cost { bytes: 0, bytes_per_expert, bytes_per_position: 0, flops: 0, ..Cost::default() };
             let (reads, writes, updates, after) = (vec![], vec![], vec![], vec![]);
-            Step { name: name.into(), op: 0, reads, writes, updates, after, cost, launch: None }
+            Step { name: name.into(), op: 0, reads, writes, updates, after, cost, launch: None, collective: None }
         };
         let steps = vec![
             step("embed.embed", 0),

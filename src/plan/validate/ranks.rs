@@ -1,0 +1,115 @@
+//! What ranks do together: each finds of the others what it expects.
+
+use super::{Faults, order};
+use crate::plan::{Bucket, Collective, Manifest, Op, Program, Step};
+
+/// Checks programs that are valid by themselves against each other.
+pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
+    faults.note("experts", spread(manifest));
+    let first = &manifest.ranks[0];
+    for (rank, program) in manifest.ranks.iter().enumerate() {
+        let at = format!("rank {rank}");
+        faults.note(&at, experts(manifest, program, rank));
+        faults.note(&at, alike(first, program));
+        if faults.count() > 0 {
+            return;
+        }
+        for (bucket, expected) in program.buckets.iter().zip(&first.buckets) {
+            let at = format!("{at}, bucket {}", bucket.name);
+            for (i, step) in bucket.steps.iter().enumerate() {
+                let size = manifest.ranks.len() as u64;
+                let in_head = i >= bucket.head as usize;
+                faults.note(format_args!("{at}, step {}", step.name), collective(program, step, size, in_head));
+            }
+            faults.note(&at, same_collectives(expected, bucket));
+            in_order(bucket, &at, faults);
+        }
+    }
+}
+
+/// Checks that each expert is on one rank, if they are spread.
+fn spread(manifest: &Manifest) -> Result<(), String> {
+    let (experts, ranks) = (&manifest.experts, manifest.ranks.len());
+    if experts.is_empty() && ranks == 1 {
+        return Ok(());
+    }
+    if experts.len() != ranks || ranks < 2 {
+        return Err(format!("expected those of each of {ranks} ranks, none for one rank, found {}", experts.len()));
+    }
+    let mut all: Vec<u64> = experts.iter().flatten().copied().collect();
+    all.sort_unstable();
+    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted());
+    if ascend && all.iter().copied().eq(0..all.len() as u64) {
+        return Ok(());
+    }
+    Err(format!("expected each on one rank, ascending, and some on every rank, found {experts:?}"))
+}
+
+/// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
+fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), String> {
+    let local = manifest.experts.get(rank).map_or(&[][..], Vec::as_slice);
+    let of = manifest.experts.iter().map(Vec::len).sum::<usize>() as u64;
+    if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
+        return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
+    }
+    for instr in program.semantics.iter().flat_map(|semantic| &semantic.body) {
+        if let Op::LocalExperts { of: all, experts } = &instr.0
+            && (*all != of || experts != local)
+        {
+            return Err(format!("LocalExperts: expected {local:?} of {of}, found {experts:?} of {all}"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a program takes the same batches as another.
+fn alike(expected: &Program, found: &Program) -> Result<(), String> {
+    let sizes = |bucket: &Bucket| (bucket.name.clone(), bucket.phase, bucket.tokens, bucket.sequences, bucket.rows);
+    if !expected.buckets.iter().map(sizes).eq(found.buckets.iter().map(sizes)) {
+        return Err("expected the buckets of rank 0".into());
+    }
+    let io = |program: &Program| program.io.iter().map(|io| (io.name.clone(), io.bytes, io.input)).collect::<Vec<_>>();
+    if io(expected) == io(found) { Ok(()) } else { Err("expected the io of rank 0".into()) }
+}
+
+fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Result<(), String> {
+    let expected = Collective::of(&program.semantics[step.op as usize]);
+    if step.collective != expected {
+        return Err(format!("`collective`: expected {expected:?}, found {:?}", step.collective));
+    }
+    match &step.collective {
+        Some(_) if in_head => Err("a collective of the head, which a rank may run again alone".into()),
+        Some(found) if found.size != size => {
+            Err(format!("expected a collective of {size} ranks, which the plan has, found {}", found.size))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn same_collectives(expected: &Bucket, found: &Bucket) -> Result<(), String> {
+    let list = |bucket: &Bucket| -> Vec<Collective> {
+        bucket.steps.iter().filter_map(|step| step.collective.clone()).collect()
+    };
+    let (expected, found) = (list(expected), list(found));
+    let differs = expected.iter().zip(&found).position(|(a, b)| a != b);
+    match differs {
+        Some(at) => Err(format!("collective {at}: expected {:?}, as on rank 0, found {:?}", expected[at], found[at])),
+        None if expected.len() != found.len() => {
+            Err(format!("expected {} collectives, as on rank 0, found {}", expected.len(), found.len()))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Checks that no two collectives can run at a time, which ranks could then begin in different orders.
+fn in_order(bucket: &Bucket, at: &str, faults: &mut Faults) {
+    let Some(ancestors) = order::ancestors(&bucket.steps, at, faults) else { return };
+    let steps = bucket.steps.iter().enumerate().filter(|(_, step)| step.collective.is_some());
+    let steps: Vec<usize> = steps.map(|(i, _)| i).collect();
+    for pair in steps.windows(2) {
+        if !ancestors[pair[1]].contains(pair[0]) {
+            let names = (&bucket.steps[pair[0]].name, &bucket.steps[pair[1]].name);
+            faults.add(at, format!("collectives {} and {} are in no order", names.0, names.1));
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Steps that ranks run together: what a rank sends lies in its pool, and what it receives is written there.
+
+use anyhow::{Context, Result, ensure};
+
+use super::tensor::byte_len;
+use super::{CpuExecutor, part, place_of};
+use crate::plan::{Bucket, Collective, CollectiveKind, Program, Ref, Step, TensorType};
+use crate::runtime::group::Group;
+
+impl CpuExecutor {
+    /// Makes the rank one of a group, with which it runs the plan's collectives.
+    ///
+    /// # Errors
+    /// The group is not one of the plan's ranks.
+    pub fn with_group(mut self, group: Box<dyn Group>) -> Result<Self> {
+        let (expected, found) = ((self.rank, self.manifest.ranks.len()), (group.rank(), group.size()));
+        ensure!(
+            expected == found,
+            "ranks: expected rank {} of {}, as the plan has, found rank {} of {}",
+            expected.0,
+            expected.1,
+            found.0,
+            found.1
+        );
+        self.group = Some(group);
+        Ok(self)
+    }
+
+    /// Runs a collective with the group.
+    pub(super) fn run_collective(
+        &mut self,
+        program: &Program,
+        bucket: &Bucket,
+        step: &Step,
+        collective: &Collective,
+    ) -> Result<()> {
+        let sent = self.sent(program, bucket, step)?;
+        let size = self.manifest.ranks.len();
+        let group = self.group.as_mut().with_context(|| {
+            format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
+        })?;
+        let mut all = Vec::with_capacity(sent.len());
+        for sent in &sent {
+            let mut received = vec![0; sent.len() * collective.blocks()];
+            match collective.kind {
+                CollectiveKind::AllGather => group.all_gather(sent, &mut received)?,
+                CollectiveKind::AllToAll => group.all_to_all(sent, &mut received)?,
+            }
+            all.push(received);
+        }
+        self.receive(program, bucket, step, &all)
+    }
+
+    /// What the rank sends in a collective: the bytes of each of the step's reads.
+    pub(super) fn sent(&self, program: &Program, bucket: &Bucket, step: &Step) -> Result<Vec<Vec<u8>>> {
+        let semantic = program.semantics.get(step.op as usize).context("no such semantic")?;
+        let read = |(&place, ty): (&Ref, &TensorType)| {
+            let region = match place {
+                Ref::Io(_) => self.pool.io(),
+                _ => self.pool.arena(),
+            };
+            let bytes = part(region, place_of(program, bucket, place)?, byte_len(ty)?, place)?;
+            Ok(bytes.to_vec())
+        };
+        step.reads.iter().zip(&semantic.inputs).map(read).collect()
+    }
+
+    /// Writes what the rank has received to each of the step's writes.
+    pub(super) fn receive(&mut self, program: &Program, bucket: &Bucket, step: &Step, all: &[Vec<u8>]) -> Result<()> {
+        ensure!(all.len() == step.writes.len(), "{} places for {} parts", step.writes.len(), all.len());
+        for (&place, bytes) in step.writes.iter().zip(all) {
+            ensure!(matches!(place, Ref::Arena(_)), "ranks may not write {place:?} together");
+            let start = place_of(program, bucket, place)?;
+            let room = self.pool.split().arena.get_mut(start..start.saturating_add(bytes.len()));
+            room.with_context(|| format!("{place:?} leaves its region"))?.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+}
