@@ -1,7 +1,8 @@
 //! What several commands do first: find the plan, compile a recipe, fill a pool with weights.
 
+mod cpu;
+
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -19,9 +20,10 @@ use crate::ir::{DType, Graph};
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
-use crate::runtime::cpu::{CpuEnsemble, CpuExecutor, HostPool};
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::weights::{self, Checkpoint, Origin};
+
+pub use self::cpu::cpu_executor;
 
 /// What a recipe's choices can be overridden with.
 #[derive(Args, Clone, Debug, Default)]
@@ -313,14 +315,7 @@ pub fn executor(
     if graphs == Graphs::Required {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
     }
-    match (groups, file.manifest.ranks.len()) {
-        (_, 1) => Ok(Box::new(cpu_executor(file, model)?)),
-        (None, _) => Ok(Box::new(cpu_ensemble(file, model)?)),
-        (Some(groups), ranks) => {
-            let group = groups(ranks)?;
-            Ok(Box::new(cpu_executor_of(file, group.rank(), model)?.with_group(group)?))
-        }
-    }
+    cpu::executor(file, model, groups)
 }
 
 /// As [`executor`], with every graph captured that would be when first needed, so that what is timed is running.
@@ -340,52 +335,6 @@ pub fn prepared_executor(
         Err(error) if graphs == Graphs::Required => Err(error),
         _ => Ok(Box::new(executor)),
     }
-}
-
-/// The CPU executor of a plan of one rank, with its weights loaded.
-pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
-    one_rank(&file.manifest)?;
-    cpu_executor_of(file, 0, model)
-}
-
-/// Refuses a plan of several ranks where one at a time is looked at.
-pub fn one_rank(manifest: &Manifest) -> Result<()> {
-    match manifest.ranks.len() {
-        1 => Ok(()),
-        found => bail!(
-            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
-            manifest.model.name
-        ),
-    }
-}
-
-/// The executor of all ranks of a plan in this process, with their weights loaded.
-fn cpu_ensemble(file: &PlanFile, model: Option<&Path>) -> Result<CpuEnsemble> {
-    CpuEnsemble::new(
-        (0..file.manifest.ranks.len()).map(|rank| cpu_executor_of(file, rank, model)).collect::<Result<_>>()?,
-    )
-}
-
-/// The CPU executor of a rank's program, with its weights loaded.
-fn cpu_executor_of(file: &PlanFile, rank: usize, model: Option<&Path>) -> Result<CpuExecutor> {
-    let manifest = &file.manifest;
-    let program = &manifest.ranks[rank];
-    let mut pool = HostPool::new(program)?;
-    let bar = progress::bytes("loading weights", weights::total_bytes(program));
-    let report = |done: u64| bar.set_position(done);
-    with_origin(file, model, |origin| {
-        match origin {
-            Origin::Synthetic(seed) => {
-                weights::fill_synthetic(manifest, program, seed, pool.weights_mut(), &report)?;
-            }
-            Origin::Checkpoint(checkpoint) => {
-                weights::load(manifest, program, checkpoint, pool.weights_mut(), &report)?;
-            }
-        }
-        Ok(())
-    })?;
-    bar.finish_and_clear();
-    CpuExecutor::new(Arc::new(manifest.clone()), rank, pool)
 }
 
 /// The CUDA executor on the first GPU, with its weights loaded.

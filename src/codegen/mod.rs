@@ -3,6 +3,7 @@
 pub mod compile;
 mod cost;
 pub mod cubins;
+mod expert_ranks;
 pub mod kernels;
 pub mod lock;
 mod lower;

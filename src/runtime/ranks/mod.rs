@@ -1,6 +1,7 @@
 //! Several processes at one piece of work: the *ranks*, which a launcher such as `mpirun` starts.
 //!
-//! Every rank holds the model, a *replica*. Rank 0 has the input and the output: it deals requests to the replicas, itself among
+//! Every rank holds the model, a *replica*, or a group of ranks does, each with its own experts ([`crate::runtime::group`]); for dealing
+//! requests, each of them is a replica. Rank 0 has the input and the output: it deals requests to the replicas, itself among
 //! them, and takes back their results ([`lead()`]); the others run what they are given ([`follow()`]). What they say to each other is in
 //! [`mod@message`], and goes through a [`Transport`], so that nothing but `mpi` knows MPI. A request's tokens do not depend on the rank that
 //! runs it, nor on its neighbours there, so neither do results; which rank runs which request depends on who has done how much.
