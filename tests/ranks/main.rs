@@ -137,7 +137,9 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
         format!(r#"{{"tokens": {prompt:?}, "max_new_tokens": {new}, "ignore_eos": true}}"#) + "\n"
     };
     fs::write(at.join("in.jsonl"), (0..40).map(line).collect::<String>()).expect("it is written");
-    let run = |plan, name| ["run", plan, "--chunk", "23", "--input", "in.jsonl", "--output", name];
+    fn run<'a>(plan: &'a str, name: &'a str) -> [&'a str; 8] {
+        ["run", plan, "--chunk", "23", "--input", "in.jsonl", "--output", name]
+    }
     succeeded(&lfm2c(at, &run("one.plan", "1.jsonl")));
     // A request's name is a hash of the plan too.
     let results = |name: &str| -> Vec<String> {
@@ -147,9 +149,10 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
     let expected = results("1.jsonl");
     assert_eq!(expected.len(), 40);
     for (plan, ranks) in [("two.plan", "2"), ("two.plan", "4"), ("four.plan", "4")] {
-        let output = on_ranks(at, ranks, &run(plan, "found.jsonl"));
+        let name = format!("{plan}-{ranks}.jsonl");
+        let output = on_ranks(at, ranks, &run(plan, &name));
         succeeded(&output);
-        assert_eq!(results("found.jsonl"), expected, "{plan} on {ranks} ranks");
+        assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
         assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
     }
     // One prompt, of which the other ranks have nothing; and all ranks in one process.
