@@ -48,7 +48,7 @@ pub fn measure(
         if at.phase == Phase::Decode {
             note(format_args!("whole graphs of {}", at.name));
             let alone = only(&manifest, at.tokens, options);
-            let search = Refinement::new(&tuning.entries(bucket));
+            let search = Refinement::new(&tuning.entries(bucket), tuning.order(bucket));
             tuning.refine(bucket, bench.refine(&alone, search)?);
             keep(tuning.lock(&gpu, toolkit))?;
             if let Some(found) = bench.apart(&alone, &mut tuning, &compiled.buckets[bucket].optional)? {
@@ -202,7 +202,7 @@ impl Bench<'_> {
         }
         let base = CompileOptions { tactics: tuning.lock("", (0, 0)).tactics(), ..alone.clone() };
         let entries: Vec<Entry> = optional.iter().map(|key| Entry::fusion(key)).collect();
-        self.refine(&base, Refinement::new(&entries)).map(Some)
+        self.refine(&base, Refinement::new(&entries, &[])).map(Some)
     }
 }
 

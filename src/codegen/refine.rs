@@ -4,7 +4,8 @@
 //! the graph faster. So a bucket begins with the best of several choices: the registry's defaults, the fastest of each problem
 //! by itself, and for each kernel that runs more than one problem, that kernel wherever it runs, since what a kernel leaves to
 //! its neighbours shows only where they are of its kind. Then it takes one problem after the other, the longest first, and tries
-//! its best candidates within the whole graph. What makes the graph faster stays. Who measures is not said here: times come in.
+//! its best candidates within the whole graph. What makes the graph faster stays. In the end it tries neighbours together: one that
+//! takes less of a multiprocessor pays where the other one uses what is left. Who measures is not said here: times come in.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -16,6 +17,9 @@ const MARGIN: f64 = 0.003;
 const MOST_TRIED: usize = 3;
 /// Candidates that take this much longer than the fastest by themselves are not tried.
 const FAR: f64 = 1.6;
+/// Neighbours that are tried together, and candidates of each of the two.
+const MOST_PAIRS: usize = 4;
+const MOST_PAIRED: usize = 6;
 
 /// What is tried of a fused operator beside [`APART`].
 const TOGETHER: &str = "together";
@@ -46,6 +50,48 @@ impl Entry {
         list.sort_by(|a, b| a.1.total_cmp(&b.1));
         list
     }
+
+    /// The fastest candidates, as many as are worth a try.
+    fn near(&self, most: usize) -> Vec<&String> {
+        let list = self.by_time();
+        let least = list.first().map_or(0.0, |(_, us)| *us);
+        list.into_iter().take_while(|(_, us)| *us <= least * FAR).take(most).map(|(name, _)| name).collect()
+    }
+
+    /// Whether there is something to choose.
+    fn is_free(&self) -> bool {
+        self.fixed.is_none() && self.candidates.len() > 1
+    }
+
+    /// Time of all its steps, each by itself.
+    fn total(&self) -> f64 {
+        self.steps as f64 * self.by_time().first().map_or(0.0, |(_, us)| *us)
+    }
+}
+
+/// Changes of two problems at a time whose steps follow each other: of those that take longest together, each candidate of the one with
+/// each of the other. `order` has the problem of each step.
+fn pairs(entries: &[Entry], order: &[String]) -> Vec<Change> {
+    let entry = |key: &String| entries.iter().find(|entry| entry.key == *key && entry.is_free());
+    let mut found: Vec<(&Entry, &Entry)> = vec![];
+    for two in order.windows(2) {
+        if let (Some(a), Some(b)) = (entry(&two[0]), entry(&two[1]))
+            && a.key != b.key
+            && !found.iter().any(|(x, y)| [&x.key, &y.key] == [&a.key, &b.key] || [&y.key, &x.key] == [&a.key, &b.key])
+        {
+            found.push((a, b));
+        }
+    }
+    found.sort_by(|(a, b), (c, d)| (c.total() + d.total()).total_cmp(&(a.total() + b.total())));
+    let mut changes = vec![];
+    for (a, b) in found.into_iter().take(MOST_PAIRS) {
+        for of_a in a.near(MOST_PAIRED) {
+            for of_b in b.near(MOST_PAIRED) {
+                changes.push(vec![(a.key.clone(), of_a.clone()), (b.key.clone(), of_b.clone())]);
+            }
+        }
+    }
+    changes
 }
 
 /// The first word of a name: the kernel of a candidate, the stages of a problem.
@@ -72,6 +118,9 @@ fn shared_kernels(entries: &[Entry]) -> BTreeSet<&str> {
     shared
 }
 
+/// Candidates for problems.
+type Change = Vec<(String, String)>;
+
 /// The search for one bucket.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Refinement {
@@ -79,8 +128,8 @@ pub struct Refinement {
     chosen: BTreeMap<String, String>,
     /// The other beginnings that are left.
     beginnings: VecDeque<BTreeMap<String, String>>,
-    /// What is left to try: problem and candidate.
-    queue: VecDeque<(String, String)>,
+    /// What is left to try.
+    queue: VecDeque<Change>,
     /// What is being timed.
     trial: Trial,
     /// The graph with the defaults, in microseconds.
@@ -94,7 +143,7 @@ pub struct Refinement {
 enum Trial {
     Defaults,
     Beginning(BTreeMap<String, String>),
-    One(String, String),
+    Change(Change),
     Done,
 }
 
@@ -112,8 +161,8 @@ pub struct Refined {
 }
 
 impl Refinement {
-    /// Begins with nothing timed.
-    pub fn new(entries: &[Entry]) -> Refinement {
+    /// Begins with nothing timed. `order` has the problem of each of the bucket's steps; with an empty one no neighbours are tried.
+    pub fn new(entries: &[Entry], order: &[String]) -> Refinement {
         let first = |entry: &Entry| entry.candidates.first().map(|(name, _)| name.clone());
         let best = |entry: &Entry| entry.by_time().first().map(|(name, _)| name.clone());
         let choice = |of: &dyn Fn(&Entry) -> Option<String>| -> BTreeMap<String, String> {
@@ -132,21 +181,16 @@ impl Refinement {
         }));
         let mut known = BTreeSet::from([chosen.clone()]);
         beginnings.retain(|beginning| known.insert(beginning.clone()));
-        let mut free: Vec<&Entry> =
-            entries.iter().filter(|entry| entry.fixed.is_none() && entry.candidates.len() > 1).collect();
-        let total = |entry: &Entry| entry.steps as f64 * entry.by_time().first().map_or(0.0, |(_, us)| *us);
-        free.sort_by(|a, b| total(b).total_cmp(&total(a)));
+        let mut free: Vec<&Entry> = entries.iter().filter(|entry| entry.is_free()).collect();
+        free.sort_by(|a, b| b.total().total_cmp(&a.total()));
         let mut queue = VecDeque::new();
         for entry in free {
-            let list = entry.by_time();
-            let near = list.iter().take_while(|(_, us)| *us <= list[0].1 * FAR).take(MOST_TRIED);
-            let default = entry.candidates.first().into_iter();
-            let mut names: Vec<&String> = near.map(|(name, _)| name).collect();
-            names.extend(
-                default.map(|(name, _)| name).filter(|name| !list.iter().take(MOST_TRIED).any(|(n, _)| n == *name)),
-            );
-            queue.extend(names.into_iter().map(|name| (entry.key.clone(), name.clone())));
+            let mut names = entry.near(MOST_TRIED);
+            let default = entry.candidates.first().map(|(name, _)| name);
+            names.extend(default.filter(|name| !names.contains(name)));
+            queue.extend(names.into_iter().map(|name| vec![(entry.key.clone(), name.clone())]));
         }
+        queue.extend(pairs(entries, order));
         Refinement { chosen, beginnings, queue, trial: Trial::Defaults, default_us: f64::NAN, us: f64::NAN, timed: 0 }
     }
 
@@ -156,9 +200,7 @@ impl Refinement {
         match &self.trial {
             Trial::Defaults => {}
             Trial::Beginning(beginning) => chosen = beginning.clone(),
-            Trial::One(key, name) => {
-                chosen.insert(key.clone(), name.clone());
-            }
+            Trial::Change(change) => chosen.extend(change.clone()),
             Trial::Done => return None,
         }
         // Fused is what an operator is where nothing is said.
@@ -177,9 +219,7 @@ impl Refinement {
                 return;
             }
             Trial::Beginning(beginning) if faster => self.chosen = beginning,
-            Trial::One(key, name) if faster => {
-                self.chosen.insert(key, name);
-            }
+            Trial::Change(change) if faster => self.chosen.extend(change),
             _ => {}
         }
         if let Some(us) = us.filter(|_| faster) {
@@ -188,14 +228,14 @@ impl Refinement {
         self.trial = self.following();
     }
 
-    /// The next beginning, and after these the next single change that is one.
+    /// The next beginning, and after these the next change that is one, of all that it names.
     fn following(&mut self) -> Trial {
         if let Some(beginning) = self.beginnings.pop_front() {
             return Trial::Beginning(beginning);
         }
-        while let Some((key, name)) = self.queue.pop_front() {
-            if self.chosen.get(&key) != Some(&name) {
-                return Trial::One(key, name);
+        while let Some(change) = self.queue.pop_front() {
+            if change.iter().all(|(key, name)| self.chosen.get(key) != Some(name)) {
+                return Trial::Change(change);
             }
         }
         Trial::Done
@@ -223,7 +263,16 @@ mod tests {
 
     /// Runs a search in which a graph takes what `us` says of its choices.
     fn search(entries: &[Entry], us: impl Fn(&BTreeMap<String, String>) -> Option<f64>) -> Refined {
-        let mut search = Refinement::new(entries);
+        search_with(entries, &[], us)
+    }
+
+    fn search_with(
+        entries: &[Entry],
+        order: &[&str],
+        us: impl Fn(&BTreeMap<String, String>) -> Option<f64>,
+    ) -> Refined {
+        let order: Vec<String> = order.iter().map(|&key| key.to_owned()).collect();
+        let mut search = Refinement::new(entries, &order);
         let mut most = search.left() + 1;
         while let Some(tactics) = search.next() {
             assert!(most > 0, "more graphs than were left");
@@ -273,6 +322,29 @@ mod tests {
         });
         assert_eq!((found.chosen["ffn"].as_str(), found.chosen["conv"].as_str()), ("ring 2", "other"));
         assert_eq!(found.us, 80.0);
+    }
+
+    #[test]
+    fn neighbours_are_tried_together() {
+        let entries = [
+            entry("up", 22, &[("large", 10.0), ("small", 12.0)]),
+            entry("down", 22, &[("few", 5.0), ("many", 6.0)]),
+            entry("conv", 18, &[("x", 5.0), ("y", 5.0)]),
+        ];
+        // A small kernel pays only where the other one uses what it leaves.
+        let us = |chosen: &BTreeMap<String, String>| {
+            Some(match (chosen["up"].as_str(), chosen["down"].as_str()) {
+                ("small", "many") => 80.0,
+                ("large", "few") => 100.0,
+                _ => 110.0,
+            })
+        };
+        let order = ["conv", "up", "down", "conv", "up", "down"];
+        let found = search_with(&entries, &order, us);
+        assert_eq!((found.chosen["up"].as_str(), found.chosen["down"].as_str(), found.us), ("small", "many", 80.0));
+        // Not neighbours, so nothing is found.
+        assert_eq!(search_with(&entries, &["up", "conv", "down"], us).us, 100.0);
+        assert_eq!(search(&entries, us).us, 100.0);
     }
 
     #[test]

@@ -153,6 +153,11 @@ impl Tuning {
         steps.into_iter().filter_map(entry).collect()
     }
 
+    /// The problem of each step of a bucket.
+    pub fn order(&self, bucket: usize) -> &[String] {
+        self.buckets.get(bucket).map_or(&[], |bucket| &bucket.keys)
+    }
+
     /// Takes in what whole graphs of a bucket chose.
     pub fn refine(&mut self, bucket: usize, found: Refined) {
         let Some(Steps { name, .. }) = self.buckets.get(bucket) else { return };

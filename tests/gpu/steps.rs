@@ -5,9 +5,10 @@ use std::collections::BTreeSet;
 
 use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Tuning};
+use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
 use lfm2c::passes;
-use lfm2c::plan::{Bucket, Kernel, Manifest, PlanFile, Step};
+use lfm2c::plan::{Bucket, Kernel, PlanFile, Step};
 use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name};
 use lfm2c::runtime::workload::{History, random_batch};
@@ -109,38 +110,39 @@ fn kernel_of<'a>(file: &'a PlanFile, step: &Step) -> &'a Kernel {
 #[derive(Default)]
 struct Once {
     seen: BTreeSet<String>,
-    reference: Option<Reference>,
+    begun: Option<(Examples, CudaExecutor)>,
     share: Option<Share>,
     plans: usize,
 }
 
-/// A plan but for its kernels, and what its steps read and wrote on the CPU, by bucket.
-struct Reference {
-    plan: Manifest,
-    examples: Vec<Vec<Example>>,
-}
+/// What a plan's steps read and wrote on the CPU, by bucket and position.
+type Examples = Vec<Vec<Example>>;
 
-impl Reference {
-    /// The GPU makes the state, if its rows run there; the steps of the buckets themselves run on the CPU alone.
-    fn of(file: &PlanFile, history: History) -> anyhow::Result<Reference> {
-        let program = &file.manifest.ranks[0];
-        let mut gpu = match history {
-            History::Run => gpu(file, Graphs::Off),
-            History::Held => gpu(&with_kernels(file, &[]), Graphs::Off),
-        };
-        let mut cpu = cpu(file);
-        let mut examples = vec![];
-        for (i, bucket) in program.buckets.iter().enumerate() {
-            begin(&mut gpu, i, history)?;
-            for region in [program.pool.state, program.pool.io] {
-                let range = region.offset as usize..(region.offset + region.bytes) as usize;
-                gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
-            }
-            let steps = 0..bucket.steps.len();
-            examples.push(steps.map(|at| Example::run(program, &mut cpu, i, at)).collect::<anyhow::Result<_>>()?);
+/// Runs a plan's steps on the CPU. The GPU makes the state, if its rows run there; its executor keeps its weights for others of the
+/// plan's kernels.
+fn begun(file: &PlanFile, history: History) -> anyhow::Result<(Examples, CudaExecutor)> {
+    let program = &file.manifest.ranks[0];
+    let mut cpu = cpu(file);
+    let mut gpu = match history {
+        History::Run => gpu(file, Graphs::Off),
+        History::Held => {
+            // A sanitizer takes seconds to watch weights being made.
+            let bare = CudaExecutor::new(&with_kernels(file, &[]), 0, &Device::open(0)?, Graphs::Off)?;
+            bare.pool().write(program.pool.weights.offset as usize, cpu.pool_mut().weights_mut(), bare.stream())?;
+            bare
         }
-        Ok(Reference { plan: without_launches(file), examples })
+    };
+    let mut examples = vec![];
+    for (i, bucket) in program.buckets.iter().enumerate() {
+        begin(&mut gpu, i, history)?;
+        for region in [program.pool.state, program.pool.io] {
+            let range = region.offset as usize..(region.offset + region.bytes) as usize;
+            gpu.pool().read(range.start, &mut cpu.pool_mut().bytes_mut()[range], gpu.stream())?;
+        }
+        let steps = 0..bucket.steps.len();
+        examples.push(steps.map(|at| Example::run(program, &mut cpu, i, at)).collect::<anyhow::Result<_>>()?);
     }
+    Ok((examples, gpu))
 }
 
 /// What one of several processes compares, over a state of random numbers: under a sanitizer, running rows to fill it would take
@@ -178,11 +180,11 @@ impl Once {
     fn compare(&mut self, shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
         let file = plan(shape, options);
         let history = if self.share.is_some() { History::Held } else { History::Run };
-        if self.reference.is_none() {
-            self.reference = Some(Reference::of(&file, history).map_err(fail)?);
+        if self.begun.is_none() {
+            self.begun = Some(begun(&file, history).map_err(fail)?);
         }
-        let Some(Reference { plan, examples }) = &self.reference else { unreachable!("it was just made") };
-        assert!(*plan == without_launches(&file), "plans differ in more than kernels");
+        let Some((examples, gpu)) = &mut self.begun else { unreachable!("it was just made") };
+        assert!(gpu.runs_same_steps(&file), "plans differ in more than kernels");
         self.plans += 1;
         let mine = self.share.as_ref().is_none_or(|share| self.plans % share.parts == share.part - 1);
         let known = |name: &String| self.share.as_ref().is_some_and(|share| share.known.contains(name));
@@ -201,12 +203,13 @@ impl Once {
         if chosen.is_empty() {
             return Ok(());
         }
-        let gpu = gpu(&with_kernels(&file, &chosen), Graphs::Off);
+        gpu.adopt(&with_kernels(&file, &chosen)).map_err(fail)?;
+        gpu.poison_arena(0xff).map_err(fail)?;
         let mut faults = Faults::of(&file);
         for (bucket, step) in chosen {
             let example = &examples[bucket][step];
-            example.pose(&gpu, 0xff).map_err(fail)?;
-            let written = example.compare(&gpu, bucket, step).map_err(fail)?;
+            example.pose(gpu, 0xff).map_err(fail)?;
+            let written = example.compare(gpu, bucket, step).map_err(fail)?;
             let of = &file.manifest.ranks[0].buckets[bucket];
             faults.add(&file, of, &of.steps[step], &written);
         }
@@ -216,19 +219,6 @@ impl Once {
         }
         Ok(())
     }
-}
-
-/// A plan but for how its steps run on a device.
-fn without_launches(file: &PlanFile) -> Manifest {
-    let mut manifest = file.manifest.clone();
-    manifest.kernels.clear();
-    manifest.services.clear();
-    manifest.ranks.iter_mut().flat_map(|rank| &mut rank.buckets).flat_map(|bucket| &mut bucket.steps).for_each(
-        |step| {
-            step.launch = None;
-        },
-    );
-    manifest
 }
 
 /// A plan with no kernels but those of services and of the chosen steps, by bucket and position, because loading a kernel takes a

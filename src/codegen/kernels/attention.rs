@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::Attend;
+use super::hopper::MOST_SHARED;
 use super::pattern::only;
 use super::{Problem, Twin};
 use crate::plan::Slot;
@@ -37,7 +38,7 @@ fn specialise(problem: &Problem) -> Option<Specialised> {
     let share = attend.share((SHARED - CHUNK * 8) / each).or_else(|| attend.share(1))?;
     let shared = each * share;
     let blocks = attend.rows * attend.cache.kv_heads * (attend.group() / share);
-    if shared + CHUNK * 8 > super::attention_decode::MOST_SHARED || blocks > i32::MAX as u64 {
+    if shared + CHUNK * 8 > MOST_SHARED || blocks > i32::MAX as u64 {
         return None;
     }
     let mut builder = Builder::new(problem);

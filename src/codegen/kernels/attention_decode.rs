@@ -3,6 +3,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::{Attend, Prepared, halves, vector};
+use super::hopper::{MOST_SHARED, PROCESSORS};
 use super::pattern::{dtype, only};
 use super::{Problem, Twin};
 use crate::plan::{Instr, Op, Phase, Slot};
@@ -10,12 +11,10 @@ use crate::plan::{Instr, Op, Phase, Slot};
 /// The twin.
 pub struct AttentionDecode;
 
-/// Most shared memory of a block.
-pub const MOST_SHARED: u64 = 232_448;
 /// Numbers of queries and as many of sums that a lane holds.
 const MOST_NUMBERS: u64 = 64;
 /// Blocks from which on the device has enough to do without more of them.
-const ENOUGH_BLOCKS: u64 = 132 * 4;
+const ENOUGH_BLOCKS: u64 = PROCESSORS * 4;
 
 impl Twin for AttentionDecode {
     fn name(&self) -> &'static str {

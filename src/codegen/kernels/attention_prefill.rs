@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::{Attend, same_half};
+use super::hopper::PROCESSORS;
 use super::pattern::{dtype, only};
 use super::{Problem, Twin};
 use crate::plan::{Phase, Slot};
@@ -14,7 +15,7 @@ type Shape = (u64, u64, u64);
 /// Query heads of a KV head in one block: more would leave few rows to a block.
 const MOST_SHARE: u64 = 16;
 /// Blocks from which on larger tiles pay.
-const ENOUGH_BLOCKS: u64 = 132 * 2;
+const ENOUGH_BLOCKS: u64 = PROCESSORS * 2;
 
 impl Twin for AttentionPrefill {
     fn name(&self) -> &'static str {

@@ -2,8 +2,8 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::Attend;
+use super::hopper::{ALL_SHARED, MOST_SHARED, PROCESSORS, SYSTEM_SHARED};
 use super::pattern::{dtype, only};
-use super::wgmma::{ALL_SHARED, MOST_SHARED, SYSTEM_SHARED};
 use super::{Problem, Twin};
 use crate::plan::{DType, Phase, Slot};
 
@@ -29,7 +29,7 @@ const ACROSS: u64 = 8;
 const MOST_SUMS: u64 = 64;
 /// Blocks of the smallest tiles from which on rows are many, and those of the larger from which on these pay.
 const MANY_BLOCKS: u64 = 100;
-const ENOUGH_BLOCKS: u64 = 132 * 2;
+const ENOUGH_BLOCKS: u64 = PROCESSORS * 2;
 
 /// A way to divide the work.
 #[derive(Clone, Copy)]

@@ -2,8 +2,8 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::{Attend, same_half};
+use super::hopper::{ALL_SHARED, MOST_SHARED, PROCESSORS, SYSTEM_SHARED};
 use super::pattern::{dtype, only};
-use super::wgmma::{ALL_SHARED, MOST_SHARED, SYSTEM_SHARED};
 use super::{Problem, Twin};
 use crate::plan::{Phase, Slot};
 
@@ -21,7 +21,7 @@ const ROW_BYTES: u64 = 128;
 const ATOM: u64 = 8;
 const MOST_STAGES: u64 = 4;
 /// Blocks from which on larger tiles pay.
-const ENOUGH_BLOCKS: u64 = 132 * 2;
+const ENOUGH_BLOCKS: u64 = PROCESSORS * 2;
 
 /// A way to divide the work.
 #[derive(Clone, Copy, PartialEq, Debug)]

@@ -8,11 +8,9 @@
 
 use super::Problem;
 use super::builder::{Builder, Specialised};
+use super::hopper::PROCESSORS;
 use super::product::{Product, Prologue, Routing};
 use crate::plan::DType;
-
-/// Streaming multiprocessors of the device.
-pub const SMS: u64 = 132;
 
 /// Most rows of x.
 const MOST_ROWS: u64 = 64;
@@ -165,7 +163,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: Shape
 impl Shape {
     /// Runs among which so many items are divided: as few as take no longer.
     fn runs(&self, items: u64) -> Option<u64> {
-        let most = (SMS * self.per_sm / self.split).min(items);
+        let most = (PROCESSORS * self.per_sm / self.split).min(items);
         (most > 0).then(|| items.div_ceil(items.div_ceil(most)))
     }
 }

@@ -1,6 +1,7 @@
 //! `kernels/group_rows.cu`: the stable sort of pairs by expert, by one cluster.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::MOST_SHARED;
 use super::pattern::{args, dims, only, results};
 use super::{Problem, Twin};
 use crate::plan::{Instr, Op};
@@ -10,7 +11,6 @@ pub struct GroupRows;
 
 /// Pairs from which eight blocks are better than one.
 const MANY: u64 = 4096;
-const MOST_SHARED: u64 = 232_448;
 
 impl Twin for GroupRows {
     fn name(&self) -> &'static str {

@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::heads::Cache;
+use super::hopper::PROCESSORS;
 use super::pattern::{args, dtype, only, rows_and_last};
 use super::{Problem, Twin};
 use crate::plan::{DType, Op, Slot};
@@ -10,7 +11,7 @@ use crate::plan::{DType, Op, Slot};
 pub struct KvWrite;
 
 const THREADS: u32 = 256;
-const MOST_BLOCKS: u64 = 132 * 16;
+const MOST_BLOCKS: u64 = PROCESSORS * 16;
 
 impl Twin for KvWrite {
     fn name(&self) -> &'static str {

@@ -18,6 +18,7 @@ mod gather_rows;
 mod group_rows;
 mod head_rope;
 mod heads;
+mod hopper;
 mod kv_write;
 mod pattern;
 mod pointwise;
@@ -160,7 +161,7 @@ pub fn candidates(problem: &Problem) -> Vec<Candidate> {
 
 /// Blocks for work whose kernel lets a block do several parts: as many as the device has room for, or nearly.
 fn blocks(threads_of_work: u64, threads: u32) -> u64 {
-    threads_of_work.div_ceil(u64::from(threads)).min(132 * 16)
+    threads_of_work.div_ceil(u64::from(threads)).min(hopper::PROCESSORS * 16)
 }
 
 impl Candidate {

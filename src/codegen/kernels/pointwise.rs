@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::builder::{Builder, Specialised, c_type};
 use super::expression::Registers;
+use super::hopper::PROCESSORS;
 use super::pattern::{only, results, ty};
 use super::{Problem, Twin};
 use crate::plan::{Instr, Op, TensorType};
@@ -13,7 +14,7 @@ pub struct Pointwise;
 
 const THREADS: u32 = 256;
 /// Blocks for which the device has room at once, or nearly: beyond them a block does several parts.
-const MOST_BLOCKS: u64 = 132 * 16;
+const MOST_BLOCKS: u64 = PROCESSORS * 16;
 
 impl Twin for Pointwise {
     fn name(&self) -> &'static str {

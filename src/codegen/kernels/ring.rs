@@ -9,7 +9,8 @@ mod shape;
 
 use self::shape::{Engine, SHAPES, Shape, TILE};
 use super::builder::{Builder, Specialised};
-use super::frame::{self, List, SMS};
+use super::frame::{self, List};
+use super::hopper::PROCESSORS;
 use super::product::{Product, Prologue, Routing};
 use super::{Problem, Twin};
 
@@ -73,14 +74,14 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
 
     let products = list.subs * product.bands();
     let items = list.groups * (n / (TILE * product.bands()));
-    let most_blocks = (SMS * shape.per_sm).min(items);
+    let most_blocks = (PROCESSORS * shape.per_sm).min(items);
     let rounds = items.div_ceil(most_blocks);
     let units = products * chunks;
     let slots = shape.slots.min(rounds * units);
     // Who claims has the first slots' items for sure, and all items the same rows.
     let own = slots.div_ceil(units);
     let blocks = if shape.claims { most_blocks.min(items / (own + 1)) } else { items.div_ceil(rounds) };
-    if shape.claims && (slots < 2 || blocks < SMS.min(items) || list.groups > list.sharing) {
+    if shape.claims && (slots < 2 || blocks < PROCESSORS.min(items) || list.groups > list.sharing) {
         return None;
     }
     let pairs = matches!(product.routing, Routing::Pairs { .. });

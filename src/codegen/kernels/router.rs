@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised, c_number};
 use super::group_rows::scratch_bytes;
+use super::hopper::{MOST_SHARED, PROCESSORS};
 use super::pattern::{dtype, is_float, is_half};
 use super::routing::Routing;
 use super::{Problem, Twin};
@@ -12,11 +13,10 @@ pub struct Router;
 
 const THREADS: u64 = 256;
 const WARPS: u64 = THREADS / 32;
-const MOST_SHARED: u64 = 232_448;
 /// Choices of a row: a lane has one.
 const MOST_CHOSEN: u64 = 32;
 /// Blocks for which the device has room at once, or nearly.
-const BLOCKS: u64 = 132 * 2;
+const BLOCKS: u64 = PROCESSORS * 2;
 
 impl Twin for Router {
     fn name(&self) -> &'static str {

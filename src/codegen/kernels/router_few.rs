@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::group_rows::scratch_bytes;
+use super::hopper::PROCESSORS;
 use super::pattern::{dtype, is_float};
 use super::router::{choices_bytes, declare};
 use super::routing::Routing;
@@ -16,7 +17,7 @@ const WARPS: [u64; 2] = [8, 4];
 /// Rows of a cluster. With the sort one cluster has all.
 const ROWS: [u64; 4] = [1, 2, 4, 8];
 /// Blocks, so that each has a multiprocessor: every block reads whole rows, and its share of the gates for all rows of its cluster.
-const BLOCKS: u64 = 132;
+const BLOCKS: u64 = PROCESSORS;
 /// Words that a thread has in registers: rows, gates, norm weights and sums.
 const MOST_WORDS: u64 = 96;
 const MOST_SHARED: u64 = 65_536;

@@ -1,6 +1,7 @@
 //! `kernels/row_sum.cu`: sums of rows, a thread each.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::PROCESSORS;
 use super::pattern::{args, dtype, only, results, rows_and_last};
 use super::{Problem, Twin};
 use crate::plan::{Instr, Op};
@@ -9,7 +10,7 @@ use crate::plan::{Instr, Op};
 pub struct RowSum;
 
 const THREADS: u32 = 128;
-const MOST_BLOCKS: u64 = 132 * 16;
+const MOST_BLOCKS: u64 = PROCESSORS * 16;
 
 impl Twin for RowSum {
     fn name(&self) -> &'static str {

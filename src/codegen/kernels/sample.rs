@@ -1,6 +1,7 @@
 //! `kernels/sample.cu`: the choice of each row's next token, by a cluster a row.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::PROCESSORS;
 use super::pattern::{args, dims, dtype, only, results};
 use super::{Problem, Twin};
 use crate::plan::{DType, Instr, Op};
@@ -9,7 +10,7 @@ use crate::plan::{DType, Instr, Op};
 pub struct Sample;
 
 /// Threads for which the device has room at once, with the registers that they need.
-const MOST_THREADS: u64 = 132 * 512;
+const MOST_THREADS: u64 = PROCESSORS * 512;
 
 impl Twin for Sample {
     fn name(&self) -> &'static str {

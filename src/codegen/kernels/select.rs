@@ -1,6 +1,7 @@
 //! `kernels/top_k.cu` and `kernels/gather_columns.cu`: the choice of columns, and the elements chosen.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::PROCESSORS;
 use super::pattern::{args, dims, dtype, only, results};
 use super::{Problem, Twin};
 use crate::plan::{DType, Instr, Op};
@@ -12,7 +13,7 @@ pub struct TopK;
 pub struct GatherColumns;
 
 const THREADS: u32 = 256;
-const MOST_BLOCKS: u64 = 132 * 16;
+const MOST_BLOCKS: u64 = PROCESSORS * 16;
 
 impl Twin for TopK {
     fn name(&self) -> &'static str {

@@ -1,6 +1,7 @@
 //! `kernels/short_conv.cu`: the causal convolution with its ring, alone or between its two gates.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::PROCESSORS;
 use super::pattern::{Body, args, dims, dtype, results, ty};
 use super::{Problem, Twin};
 use crate::plan::{BinaryFn, DType, Expr, Instr, Op, Phase, Semantic, Slot};
@@ -16,7 +17,7 @@ const MOST_TAPS: u64 = 28;
 /// Weights and columns that a thread keeps in registers, about.
 const MOST_KEPT: u64 = 64;
 /// Threads that the device works on at once, by the registers that eight channels take.
-const AT_ONCE: u64 = 132 * 640;
+const AT_ONCE: u64 = PROCESSORS * 640;
 
 impl Twin for ShortConv {
     fn name(&self) -> &'static str {

@@ -1,6 +1,7 @@
 //! `kernels/stream.cu`: products of few 16-bit rows with 16-bit weights, on tensor cores, at the speed of memory.
 
-use super::frame::{self, Engine, SMS, Shape};
+use super::frame::{self, Engine, Shape};
+use super::hopper::PROCESSORS;
 use super::pattern::{dtype, is_half};
 use super::product::{Product, Prologue, Routing};
 use super::{Problem, Specialised, Twin};
@@ -46,12 +47,12 @@ fn shapes(product: &Product) -> Vec<Shape> {
         let stripes = product.n / 16;
         // Bytes of x that blocks load from the L2 cache, beside those of weights from memory.
         let read = if matches!(product.prologue, Prologue::ShortConv(_)) { 5 } else { 1 };
-        let beside = (rows * read * stripes.min(SMS)) as f64 / product.n as f64;
+        let beside = (rows * read * stripes.min(PROCESSORS)) as f64 / product.n as f64;
         let split = [1u64, 2].into_iter().find(|&split| beside / split as f64 <= 0.35).unwrap_or(4);
         let of = |split| Shape { row_groups: split, k_groups: 8 / split, split, ..whole };
         let twice = |shape| Shape { per_sm: 2, ..shape };
         // So few stripes that two blocks an SM have one each.
-        let few = (SMS + 1..=2 * SMS).contains(&(stripes / split * split));
+        let few = (PROCESSORS + 1..=2 * PROCESSORS).contains(&(stripes / split * split));
         let first = if few { [twice(of(split)), of(split)] } else { [of(split), twice(of(split))] };
         // The last where rows are so long that no fewer blocks hold them.
         let others = [1, 2, 4, 8].into_iter().map(of);

@@ -1,7 +1,8 @@
 //! `kernels/tile.cu`: products of many rows on tensor cores.
 
 use super::builder::{Builder, Specialised};
-use super::tiles::Product;
+use super::hopper::{MOST_SHARED, PROCESSORS, SYSTEM_SHARED};
+use super::tiles::{BAND_ROWS, Product};
 use super::{Problem, Twin};
 
 /// The twin.
@@ -9,8 +10,6 @@ pub struct Tile;
 
 /// Columns of K in shared memory at a time.
 const DEPTH: u64 = 64;
-const PROCESSORS: u64 = 132;
-const MOST_SHARED: u64 = 232_448;
 /// Candidates that are worth a try.
 const MOST_CANDIDATES: usize = 8;
 
@@ -84,7 +83,7 @@ impl Shape {
         }
         let mut builder = Builder::new(problem);
         builder.constant("BM", rows).constant("BN", columns).constant("WM", self.warp[0]).constant("WN", self.warp[1]);
-        builder.constant("STAGES", self.stages).constant("BAND", (2048 / rows).min(64));
+        builder.constant("STAGES", self.stages).constant("BAND", (BAND_ROWS / rows).min(64));
         product.declare(&mut builder);
         let config =
             format!("tile={rows}x{columns}x{DEPTH} warp={}x{} stages={}", self.warp[0], self.warp[1], self.stages);
@@ -100,7 +99,7 @@ impl Shape {
         let each = (tiles / PROCESSORS as f64).ceil();
         let accumulators = self.warp[0] * self.warp[1] / 32;
         let registers = (accumulators * 3 / 2 + 64).min(256) * self.threads();
-        let room = (MOST_SHARED / (self.shared() + 1024)).min(65_536 / registers).max(1) as f64;
+        let room = (MOST_SHARED / (self.shared() + SYSTEM_SHARED)).min(65_536 / registers).max(1) as f64;
         let at_once = room.min(each);
         let rate = match self.warp[0] * self.warp[1] {
             4096.. => 4.0e12,

@@ -1,13 +1,12 @@
 //! `kernels/tile_fma.cu`: products of any types and sizes in f32 arithmetic, for what no other kernel takes.
 
 use super::builder::{Builder, Specialised};
-use super::tiles::{Form, Product};
+use super::hopper::PROCESSORS;
+use super::tiles::{BAND_ROWS, Form, Product};
 use super::{Problem, Twin};
 
 /// The twin.
 pub struct TileFma;
-
-const PROCESSORS: u64 = 132;
 
 /// Rows and columns of a block and of a thread, the depth of a tile, blocks on a multiprocessor that registers must be left for,
 /// and a guess at the part of the full speed.
@@ -82,7 +81,7 @@ impl Shape {
         let mut builder = declare(problem, product);
         builder.constant("BM", rows).constant("BN", columns).constant("BK", self.depth);
         builder.constant("TM", thread_rows).constant("TN", thread_columns).constant("RESIDENT", self.resident);
-        builder.constant("BAND", 2048 / rows.max(128));
+        builder.constant("BAND", BAND_ROWS / rows.max(128));
         let threads = rows / thread_rows * (columns / thread_columns);
         let config = format!("tile={rows}x{columns}x{}", self.depth);
         Some(builder.finish(config, [blocks, 1, 1], threads as u32, 0))

@@ -5,6 +5,9 @@ use super::expression::Epilogue;
 use super::pattern::{Body, args, dims, dtype, is_half, results, rows_and_last};
 use crate::plan::{DType, Instr, Op, Semantic, Slot};
 
+/// Rows of x in a band of tiles, whose weights blocks that run at the same time share.
+pub const BAND_ROWS: u64 = 2048;
+
 /// A body that is a product, `x [..,K]` times `w [..,N,K]`, and an epilogue.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Product {

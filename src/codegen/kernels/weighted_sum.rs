@@ -2,6 +2,7 @@
 
 use super::builder::{Builder, Specialised};
 use super::expression::Epilogue;
+use super::hopper::PROCESSORS;
 use super::pattern::{args, dims, dtype, results, rows_and_last};
 use super::{Problem, Twin};
 use crate::plan::{DType, Op};
@@ -11,7 +12,7 @@ pub struct WeightedSum;
 
 const THREADS: u32 = 256;
 /// Blocks beyond which a block does several parts.
-const MOST_BLOCKS: u64 = 132 * 64;
+const MOST_BLOCKS: u64 = PROCESSORS * 64;
 
 impl Twin for WeightedSum {
     fn name(&self) -> &'static str {
@@ -27,7 +28,7 @@ impl Twin for WeightedSum {
             [8, 4, 2, 1].into_iter().filter_map(|vector| specialise(problem, vector)).collect();
         // The widest that still gives every multiprocessor a few warps, else the narrowest.
         let first =
-            found.iter().position(|(threads, _)| *threads >= 132 * 128).unwrap_or(found.len().saturating_sub(1));
+            found.iter().position(|(threads, _)| *threads >= PROCESSORS * 128).unwrap_or(found.len().saturating_sub(1));
         let rest = found.split_off(first);
         rest.into_iter().chain(found.into_iter().rev()).map(|(_, specialised)| specialised).collect()
     }

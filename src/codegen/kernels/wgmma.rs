@@ -1,8 +1,9 @@
 //! `kernels/wgmma.cu`: products of many rows by warpgroups, their operands copied by the copy engine.
 
 use super::builder::{Builder, Specialised};
+use super::hopper::{ALL_SHARED, MOST_SHARED, PROCESSORS, SYSTEM_SHARED};
 use super::pattern::dtype;
-use super::tiles::{Form, Product};
+use super::tiles::{BAND_ROWS, Form, Product};
 use super::{Problem, Twin};
 use crate::plan::DType;
 
@@ -18,11 +19,6 @@ pub static WHOLE: Wgmma = Wgmma { terms: 1, shapes: &SHAPES };
 /// Rows of f32, with a weight of bf16: three terms of bf16 are a number of f32.
 pub static SPLIT: Wgmma = Wgmma { terms: 3, shapes: &SPLIT_SHAPES };
 
-const PROCESSORS: u64 = 132;
-/// Shared memory of a block, and of all blocks of a multiprocessor, each of which has some more for the system.
-pub(super) const MOST_SHARED: u64 = 232_448;
-pub(super) const ALL_SHARED: u64 = 233_472;
-pub(super) const SYSTEM_SHARED: u64 = 1024;
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
 /// Rows that meet one matrix whose terms are not worth their while: other kernels compute so few in f32 at the speed of memory.
@@ -34,9 +30,6 @@ const MOST_STAGES: u64 = 8;
 const BOX: u64 = 64;
 /// Candidates that are worth a try.
 const MOST_CANDIDATES: usize = 8;
-
-/// Rows of x in a band of tiles, whose weights blocks that run at the same time share.
-const BAND_ROWS: u64 = 2048;
 
 /// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, whether
 /// other warps finish a tile while the next is multiplied, and whether the weight is multiplied from registers.

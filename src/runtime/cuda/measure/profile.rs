@@ -19,8 +19,10 @@ pub(super) const SCRATCH_BYTES: u64 = 256 << 20;
 pub(super) const FILL_US: usize = 60;
 /// What the host needs for a step and the mark behind it, at the most.
 const QUEUE_US: usize = 10;
-/// Replays of each graph of the first steps; medians are taken.
-const PREFIX_RUNS: usize = 30;
+/// Replays of each graph of the first steps, of which medians are taken: at the most, and at the least.
+const PREFIX_RUNS: (usize, usize) = (30, 3);
+/// Milliseconds that all of these may take, as far as the fewest let them.
+const PREFIXES_MS: f64 = 20_000.0;
 
 /// One step on the device.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -105,7 +107,7 @@ pub fn profile(
     let transfer = transfer(executor, bucket, inputs)?;
     let graph = replays(executor, bucket, inputs, options.runs())?;
     inputs.upload(executor, bucket)?;
-    let in_graph = in_graph_times(executor, bucket, count)?;
+    let in_graph = in_graph_times(executor, bucket, count, prefix_runs(count, graph.median_ms))?;
     let (program, kernels) = (executor.program(), &executor.manifest.kernels);
     let mut steps = Vec::with_capacity(count);
     let times = times.into_iter().zip(in_graph);
@@ -187,16 +189,22 @@ pub(super) fn step_times(
     Ok((mark, medians.collect()))
 }
 
-/// What each step adds to the graph of the steps before it, in microseconds.
-fn in_graph_times(executor: &CudaExecutor, bucket: usize, count: usize) -> Result<Vec<f64>> {
+/// How often to replay each of so many graphs, which take half as long as the last one on average.
+fn prefix_runs(count: usize, last_ms: f64) -> usize {
+    let (most, fewest) = PREFIX_RUNS;
+    ((PREFIXES_MS / (count as f64 * last_ms / 2.0)) as usize).clamp(fewest, most)
+}
+
+/// What each step adds to the graph of the steps before it, in microseconds: medians of so many runs.
+fn in_graph_times(executor: &CudaExecutor, bucket: usize, count: usize, runs: usize) -> Result<Vec<f64>> {
     let mut before = 0.0;
     let mut times = Vec::with_capacity(count);
     for steps in 1..=count {
         let graph = executor.capture_first(bucket, steps)?;
-        let mut marks = Marks::new(executor.gpu(), 1 + PREFIX_RUNS)?;
+        let mut marks = Marks::new(executor.gpu(), 1 + runs)?;
         executor.replay_captured(&graph)?;
         marks.record(executor.stream())?;
-        for _ in 0..=PREFIX_RUNS {
+        for _ in 0..=runs {
             executor.replay_captured(&graph)?;
             marks.record(executor.stream())?;
         }
@@ -324,5 +332,12 @@ pub(super) mod tests {
         assert_eq!(found, [("ffn.matmul", 2, 30.0, 150.0, 0.5), ("conv.matmul", 1, 30.0, 1.0, 0.5)]);
         assert_eq!(groups[0].share, 0.5);
         assert_eq!(group(&steps, layer).len(), 2);
+    }
+
+    #[test]
+    fn graphs_of_long_steps_are_replayed_less_often() {
+        assert_eq!(prefix_runs(127, 1.0), 30);
+        assert_eq!(prefix_runs(244, 14.0), 11);
+        assert_eq!(prefix_runs(244, 600.0), 3);
     }
 }
