@@ -42,7 +42,7 @@ pub struct Generator<'e, E: ?Sized> {
     chosen: Vec<i32>,
     /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
     since: Instant,
-    /// What the ranks that run steps together agreed on last; [`Agreed::Later`] where there is one.
+    /// What came next when that was last asked, of the ranks that run steps together.
     agreed: Agreed,
 }
 
@@ -162,13 +162,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         feed.work.turn(&self.scheduler)?;
         self.enqueue(feed)?;
         let Some(step) = self.scheduler.oldest() else {
-            // What comes later may still come, unless something waits that nothing will make room for.
-            let over = match self.executor.group() {
-                None => feed.dry || self.scheduler.waiting() > 0,
-                // Others may have steps to run, in which this rank takes part.
-                Some(_) => self.agreed == Agreed::Over,
-            };
-            return Ok(if over { None } else { Some(()) });
+            // What comes later may still come, also to the ranks that run steps together with this one.
+            return Ok(if self.agreed == Agreed::Over { None } else { Some(()) });
         };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
@@ -210,7 +205,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
 
     /// Admits what fits. Only the first that waits matters, as none overtakes it: the others need not be known yet.
     fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
-        // Where it may wait, the ranks that run steps together with this one wait too.
+        // Where this rank waits, those that run steps together with it wait too.
         let others_idle = !matches!(self.agreed, Agreed::Step(..));
         loop {
             while self.scheduler.waiting() == 0
@@ -238,22 +233,19 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 feed.work.finished(index, Err(error))?;
                 self.admit(feed)?;
             }
-            let idle = self.scheduler.in_flight() == 0;
-            let step = match self.executor.group() {
-                None => self.scheduler.next_step(),
-                Some(_) if !self.scheduler.has_spare_step() => None,
-                Some(group) => {
-                    // What waits now with no sequence at work never finds room.
-                    let stuck = feed.dry || self.scheduler.waiting() > 0;
-                    let over = stuck && self.scheduler.sequences().next().is_none();
-                    self.agreed = self.scheduler.agree(group, over)?;
-                    match self.agreed {
-                        Agreed::Step(phase, bucket) => self.scheduler.plan_step(phase, bucket),
-                        Agreed::Later | Agreed::Over => None,
-                    }
-                }
+            if !self.scheduler.has_spare_step() {
+                return Ok(());
+            }
+            // Something that waits now, with no sequence at work, is nothing that room will be made for.
+            let stuck = feed.dry || self.scheduler.waiting() > 0;
+            let over = stuck && self.scheduler.sequences().next().is_none();
+            self.agreed = match self.executor.group() {
+                None => self.scheduler.wish(over).agree(),
+                Some(group) => self.scheduler.agree(group, over)?,
             };
-            let Some(step) = step else { return Ok(()) };
+            let Agreed::Step(phase, bucket) = self.agreed else { return Ok(()) };
+            let idle = self.scheduler.in_flight() == 0;
+            let Some(step) = self.scheduler.plan_step(phase, bucket) else { return Ok(()) };
             if idle {
                 self.since = Instant::now();
             }

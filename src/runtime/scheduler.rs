@@ -94,6 +94,8 @@ pub struct Scheduler {
     planned: VecDeque<Step>,
     /// The records of the steps that may be in flight besides.
     spare: Vec<Step>,
+    /// Room for the wishes of a group.
+    wishes: Vec<u8>,
 }
 
 impl Scheduler {
@@ -134,6 +136,7 @@ impl Scheduler {
             phase: Phase::Decode,
             planned: VecDeque::with_capacity(lookahead),
             spare: (0..lookahead).map(|_| record.clone()).collect(),
+            wishes: Vec::new(),
         })
     }
 
@@ -246,7 +249,7 @@ impl Scheduler {
         if !self.has_spare_step() {
             return None;
         }
-        match Wish::agree(&[self.wish(false)], self.phase) {
+        match self.wish(false).agree() {
             Agreed::Step(phase, bucket) => self.plan_step(phase, bucket),
             Agreed::Later | Agreed::Over => None,
         }

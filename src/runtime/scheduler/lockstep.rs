@@ -3,23 +3,25 @@
 //! Prefill and decode take turns where there are rows for both, and a decode round that was begun is ended first. Of several schedulers, the
 //! rows of all count; the bucket is the largest that any of them needs, and who has no rows of that phase runs padding.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 
 use super::{Scheduler, Sequence};
 use crate::plan::Phase;
 use crate::runtime::buckets::Capacity;
 use crate::runtime::group::Group;
 
-/// What a scheduler could run next.
+/// What a scheduler could run next, or several that run the same steps.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Wish {
-    /// The bucket that its rows of prompts need, if it has such.
+    /// The bucket that the rows of prompts need, if there are such.
     pub prefill: Option<usize>,
-    /// The bucket that its decoding sequences need, if it has such.
+    /// The bucket that the decoding sequences need, if there are such.
     pub decode: Option<usize>,
     /// Whether sequences of a decode round are left.
     pub in_round: bool,
-    /// Whether it has no work left, and gets none.
+    /// Whether the step before was one of prompts.
+    pub after_prefill: bool,
+    /// Whether no work is left, and none comes.
     pub over: bool,
 }
 
@@ -35,20 +37,28 @@ pub enum Agreed {
 }
 
 /// Bytes of a wish on its way.
-const BYTES: usize = 10;
+const BYTES: usize = 11;
 
 impl Wish {
-    /// What follows from the wishes of all, after a step of phase `last`.
-    pub fn agree(wishes: &[Wish], last: Phase) -> Agreed {
-        let prefill = wishes.iter().filter_map(|wish| wish.prefill).max();
-        let decode = wishes.iter().filter_map(|wish| wish.decode).max();
-        let in_round = wishes.iter().any(|wish| wish.in_round);
-        let turn = decode.is_none() || last != Phase::Prefill;
-        match (prefill, decode) {
-            (Some(bucket), _) if turn && !in_round => Agreed::Step(Phase::Prefill, bucket),
+    /// What follows from it. Of schedulers that run the same steps, each asks this of the wish of all, and so finds the same.
+    pub fn agree(self) -> Agreed {
+        let turn = self.decode.is_none() || !self.after_prefill;
+        match (self.prefill, self.decode) {
+            (Some(bucket), _) if turn && !self.in_round => Agreed::Step(Phase::Prefill, bucket),
             (_, Some(bucket)) => Agreed::Step(Phase::Decode, bucket),
-            _ if wishes.iter().all(|wish| wish.over) => Agreed::Over,
+            _ if self.over => Agreed::Over,
             _ => Agreed::Later,
+        }
+    }
+
+    /// The wish of both: what either has is wanted, in the larger bucket; only both together are through.
+    fn and(self, other: Wish) -> Wish {
+        Wish {
+            prefill: self.prefill.max(other.prefill),
+            decode: self.decode.max(other.decode),
+            in_round: self.in_round || other.in_round,
+            after_prefill: self.after_prefill || other.after_prefill,
+            over: self.over && other.over,
         }
     }
 
@@ -57,7 +67,7 @@ impl Wish {
         let mut bytes = [0; BYTES];
         bytes[..4].copy_from_slice(&bucket(self.prefill));
         bytes[4..8].copy_from_slice(&bucket(self.decode));
-        (bytes[8], bytes[9]) = (u8::from(self.in_round), u8::from(self.over));
+        bytes[8..].copy_from_slice(&[self.in_round, self.after_prefill, self.over].map(u8::from));
         bytes
     }
 
@@ -66,7 +76,8 @@ impl Wish {
             let bucket = u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
             (bucket != u32::MAX).then_some(bucket as usize)
         };
-        Wish { prefill: bucket(0), decode: bucket(4), in_round: bytes[8] != 0, over: bytes[9] != 0 }
+        let [in_round, after_prefill, over] = [8, 9, 10].map(|at| bytes[at] != 0);
+        Wish { prefill: bucket(0), decode: bucket(4), in_round, after_prefill, over }
     }
 }
 
@@ -114,6 +125,7 @@ impl Scheduler {
             prefill: (packed.tokens > 0).then_some(prefill),
             decode: (decoding > 0).then_some(decode),
             in_round: in_round > 0,
+            after_prefill: self.phase == Phase::Prefill,
             over,
         }
     }
@@ -122,13 +134,13 @@ impl Scheduler {
     ///
     /// # Errors
     /// The group failed.
-    pub fn agree(&self, group: &mut dyn Group, over: bool) -> Result<Agreed> {
-        let mut all = vec![0; group.size() * BYTES];
-        group.all_gather(&self.wish(over).to_bytes(), &mut all)?;
-        let (wishes, rest) = all.as_chunks::<BYTES>();
-        ensure!(rest.is_empty(), "expected whole wishes, found {} bytes; this is a bug", all.len());
-        let wishes: Vec<Wish> = wishes.iter().map(Wish::from_bytes).collect();
-        Ok(Wish::agree(&wishes, self.phase))
+    pub fn agree(&mut self, group: &mut dyn Group, over: bool) -> Result<Agreed> {
+        let own = self.wish(over).to_bytes();
+        self.wishes.resize(group.size() * BYTES, 0);
+        group.all_gather(&own, &mut self.wishes)?;
+        let (wishes, _) = self.wishes.as_chunks();
+        let all = wishes.iter().map(Wish::from_bytes).reduce(Wish::and);
+        Ok(all.context("a group has at least one rank")?.agree())
     }
 
     /// Whether another step may be in flight.
@@ -145,30 +157,36 @@ mod tests {
         Wish { prefill, decode, ..Wish::default() }
     }
 
+    /// What those with these wishes run after a step of prompts, or another.
+    fn agreed<const N: usize>(wishes: [Wish; N], after_prefill: bool) -> Agreed {
+        wishes.map(|wish| Wish { after_prefill, ..wish }).into_iter().reduce(Wish::and).expect("one at least").agree()
+    }
+
     #[test]
     fn the_largest_bucket_that_any_needs_runs_in_turns() {
         let wishes = [wish(Some(2), None), wish(None, Some(5)), wish(Some(1), Some(4)), Wish::default()];
-        assert_eq!(Wish::agree(&wishes, Phase::Decode), Agreed::Step(Phase::Prefill, 2));
-        assert_eq!(Wish::agree(&wishes, Phase::Prefill), Agreed::Step(Phase::Decode, 5));
+        assert_eq!(agreed(wishes, false), Agreed::Step(Phase::Prefill, 2));
+        assert_eq!(agreed(wishes, true), Agreed::Step(Phase::Decode, 5));
         // Nobody decodes: prompts go on.
-        assert_eq!(Wish::agree(&wishes[..1], Phase::Prefill), Agreed::Step(Phase::Prefill, 2));
+        assert_eq!(agreed([wishes[0]], true), Agreed::Step(Phase::Prefill, 2));
         let in_round = Wish { in_round: true, ..wishes[1] };
-        assert_eq!(Wish::agree(&[wishes[0], in_round], Phase::Decode), Agreed::Step(Phase::Decode, 5));
+        assert_eq!(agreed([wishes[0], in_round], false), Agreed::Step(Phase::Decode, 5));
     }
 
     #[test]
     fn it_is_over_when_it_is_for_all() {
         let over = Wish { over: true, ..Wish::default() };
-        assert_eq!(Wish::agree(&[over, Wish::default()], Phase::Decode), Agreed::Later);
-        assert_eq!(Wish::agree(&[over, wish(Some(0), None)], Phase::Decode), Agreed::Step(Phase::Prefill, 0));
-        assert_eq!(Wish::agree(&[over, over], Phase::Decode), Agreed::Over);
+        assert_eq!(agreed([over, Wish::default()], false), Agreed::Later);
+        assert_eq!(agreed([over, wish(Some(0), None)], false), Agreed::Step(Phase::Prefill, 0));
+        assert_eq!(agreed([over, over], false), Agreed::Over);
     }
 
     #[test]
     fn wishes_arrive_as_they_are() {
         for prefill in [None, Some(0), Some(70_000)] {
-            for (in_round, over) in [(false, true), (true, false)] {
-                let wish = Wish { prefill, decode: prefill.map(|bucket| bucket + 1), in_round, over };
+            for flags in 0..8 {
+                let [in_round, after_prefill, over] = [1, 2, 4].map(|flag| flags & flag != 0);
+                let wish = Wish { prefill, decode: prefill.map(|bucket| bucket + 1), in_round, after_prefill, over };
                 assert_eq!(Wish::from_bytes(&wish.to_bytes()), wish);
             }
         }
