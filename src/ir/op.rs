@@ -374,11 +374,6 @@ impl OpKind {
         matches!(self, OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast)
     }
 
-    /// True for an operator that the ranks of a group compute together, each giving the others something.
-    pub fn is_collective(&self) -> bool {
-        matches!(self, OpKind::AllGather { .. } | OpKind::AllToAll { .. })
-    }
-
     /// For an operator that updates persistent state: the operand that is the state and the result that is its next
     /// version.
     pub fn state_update(&self) -> Option<(usize, usize)> {

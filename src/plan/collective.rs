@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{DType, Op, Semantic};
+use crate::plan::{DType, Op, Semantic, TensorType};
 
 /// What ranks exchange in a step. Parts are the step's reads and writes in their order, each read dense and of one element type: a library's
 /// call for each, all of them one group of calls. Every rank of the group has the same collectives in the same order.
@@ -26,22 +26,29 @@ pub enum CollectiveKind {
     AllToAll,
 }
 
+impl CollectiveKind {
+    /// Of an operator that ranks compute together, and how many ranks do; none of one that each computes alone.
+    pub fn of(op: &Op) -> Option<(CollectiveKind, u64)> {
+        match *op {
+            Op::AllGather { ranks } => Some((CollectiveKind::AllGather, ranks)),
+            Op::AllToAll { ranks } => Some((CollectiveKind::AllToAll, ranks)),
+            _ => None,
+        }
+    }
+}
+
 impl Collective {
     /// What a step with that semantic exchanges; none if ranks compute it alone.
     pub fn of(semantic: &Semantic) -> Option<Collective> {
         let [instr] = &semantic.body[..] else { return None };
-        let (kind, size) = match instr.0 {
-            Op::AllGather { ranks } => (CollectiveKind::AllGather, ranks),
-            Op::AllToAll { ranks } => (CollectiveKind::AllToAll, ranks),
-            _ => return None,
-        };
+        let (kind, size) = CollectiveKind::of(&instr.0)?;
         let blocks = if kind == CollectiveKind::AllToAll { size.max(1) } else { 1 };
-        let part = |ty: &crate::plan::TensorType| (ty.0, ty.elements().unwrap_or(0) / blocks);
+        let part = |ty: &TensorType| (ty.0, ty.elements().unwrap_or(0) / blocks);
         Some(Collective { kind, size, parts: semantic.inputs.iter().map(part).collect() })
     }
 
-    /// How many times a part's count a rank receives for one that it sends all of: what grows by an all-gather.
-    pub fn blocks(&self) -> usize {
+    /// How many times as much as a step reads of a part it writes.
+    pub fn growth(&self) -> usize {
         match self.kind {
             CollectiveKind::AllGather => self.size as usize,
             CollectiveKind::AllToAll => 1,

@@ -17,11 +17,6 @@ pub(super) fn state_arguments(op: &Op) -> &'static [(usize, StateRole)] {
     }
 }
 
-/// Whether ranks compute it together.
-pub(super) fn is_collective(op: &Op) -> bool {
-    matches!(op, Op::AllGather { .. } | Op::AllToAll { .. })
-}
-
 /// The state argument that is written in place.
 pub(super) fn updated_argument(op: &Op) -> Option<usize> {
     matches!(op, Op::Conv1dCausal | Op::KvWrite).then_some(2)

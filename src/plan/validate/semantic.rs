@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use super::meaning::{self, Meaning};
 use super::{Faults, ops, type_bytes};
-use crate::plan::{Instr, Semantic, Slot, StateRole, TensorType};
+use crate::plan::{CollectiveKind, Instr, Semantic, Slot, StateRole, TensorType};
 
 /// A temporary is scratch of an executor, outside of the pool: at most so many times the pool's size ...
 pub(super) const MAX_TEMPORARY_POOLS: u64 = 16;
@@ -99,7 +99,7 @@ impl<'a> Body<'a> {
         for (at, need) in required.into_iter().chain(meaning::required_by_results(op, &result_types)) {
             self.need(arguments[at], need).map_err(named)?;
         }
-        if ops::is_collective(op) {
+        if CollectiveKind::of(op).is_some() {
             if self.semantic.body.len() > 1 {
                 return Err(named("expected it to be alone in its step".into()));
             }

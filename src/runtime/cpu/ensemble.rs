@@ -1,10 +1,13 @@
-//! All ranks of a plan in one process, step by step: rank 0 has the sequences, the others run padding and their experts.
+//! All ranks of a plan in one process, which meet in collectives: rank 0 has the sequences, the others run padding and their experts.
+
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
 use super::CpuExecutor;
-use crate::plan::{CollectiveKind, Manifest, Step};
+use crate::plan::{CollectiveKind, Manifest};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
+use crate::runtime::group::block;
 
 /// Runs the programs of all ranks.
 pub struct CpuEnsemble {
@@ -28,45 +31,54 @@ impl CpuEnsemble {
         &mut self.ranks[0]
     }
 
-    /// Runs one step on all ranks.
-    fn run_step(&mut self, bucket: usize, step: usize) -> Result<()> {
-        let found = &self.ranks[0].program().buckets[bucket].steps[step];
-        let Some(collective) = found.collective.clone() else {
-            return self.ranks.iter_mut().try_for_each(|rank| rank.run_step(bucket, step));
+    /// Runs a bucket's steps on all ranks, each its own from one collective to the next: between those, ranks need not have the same.
+    fn run_steps(&mut self, bucket: usize) -> Result<()> {
+        let mut reached = vec![0; self.ranks.len()];
+        loop {
+            let mut at_collective = 0;
+            for (number, (rank, at)) in self.ranks.iter_mut().zip(&mut reached).enumerate() {
+                let found = rank.run_to_collective(bucket, *at).with_context(|| format!("rank {number}"))?;
+                at_collective += usize::from(found.is_some());
+                *at = found.unwrap_or(*at);
+            }
+            if at_collective == 0 {
+                return Ok(());
+            }
+            let count = self.ranks.len();
+            ensure!(at_collective == count, "expected a collective on {count} ranks, found it on {at_collective}");
+            self.exchange(bucket, &reached)?;
+            reached.iter_mut().for_each(|at| *at += 1);
+        }
+    }
+
+    /// Runs the collective that each rank has reached.
+    fn exchange(&mut self, bucket: usize, reached: &[usize]) -> Result<()> {
+        let manifest = Arc::clone(&self.ranks[0].manifest);
+        let found = |rank: usize| {
+            let at = &manifest.ranks[rank].buckets[bucket];
+            (at, &at.steps[reached[rank]])
         };
-        self.ranks.iter_mut().for_each(|rank| rank.poison_before(bucket, step));
+        let collective = found(0).1.collective.as_ref().context("a step that is no collective; this is a bug")?;
         let mut sent = vec![];
-        for rank in &self.ranks {
-            let (program, at, step) = of_rank(rank, bucket, step);
-            sent.push(rank.sent(program, at, step)?);
+        for (number, rank) in self.ranks.iter_mut().enumerate() {
+            rank.poison_before(bucket, reached[number]);
+            let (at, step) = found(number);
+            sent.push(rank.sent(at, step)?);
         }
         for (to, rank) in self.ranks.iter_mut().enumerate() {
-            let received: Vec<Vec<u8>> = (0..sent[to].len())
-                .map(|part| {
-                    let from = sent.iter().map(|sent| &sent[part][..]);
-                    let own = |bytes: &[u8]| {
-                        let each = bytes.len() / sent.len();
-                        bytes[to * each..(to + 1) * each].to_vec()
-                    };
-                    match collective.kind {
-                        CollectiveKind::AllGather => from.flatten().copied().collect(),
-                        CollectiveKind::AllToAll => from.flat_map(own).collect(),
-                    }
-                })
-                .collect();
-            let manifest = std::sync::Arc::clone(&rank.manifest);
-            let program = &manifest.ranks[to];
-            let at = &program.buckets[bucket];
-            rank.receive(program, at, &at.steps[step], &received)?;
+            let from_all = |part: usize| -> Vec<u8> {
+                let of_rank = sent.iter().map(|parts| &parts[part][..]);
+                match collective.kind {
+                    CollectiveKind::AllGather => of_rank.flatten().copied().collect(),
+                    CollectiveKind::AllToAll => of_rank.flat_map(|all| block(all, to, sent.len())).copied().collect(),
+                }
+            };
+            let received: Vec<Vec<u8>> = (0..collective.parts.len()).map(from_all).collect();
+            let (at, step) = found(to);
+            rank.receive(at, step, &received)?;
         }
         Ok(())
     }
-}
-
-fn of_rank(rank: &CpuExecutor, bucket: usize, step: usize) -> (&crate::plan::Program, &crate::plan::Bucket, &Step) {
-    let program = rank.program();
-    let at = &program.buckets[bucket];
-    (program, at, &at.steps[step])
 }
 
 impl Executor for CpuEnsemble {
@@ -99,12 +111,11 @@ impl Executor for CpuEnsemble {
     }
 
     fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
-        let steps = super::bucket_of(self.ranks[0].program(), bucket)?.steps.len();
         let padding = Batch::default();
         for (i, rank) in self.ranks.iter_mut().enumerate() {
             rank.begin(bucket, if i == 0 { batch } else { &padding })?;
         }
-        (0..steps).try_for_each(|step| self.run_step(bucket, step))?;
+        self.run_steps(bucket)?;
         self.first().finish(bucket, batch)
     }
 

@@ -162,7 +162,7 @@ impl CpuExecutor {
         let found = at.steps.get(step).with_context(|| format!("bucket {} has {count} steps, not {step}", at.name))?;
         self.poison_before(bucket, step);
         let run = match &found.collective {
-            Some(collective) => self.run_collective(program, at, found, collective),
+            Some(collective) => self.run_collective(at, found, collective),
             None => self.execute(program, at, found),
         };
         run.with_context(|| format!("step {} of bucket {}", found.name, at.name))

@@ -28,3 +28,9 @@ pub trait Group {
     /// A rank is no more, or sends another size.
     fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()>;
 }
+
+/// Block `number` of so many equal ones.
+pub(super) fn block(bytes: &[u8], number: usize, count: usize) -> &[u8] {
+    let each = bytes.len() / count;
+    &bytes[number * each..][..each]
+}
