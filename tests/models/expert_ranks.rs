@@ -5,7 +5,7 @@ use std::path::Path;
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
-use lfm2c::plan::{CollectiveKind, DType, Manifest, PlanFile};
+use lfm2c::plan::{CollectiveKind, DType, Manifest, Op, PlanFile, Semantic};
 use lfm2c::runtime::cpu::CpuEnsemble;
 use lfm2c::runtime::group::LocalGroup;
 use lfm2c::runtime::{Options, Request};
@@ -210,30 +210,87 @@ fn ranks_have_the_same_collectives() {
     assert!(demo_plan(&spread(1)).manifest.experts.is_empty());
 }
 
+/// The semantic of a rank's first step that is there because experts are spread.
+fn semantic(manifest: &mut Manifest, rank: usize, is_it: fn(&Op) -> bool) -> &mut Semantic {
+    let semantics = &mut manifest.ranks[rank].semantics;
+    semantics.iter_mut().find(|semantic| is_it(&semantic.body[0].0)).expect("there is one")
+}
+
 #[test]
 fn the_validator_compares_ranks() {
     type Change = fn(&mut Manifest);
-    let cases: [(&str, Change); 6] = [
-        ("expected a collective of 3 ranks", |m| {
+    let cases: [(&str, Change); 11] = [
+        ("expected a collective of the plan's ranks, of which there are 3, found 2", |m| {
             m.ranks.push(m.ranks[0].clone());
             m.experts = vec![m.experts[0].clone(), vec![4, 5], vec![6, 7]];
         }),
         ("experts: expected each on one rank", |m| m.experts[1][0] = 0),
         ("expected those of each of 2 ranks", |m| m.experts.clear()),
-        ("`collective`: expected Some", |m| {
+        ("rank 1, bucket prefill_16, step layers.2.ffn.all_gather: `collective`: expected Some", |m| {
             let step = m.ranks[1].buckets[0].steps.iter_mut().find(|step| step.collective.is_some());
             step.expect("there is one").collective = None;
         }),
-        ("rank 1: expected the buckets of rank 0", |m| {
-            m.ranks[1].buckets.pop();
+        ("rank 1: bucket 0: expected (\"prefill_16\", Prefill, 16, ", |m| {
+            m.ranks[1].buckets.remove(0);
         }),
-        ("rank 0: weight", |m| m.ranks.swap(0, 1)),
+        ("rank 0: weight model.layers.2.feed_forward.experts.w1+w3.weight.local: expected experts [4, 5, 6, 7]", |m| {
+            m.experts.swap(0, 1);
+        }),
+        ("(local_experts): expected experts [4, 5, 6, 7] of 8, found [0, 1, 2, 3] of 8", |m| {
+            let semantic = semantic(m, 1, |op| matches!(op, Op::LocalExperts { .. }));
+            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3] };
+        }),
+        ("AllGather: expected it to be alone in its step", |m| {
+            let semantic = semantic(m, 0, |op| matches!(op, Op::AllGather { .. }));
+            semantic.body.push(semantic.body[0].clone());
+        }),
+        ("AllToAll: expected rows of 3 equal blocks, found 32", |m| {
+            semantic(m, 0, |op| matches!(op, Op::AllToAll { .. })).body[0].0 = Op::AllToAll { ranks: 3 };
+        }),
+        ("rank 1, bucket prefill_16: collective 0: expected (\"layers.2.ffn.all_gather\", ", |m| {
+            let apart = CompileOptions { disabled: vec!["expert-parallel".into()], ..spread(2) };
+            m.ranks[1] = demo_plan(&apart).manifest.ranks[1].clone();
+        }),
+        ("step layers.5.ffn.all_to_all: a collective of the head, which a rank may run again alone", |m| {
+            let bucket = &mut m.ranks[0].buckets[0];
+            let last = bucket.steps.iter().rposition(|step| step.collective.is_some());
+            bucket.head = last.expect("there is one") as u32;
+        }),
     ];
     for (expected, change) in cases {
         let mut file = demo_plan(&spread(2));
         change(&mut file.manifest);
         let text = format!("{:#}", file.validate().expect_err(expected));
         assert!(text.contains(expected), "expected `{expected}`: {text}");
+    }
+}
+
+/// In a plan of one rank, nobody is there to exchange anything with.
+#[test]
+fn one_rank_has_no_collectives() {
+    let text = "graph @g (%x: f32[4,2]) {\n%y = all_gather %x {ranks = 1} : f32[4,2]\nreturn %y\n}";
+    let graph = Source::Graph("g".into(), Box::new(lfm2c::ir::parse(text).expect("a graph").graph));
+    let error = compile(&graph, &spread(1), &Silent).err().expect("it is refused");
+    let text = format!("{error:#}");
+    assert!(
+        text.contains("step all_gather: expected a collective of the plan's ranks, of which there are 1"),
+        "{text}"
+    );
+}
+
+/// Between collectives, ranks may have other steps: here one whose operators are not fused. A rank left out of the pass has all experts.
+#[test]
+fn ranks_need_the_same_collectives_alone() {
+    let fusions = ["fuse-residual", "fuse-norm-matmul", "group-experts"].map(str::to_owned).to_vec();
+    let (mut file, other) = (demo_plan(&spread(2)), demo_plan(&CompileOptions { disabled: fusions, ..spread(2) }));
+    file.manifest.ranks[1] = other.manifest.ranks[1].clone();
+    let steps = |rank: usize| file.manifest.ranks[rank].buckets[0].steps.len();
+    assert!(steps(0) < steps(1), "{} and {} steps", steps(0), steps(1));
+    let whole = demo_plan(&CompileOptions { disabled: vec!["expert-parallel".into()], ..spread(2) });
+    let requests = requests(5, file.manifest.model.vocab);
+    let expected = run(&mut cpu_executor(&demo_plan(&spread(1)), None), requests.clone(), Options::default());
+    for file in [file, whole] {
+        assert_eq!(run(&mut ensemble(&file, None), requests.clone(), Options::default()), expected);
     }
 }
 

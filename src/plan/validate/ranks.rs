@@ -1,7 +1,9 @@
 //! What ranks do together: each finds of the others what it expects.
 
+use std::fmt::Debug;
+
 use super::{Faults, order};
-use crate::plan::{Bucket, Collective, Manifest, Op, Program, Step};
+use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step};
 
 /// Checks programs that are valid by themselves against each other.
 pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
@@ -20,6 +22,9 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
                 let size = manifest.ranks.len() as u64;
                 let in_head = i >= bucket.head as usize;
                 faults.note(format_args!("{at}, step {}", step.name), collective(program, step, size, in_head));
+            }
+            if faults.count() > 0 {
+                return;
             }
             faults.note(&at, same_collectives(expected, bucket));
             in_order(bucket, &at, faults);
@@ -52,11 +57,16 @@ fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), St
     if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
         return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
     }
-    for instr in program.semantics.iter().flat_map(|semantic| &semantic.body) {
-        if let Op::LocalExperts { of: all, experts } = &instr.0
-            && (*all != of || experts != local)
-        {
-            return Err(format!("LocalExperts: expected {local:?} of {of}, found {experts:?} of {all}"));
+    for (i, semantic) in program.semantics.iter().enumerate() {
+        for instr in &semantic.body {
+            if let Op::LocalExperts { of: all, experts } = &instr.0
+                && (*all != of || experts != local)
+            {
+                let name = &semantic.name;
+                return Err(format!(
+                    "semantic {i} ({name}): expected experts {local:?} of {of}, found {experts:?} of {all}"
+                ));
+            }
         }
     }
     Ok(())
@@ -64,45 +74,66 @@ fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), St
 
 /// Checks that a program takes the same batches as another.
 fn alike(expected: &Program, found: &Program) -> Result<(), String> {
-    let sizes = |bucket: &Bucket| (bucket.name.clone(), bucket.phase, bucket.tokens, bucket.sequences, bucket.rows);
-    if !expected.buckets.iter().map(sizes).eq(found.buckets.iter().map(sizes)) {
-        return Err("expected the buckets of rank 0".into());
-    }
-    let io = |program: &Program| program.io.iter().map(|io| (io.name.clone(), io.bytes, io.input)).collect::<Vec<_>>();
-    if io(expected) == io(found) { Ok(()) } else { Err("expected the io of rank 0".into()) }
-}
-
-fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Result<(), String> {
-    let expected = Collective::of(&program.semantics[step.op as usize]);
-    if step.collective != expected {
-        return Err(format!("`collective`: expected {expected:?}, found {:?}", step.collective));
-    }
-    match &step.collective {
-        Some(_) if in_head => Err("a collective of the head, which a rank may run again alone".into()),
-        Some(found) if found.size != size => {
-            Err(format!("expected a collective of {size} ranks, which the plan has, found {}", found.size))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn same_collectives(expected: &Bucket, found: &Bucket) -> Result<(), String> {
-    let list = |bucket: &Bucket| -> Vec<Collective> {
-        bucket.steps.iter().filter_map(|step| step.collective.clone()).collect()
+    let sizes = |program: &Program| -> Vec<_> {
+        let buckets = program.buckets.iter();
+        buckets
+            .map(|bucket| (bucket.name.clone(), bucket.phase, bucket.tokens, bucket.sequences, bucket.rows))
+            .collect()
     };
-    let (expected, found) = (list(expected), list(found));
-    let differs = expected.iter().zip(&found).position(|(a, b)| a != b);
-    match differs {
-        Some(at) => Err(format!("collective {at}: expected {:?}, as on rank 0, found {:?}", expected[at], found[at])),
-        None if expected.len() != found.len() => {
-            Err(format!("expected {} collectives, as on rank 0, found {}", expected.len(), found.len()))
+    let io =
+        |program: &Program| -> Vec<_> { program.io.iter().map(|io| (io.name.clone(), io.bytes, io.input)).collect() };
+    same("bucket", &sizes(expected), &sizes(found))?;
+    same("io", &io(expected), &io(found))
+}
+
+/// Checks that a rank has a list's entries as rank 0 has them.
+fn same<T: PartialEq + Debug>(what: &str, expected: &[T], found: &[T]) -> Result<(), String> {
+    let all = 0..expected.len().max(found.len());
+    let show = |list: &[T], at: usize| list.get(at).map_or("none".to_owned(), |entry| format!("{entry:?}"));
+    match all.into_iter().find(|&at| expected.get(at) != found.get(at)) {
+        Some(at) => {
+            Err(format!("{what} {at}: expected {}, as on rank 0, found {}", show(expected, at), show(found, at)))
         }
         None => Ok(()),
     }
 }
 
+/// Checks that a step exchanges with all ranks what its semantic says.
+fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Result<(), String> {
+    let expected = Collective::of(&program.semantics[step.op as usize]);
+    if step.collective != expected {
+        return Err(format!("`collective`: expected {expected:?}, found {:?}", step.collective));
+    }
+    let Some(found) = &step.collective else { return Ok(()) };
+    if in_head {
+        return Err("a collective of the head, which a rank may run again alone".into());
+    }
+    if found.size != size || size < 2 {
+        return Err(format!(
+            "expected a collective of the plan's ranks, of which there are {size}, found {}",
+            found.size
+        ));
+    }
+    if let Some(place) = step.reads.iter().find(|place| !matches!(place, Ref::Arena(_) | Ref::Io(_))) {
+        return Err(format!("a collective: expected reads of the arena or io, found {place:?}"));
+    }
+    match step.writes.iter().find(|place| !matches!(place, Ref::Arena(_))) {
+        Some(place) => Err(format!("a collective: expected writes to the arena, found {place:?}")),
+        None => Ok(()),
+    }
+}
+
+/// Checks that a rank has the collectives of rank 0, in steps of the same names and order.
+fn same_collectives(expected: &Bucket, found: &Bucket) -> Result<(), String> {
+    let steps = |bucket: &Bucket| -> Vec<(String, Collective)> {
+        let steps = bucket.steps.iter();
+        steps.filter_map(|step| Some((step.name.clone(), step.collective.clone()?))).collect()
+    };
+    same("collective", &steps(expected), &steps(found))
+}
+
 /// Checks that no two collectives can run at a time, which ranks could then begin in different orders.
-fn in_order(bucket: &Bucket, at: &str, faults: &mut Faults) {
+pub(super) fn in_order(bucket: &Bucket, at: &str, faults: &mut Faults) {
     let steps = bucket.steps.iter().enumerate().filter(|(_, step)| step.collective.is_some());
     let steps: Vec<usize> = steps.map(|(i, _)| i).collect();
     if steps.len() < 2 {
