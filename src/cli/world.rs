@@ -81,11 +81,11 @@ impl World {
         }
         ranks.meet(&introduction)?;
         for plan in plans {
-            let (expected, found) = (plan.manifest.ranks.len(), ranks.size());
-            if found % expected != 0 {
+            let (programs, found) = (plan.manifest.ranks.len(), ranks.size());
+            if found % programs != 0 {
                 bail!(
-                    "ranks: expected a multiple of {expected}, for each of which plan `{}` has a program, found {found}; start another \
-                     number, or compile the plan with another --ranks",
+                    "ranks: plan `{}` has programs for {programs}: expected a multiple of {programs}, found {found}; start another number, \
+                     or compile the plan with another --ranks",
                     plan.manifest.model.name
                 );
             }

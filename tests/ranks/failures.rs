@@ -105,14 +105,20 @@ fn strike_in(world: &World, name: &str, victim: usize, cause: &str) {
     let said: Vec<String> = (0..ranks).map(|rank| world.read(&format!("errors.{rank}"))).collect();
     // Rank 0 tells; without it each of the others does.
     for (rank, text) in said.iter().enumerate().filter(|&(rank, _)| rank != victim) {
+        let ours = ours(text);
         if rank > 0 && victim > 0 {
-            assert_eq!(text, "", "rank {rank}");
+            assert!(ours.is_empty(), "rank {rank}: {text}");
             continue;
         }
+        let [line] = ours[..] else { panic!("rank {rank}: expected one message: {text}") };
         let start = format!("lfm2c: rank {victim} (host ");
-        assert!(text.starts_with(&start) && text.contains(&format!("pid {pid}): {cause}")), "rank {rank}: {text}");
-        assert_eq!(text.lines().count(), 1, "{text}");
+        assert!(line.starts_with(&start) && line.contains(&format!("pid {pid}): {cause}")), "rank {rank}: {text}");
     }
+}
+
+/// What lfm2c itself says. MPI may add that a rank has ended whose memory it was reading.
+fn ours(text: &str) -> Vec<&str> {
+    text.lines().filter(|line| !line.starts_with('[')).collect()
 }
 
 #[test]

@@ -168,9 +168,7 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
     let text = errors(&output);
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(
-        text.contains(
-            "ranks: expected a multiple of 2, for each of which plan `lfm2-synthetic` has a program, found 3"
-        ),
+        text.contains("ranks: plan `lfm2-synthetic` has programs for 2: expected a multiple of 2, found 3"),
         "{text}"
     );
     let shown = lfm2c(at, &["inspect", "two.plan", "--bucket", "decode_4"]);

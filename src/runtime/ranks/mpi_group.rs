@@ -3,12 +3,17 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::thread::sleep;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use mpi::ffi;
 
 use super::mpi::check;
 use crate::runtime::group::Group;
+
+/// How soon the watch has found that a rank has ended, many times over.
+const FOUND: Duration = Duration::from_secs(1);
 
 /// Ranks with a communicator of their own, which lives until the process ends.
 pub(super) struct MpiGroup {
@@ -65,7 +70,7 @@ impl Group for MpiGroup {
                 self.communicator,
             )
         };
-        Ok(check("MPI_Allgather", code)?)
+        exchanged("MPI_Allgather", code)
     }
 
     fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()> {
@@ -90,8 +95,16 @@ impl Group for MpiGroup {
                 self.communicator,
             )
         };
-        Ok(check("MPI_Alltoall", code)?)
+        exchanged("MPI_Alltoall", code)
     }
+}
+
+/// What MPI answered to a collective. Where it failed because a rank is no more, the watch knows which, and ends this process first.
+fn exchanged(call: &'static str, code: c_int) -> Result<()> {
+    if code != 0 {
+        sleep(FOUND);
+    }
+    Ok(check(call, code)?)
 }
 
 /// Bytes for each rank, as MPI counts them.
