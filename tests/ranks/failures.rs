@@ -223,4 +223,8 @@ fn ranks_that_are_not_alike() {
     let model = project("models/demo");
     let other = ["a.plan", "--model", &model];
     disagree(at, &[&["a.plan"], &other], 1, &["lfm2c: rank 1 (host ", "compiled for another model"]);
+    // The others of its group wait for it.
+    compile(at, "plans/synthetic.ron", "c.plan", &["--ranks", "expert=2"]);
+    let other = ["c.plan", "--model", &model];
+    disagree(at, &[&["c.plan"], &other], 1, &["lfm2c: rank 1 (host ", "compiled for another model"]);
 }

@@ -32,7 +32,10 @@ impl CpuEnsemble {
     }
 
     /// Runs a bucket's steps on all ranks, each its own from one collective to the next: between those, ranks need not have the same.
-    fn run_steps(&mut self, bucket: usize) -> Result<()> {
+    ///
+    /// # Errors
+    /// A step failed, or not all ranks have come to a collective.
+    pub fn run_steps(&mut self, bucket: usize) -> Result<()> {
         let mut reached = vec![0; self.ranks.len()];
         loop {
             let mut at_collective = 0;
