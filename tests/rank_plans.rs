@@ -59,6 +59,63 @@ fn commands_take_plans_of_several_ranks() {
 }
 
 #[test]
+fn experts_are_placed_by_counts() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let model = project("tests/goldens/moe-base");
+    let compile = |name: &str, more: &[&str]| {
+        let compile = ["compile", "--model", &model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
+        done(at, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
+    };
+    compile("one.plan", &[]);
+    compile("two.plan", &["--ranks", "expert=2"]);
+    let prompts = ["--tokens", "5,17,3,80,41,7", "--tokens", "9,2", "--max-new-tokens", "6", "--ignore-eos"];
+    let run = |plan| done(at, &[&["run", plan, "--model", &model], &prompts[..]].concat());
+    let count = |plan: &str, more: &[&str]| {
+        let counting = ["run", plan, "--model", &model, "--count-experts", "counts.json"];
+        done(at, &[&counting[..], more].concat());
+        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
+    };
+    // A plan of two ranks counts what one of one rank does; so does a batch of the same prompts.
+    let text = count("one.plan", &prompts);
+    assert_eq!(count("two.plan", &prompts), text);
+    let line = |tokens: &str| format!("{{\"tokens\": [{tokens}], \"max_new_tokens\": 6, \"ignore_eos\": true}}\n");
+    std::fs::write(at.join("in.jsonl"), line("5,17,3,80,41,7") + &line("9,2")).expect("it is written");
+    assert_eq!(count("one.plan", &["--input", "in.jsonl"]), text);
+    let counts: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    for (layer, counts) in counts["layers"].as_object().expect("layers") {
+        let rows: u64 = counts.as_array().expect("counts").iter().map(|count| count.as_u64().expect("a count")).sum();
+        // Every row but those of the last tokens, which nothing follows, chose two experts.
+        assert_eq!(rows, 2 * (6 + 2 + 2 * 5), "{layer}");
+    }
+    let report = compile("placed.plan", &["--ranks", "expert=2", "--expert-counts", "counts.json"]);
+    let numbers: Vec<f64> = report
+        .lines()
+        .find(|line| line.starts_with("rows of the busiest rank"))
+        .expect("it is told")
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert!(numbers[1] < numbers[0] && numbers[1] >= 1.0, "{report}");
+    let experts = |plan| done(at, &["inspect", plan]).lines().filter(|line| line.starts_with("1 ")).collect::<String>();
+    assert_ne!(experts("placed.plan"), experts("two.plan"));
+    assert_eq!(run("placed.plan"), run("one.plan"));
+
+    let placed = |file: &str, code: i32, said: &str| {
+        let compile = ["compile", "--model", &model, "--target", "cpu", "--ranks", "expert=2", "-o", "x.plan"];
+        fails(at, code, &[&compile[..], &["--expert-counts", file]].concat(), said);
+    };
+    placed("none.json", 1, "--expert-counts none.json");
+    placed("in.jsonl", 1, "expected what `lfm2c run --count-experts` writes");
+    std::fs::write(at.join("short.json"), text.replacen("[", "[1,", 1)).expect("it is written");
+    placed("short.json", 1, "expected counts of 8 experts, found 9");
+    let other = project("plans/synthetic.ron");
+    let compile = ["compile", &other, "--target", "cpu", "-o", "x.plan", "--expert-counts", "counts.json"];
+    fails(at, 2, &compile, "--ranks");
+    fails(at, 1, &[&compile[..], &["--ranks", "expert=2"]].concat(), "expected counts of this model");
+}
+
+#[test]
 fn wrong_ranks_are_usage_errors() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();

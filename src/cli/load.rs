@@ -57,6 +57,9 @@ pub struct Choices {
     /// ranks, or a multiple of that, under `mpirun`
     #[arg(long, value_name = "expert=N", value_parser = ranks)]
     pub ranks: Option<u64>,
+    /// What `lfm2c run --count-experts` wrote: experts are spread over ranks such that each gets as many rows as can be
+    #[arg(long, value_name = "FILE", requires = "ranks")]
+    pub expert_counts: Option<PathBuf>,
     /// Leaves a pass out; may be repeated
     #[arg(long, value_name = "NAME")]
     pub disable_pass: Vec<String>,
@@ -134,6 +137,7 @@ impl Choices {
             forced_routing: self.forced_routing,
             without_cubins: self.without_cubins,
             expert_ranks: self.ranks.unwrap_or(1),
+            expert_counts: self.expert_counts.clone(),
             ..CompileOptions::default()
         }
     }

@@ -41,7 +41,7 @@ impl World {
         match ranks::launched() {
             None => Ok(()),
             Some(launched) => usage_of_all(format!(
-                "lfm2c {command}: expected one process, found {} = {}; of all commands only `run` works on several ranks",
+                "lfm2c {command}: expected one process, found {} = {}; only `run`, without --count-experts, works on several ranks",
                 launched.by, launched.size
             )),
         }

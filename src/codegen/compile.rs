@@ -1,11 +1,12 @@
 //! The compile driver: description to graph, graph through the passes for each bucket, everything into one plan file.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::codegen::cubins::{self, Compilation};
-use crate::codegen::expert_ranks::expert_ranks;
+use crate::codegen::expert_ranks::{Balance, expert_ranks};
 use crate::codegen::lower;
 use crate::codegen::pipeline::Pipeline;
 use crate::codegen::select::{F32, Known, Selector, Tactics};
@@ -60,6 +61,8 @@ pub struct CompileOptions {
     pub tactics: Tactics,
     /// Ranks that experts are spread over; 1 for a plan of one rank.
     pub expert_ranks: u64,
+    /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
+    pub expert_counts: Option<PathBuf>,
     /// How products of f32 are computed that tactics do not choose a kernel for.
     pub f32: F32,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
@@ -80,6 +83,7 @@ impl Default for CompileOptions {
             stop_after_patch: None,
             forced_routing: false,
             expert_ranks: 1,
+            expert_counts: None,
             tactics: Tactics::default(),
             f32: F32::default(),
             without_cubins: false,
@@ -112,6 +116,8 @@ pub struct Compiled {
     pub kernels: Compilation,
     /// How many of the choices among kernels were those of the options' tactics.
     pub known: Known,
+    /// How evenly experts are spread, if their choices were counted.
+    pub balance: Option<Balance>,
 }
 
 /// What the passes did in one bucket.
@@ -156,7 +162,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         let known = names().join(", ");
         bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
     }
-    let experts = expert_ranks(source, options)?;
+    let (experts, balance) = expert_ranks(source, options)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32));
@@ -214,7 +220,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance })
 }
 
 /// What the driver needs of a source.

@@ -18,6 +18,7 @@ pub mod tuning;
 mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
+pub use expert_ranks::Balance;
 pub use lock::Lock;
 pub use recipe::{Prompt, Recipe};
 pub use tuning::Tuning;

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::plan::{Manifest, SAMPLING_COLUMNS};
+use crate::plan::{ExpertCounts, Manifest, SAMPLING_COLUMNS};
 use crate::runtime::group::Group;
 
 /// Stands in [`Batch::tokens`] for the token that was chosen last for the row's slot, by a step enqueued before, and that
@@ -96,6 +96,11 @@ pub trait Executor {
 
     /// Bytes that the pool takes on the device, as its driver reports them; none where nobody reports.
     fn measured_pool_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// How often routers have chosen each expert so far, if it counts that.
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
         None
     }
 

@@ -115,6 +115,9 @@ fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
             "--logits and --prompt-logits: expected no samples; --output FILE.bin writes the logits of samples",
         );
     }
+    if arguments.count_experts.is_some() {
+        return usage("--count-experts: expected prompts or --input FILE.jsonl, found samples");
+    }
     if batch.compare.is_some() && batch.output.is_some() {
         return usage("--compare: expected no --output, which is the answers of one plan");
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use super::CpuExecutor;
-use crate::plan::{CollectiveKind, Manifest};
+use crate::plan::{CollectiveKind, ExpertCounts, Manifest};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
 use crate::runtime::group::block;
 
@@ -91,6 +91,11 @@ impl Executor for CpuEnsemble {
 
     fn device(&self) -> String {
         format!("the CPU, {} ranks in one process", self.ranks.len())
+    }
+
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
+        // Rows of padding, which are all that the others have, choose none.
+        self.ranks[0].expert_counts()
     }
 
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {

@@ -32,10 +32,12 @@ pub use self::ensemble::CpuEnsemble;
 pub use self::pool::{HostPool, Regions};
 
 use self::flight::Flight;
-use self::interpret::{Input, interpret};
+use self::interpret::{Input, Made, interpret};
 use self::poison::{Liveness, POISON};
 use self::tensor::{View, byte_len};
-use crate::plan::{Bucket, ForcedRouting, Manifest, Program, Ref, State, StateRole, Step, TensorType};
+use crate::plan::{
+    Bucket, ExpertCounts, ForcedRouting, Manifest, Program, Ref, State, StateRole, Step, TensorType, scope,
+};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
 use crate::runtime::forced::ForcedExperts;
 use crate::runtime::group::Group;
@@ -51,6 +53,7 @@ pub struct CpuExecutor {
     last: Option<LastRun>,
     flight: Flight,
     forced: ForcedExperts,
+    counts: ExpertCounts,
     /// The ranks that run collectives together with this one.
     group: Option<Box<dyn Group>>,
 }
@@ -76,7 +79,8 @@ impl CpuExecutor {
         let (found, expected) = (pool.bytes().len() as u64, program.pool.bytes().max(1));
         ensure!(found == expected, "a pool of {found} bytes for a program that needs {expected}");
         let (flight, forced) = (Flight::new(1), ForcedExperts::default());
-        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced, group: None })
+        let counts = ExpertCounts::new(&manifest.model.config_hash);
+        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced, counts, group: None })
     }
 
     /// Lets so many steps be in flight, at least 1, so that the same steps run as on a device of that lookahead. The CPU gains
@@ -226,7 +230,10 @@ impl CpuExecutor {
             };
             Ok(Input::View(View::new(part(region, start, len, place)?, ty.0)?))
         });
-        let outputs = interpret(semantic, inputs.collect::<Result<_>>()?, regions.state)?;
+        let Made { outputs, chosen } = interpret(semantic, inputs.collect::<Result<_>>()?, regions.state)?;
+        if let Some((chosen, experts)) = chosen {
+            self.counts.add(scope(&step.name), experts, &chosen);
+        }
         ensure!(outputs.len() == step.writes.len(), "{} places for {} outputs", step.writes.len(), outputs.len());
         for ((value, ty), &place) in outputs.iter().zip(&semantic.outputs).zip(&step.writes) {
             let (start, len) = (place_of(program, bucket, place)?, byte_len(ty)?);
@@ -302,6 +309,10 @@ impl Executor for CpuExecutor {
 
     fn device(&self) -> String {
         "the CPU".into()
+    }
+
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
+        Some(&self.counts)
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {

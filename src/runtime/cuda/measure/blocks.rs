@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::experts::{Distinct, scope};
+use super::experts::Distinct;
 use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
-use crate::plan::{Bucket, DType};
+use crate::plan::{Bucket, DType, scope};
 use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::cuda::capture::Lanes;
 

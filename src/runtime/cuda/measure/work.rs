@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::experts::{LayerExperts, scope};
-use crate::plan::{Op, Program, Slot, Step};
+use super::experts::LayerExperts;
+use crate::plan::{Op, Program, Slot, Step, scope};
 
 /// Bytes that must cross memory, and floating-point operations.
 #[derive(Clone, Copy, PartialEq, Default, Debug, Serialize)]
