@@ -57,7 +57,7 @@ pub struct Choices {
     /// ranks, or a multiple of that, under `mpirun`
     #[arg(long, value_name = "expert=N", value_parser = ranks)]
     pub ranks: Option<u64>,
-    /// What `lfm2c run --count-experts` wrote: experts are spread over ranks such that each gets as many rows as can be
+    /// Counts of choices that `lfm2c run` has written: experts are spread such that the ranks get as equally many rows as can be
     #[arg(long, value_name = "FILE", requires = "ranks")]
     pub expert_counts: Option<PathBuf>,
     /// Leaves a pass out; may be repeated

@@ -85,7 +85,7 @@ pub struct Arguments {
     /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended, and for one that could not run
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
-    /// Writes how often each expert was chosen, layer by layer, for `lfm2c compile --expert-counts`; on the CPU, in one process
+    /// Writes how often each expert was chosen, layer by layer, for `lfm2c compile` to spread experts by; on the CPU, in one process
     #[arg(long, value_name = "FILE")]
     count_experts: Option<PathBuf>,
     /// How to print; json is one object, and a line for each sequence with --input [default: text; json lines with --input]

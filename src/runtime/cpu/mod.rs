@@ -172,22 +172,6 @@ impl CpuExecutor {
         run.with_context(|| format!("step {} of bucket {}", found.name, at.name))
     }
 
-    /// Fills what a step of the plan needs not, if that is wanted.
-    fn poison_before(&mut self, bucket: usize, step: usize) {
-        let Some(liveness) = self.poison.as_ref().and_then(|list| list.get(bucket)) else { return };
-        let program = &self.manifest.ranks[self.rank];
-        let regions = self.pool.split();
-        liveness.poison(step, regions.arena);
-        let found = &program.buckets[bucket].steps[step];
-        for &place in found.writes.iter().filter(|place| !found.reads.contains(place)) {
-            if let Ref::Io(i) = place
-                && let Some(io) = program.io.get(i as usize)
-            {
-                regions.io[span(io.offset, io.bytes)].fill(POISON);
-            }
-        }
-    }
-
     /// Writes a batch to the inputs of a bucket.
     fn begin(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
         let manifest = Arc::clone(&self.manifest);
