@@ -254,13 +254,17 @@ fn standard_input_streams() {
 fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");
-    let commands: [&[&str]; 3] =
-        [&["compile", "-o", "demo.plan"], &["chat", "--max-new-tokens", "1"], &["eval", "--text", "none.txt"]];
-    for command in commands {
+    let commands: [(&str, &[&str]); 4] = [
+        ("compile", &["compile", "-o", "demo.plan"]),
+        ("chat", &["chat", "--max-new-tokens", "1"]),
+        ("eval", &["eval", "--text", "none.txt"]),
+        ("run --count-experts", &["run", "--count-experts", "counts.json"]),
+    ];
+    for (shown, command) in commands {
         let output = on_ranks(folder.path(), "2", &[&[command[0], &recipe], &command[1..]].concat());
         let text = errors(&output);
         assert_eq!(output.status.code(), Some(2), "{text}");
-        let expected = format!("lfm2c {}: expected one process, found OMPI_COMM_WORLD_SIZE = 2", command[0]);
+        let expected = format!("lfm2c {shown}: expected one process, found OMPI_COMM_WORLD_SIZE = 2");
         assert_eq!(text.matches(&expected).count(), 1, "{text}");
         assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
     }
