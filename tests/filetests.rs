@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lfm2c::ir::{Extents, Graph, parse, verify};
-use lfm2c::passes::{BucketSpec, Driver, PassContext, Phase, Target, find};
+use lfm2c::passes::{BucketSpec, Driver, ExpertShare, PassContext, Phase, Target, find};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Set to 1, expectations are rewritten to what is found.
@@ -98,7 +98,8 @@ fn header(text: &str) -> Result<Test, String> {
 
 fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassContext, String> {
     let extents = Extents { tokens: 1, sequences: 1, rows: 1 };
-    let mut context = PassContext { target: Target::Cpu, bucket: BucketSpec { phase: Phase::Fixed, extents } };
+    let bucket = BucketSpec { phase: Phase::Fixed, extents };
+    let mut context = PassContext { target: Target::Cpu, bucket, experts: None };
     while let Some(word) = words.next() {
         let value = words.next().ok_or_else(|| format!("`{word}` needs a value"))?;
         match (word, value) {
@@ -109,11 +110,23 @@ fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassCont
                 context.bucket = BucketSpec { phase, extents: Extents { tokens, sequences: tokens, rows: tokens } };
             }
             ("target", "cpu") => context.target = Target::Cpu,
+            ("experts", share) => context.experts = Some(expert_share(share)?),
             ("target", "sm_90a") => context.target = Target::Sm90a,
             _ => return Err(format!("unknown option `{word} {value}`")),
         }
     }
     Ok(context)
+}
+
+/// `4,5/8@2`: experts 4 and 5 of 8, which 2 ranks share.
+fn expert_share(text: &str) -> Result<ExpertShare, String> {
+    let parts = || {
+        let (local, rest) = text.split_once('/')?;
+        let (of, ranks) = rest.split_once('@')?;
+        let local = local.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
+        Some(ExpertShare { ranks: ranks.parse().ok()?, of: of.parse().ok()?, local })
+    };
+    parts().ok_or_else(|| format!("`experts`: expected such as `4,5/8@2`, found `{text}`"))
 }
 
 /// An error as (line, message).

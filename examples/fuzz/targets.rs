@@ -10,7 +10,7 @@ use lfm2c::passes::Target as Lowered;
 use lfm2c::passes::{plan_memory, schedule};
 use lfm2c::plan::file::{Kind, seal};
 use lfm2c::plan::{ALIGNMENT, Bucket, Manifest, Phase, PlanFile, Program};
-use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
+use lfm2c::runtime::cpu::{CpuEnsemble, CpuExecutor, HostPool};
 use lfm2c::runtime::weights::{Origin, Room, Transfer, fill_synthetic, parse_header};
 use lfm2c::runtime::{Batch, Executor, SamplingParams};
 
@@ -74,10 +74,15 @@ const DEMO: &str = include_str!("../../plans/synthetic.ron");
 const GELU: &str = include_str!("../../plans/gelu.ir");
 const SMALL: &str = include_str!("../../tests/data/small_manifest.ron");
 
-/// Compiles a small LFM2 in few buckets, fused or not.
+/// Compiles a small LFM2 in few buckets, fused or not, for one rank.
 fn compiled_demo(target: Lowered, disabled: &[&str]) -> PlanFile {
+    compiled_ranks(1, target, disabled)
+}
+
+fn compiled_ranks(ranks: u64, target: Lowered, disabled: &[&str]) -> PlanFile {
     let options = CompileOptions {
         target,
+        expert_ranks: ranks,
         without_cubins: true,
         prefill: Some(vec![8]),
         decode: Some(vec![1, 2]),
@@ -111,7 +116,7 @@ fn compiled_gelu() -> PlanFile {
 
 /// A manifest under hashes that hold, with as many texts as the seeds need.
 fn sealed(manifest: &str) -> Vec<u8> {
-    let texts: [&[u8]; 3] = [b"graph @a () {\n  return\n}\n", b"b", b"c"];
+    let texts: [&[u8]; 6] = [b"graph @a () {\n  return\n}\n", b"b", b"c", b"d", b"e", b"f"];
     let mut sections = vec![(Kind::Manifest, manifest.as_bytes()), (Kind::Recipe, &b""[..])];
     sections.extend(texts.map(|text| (Kind::Text, text)));
     seal(&sections)
@@ -122,6 +127,7 @@ fn plan_seeds() -> Vec<Seed> {
     texts.push(compiled_demo(Lowered::Cpu, &[]).manifest_text());
     texts.push(compiled_demo(Lowered::Cpu, &["group-experts", "fuse-attention"]).manifest_text());
     texts.push(compiled_demo(Lowered::Sm90a, &[]).manifest_text());
+    texts.push(compiled_ranks(2, Lowered::Cpu, &[]).manifest_text());
     texts.iter().map(|text| Seed::new(text, sealed)).collect()
 }
 
@@ -144,21 +150,26 @@ const MAX_ROWS: u64 = 1 << 10;
 
 fn execute(manifest: Manifest) -> anyhow::Result<()> {
     let manifest = Arc::new(manifest);
+    let mut ranks = vec![];
     for (rank, program) in manifest.ranks.iter().enumerate() {
         let large = |bucket: &Bucket| bucket.tokens > MAX_ROWS && bucket.phase != Phase::Fixed;
         if program.pool.bytes() > MAX_POOL_BYTES || program.buckets.iter().any(large) {
-            continue;
+            return Ok(());
         }
         let mut pool = HostPool::new(program)?;
         fill_synthetic(&manifest, program, 1, pool.weights_mut(), &|_| {})?;
-        transfer(&manifest, program)?;
-        let mut executor = CpuExecutor::new(Arc::clone(&manifest), rank, pool)?.with_poison(true);
-        for (at, bucket) in program.buckets.iter().enumerate() {
-            if bucket.phase == Phase::Fixed {
-                executor.run_steps(at)?;
-            } else {
-                language(&mut executor, at, bucket)?;
-            }
+        // Devices load no weights of some indices.
+        if manifest.experts.is_empty() {
+            transfer(&manifest, program)?;
+        }
+        ranks.push(CpuExecutor::new(Arc::clone(&manifest), rank, pool)?.with_poison(true));
+    }
+    let mut executor = CpuEnsemble::new(ranks)?;
+    for (at, bucket) in manifest.ranks[0].buckets.iter().enumerate() {
+        if bucket.phase == Phase::Fixed {
+            executor.run_steps(at)?;
+        } else {
+            language(&mut executor, at, bucket)?;
         }
     }
     Ok(())
@@ -181,7 +192,7 @@ fn transfer(manifest: &Manifest, program: &Program) -> anyhow::Result<()> {
 }
 
 /// One step of all the sequences that a bucket and the pages hold.
-fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::Result<()> {
+fn language(executor: &mut CpuEnsemble, at: usize, bucket: &Bucket) -> anyhow::Result<()> {
     let limits = executor.manifest().limits.clone();
     let sequences = bucket.sequences.min(limits.pages()) as i32;
     let each = (bucket.tokens / bucket.sequences).min(limits.max_context).min(limits.page_tokens);
@@ -203,7 +214,8 @@ fn language(executor: &mut CpuExecutor, at: usize, bucket: &Bucket) -> anyhow::R
 }
 
 fn ir_seeds() -> Vec<Seed> {
-    let mut texts = compiled_demo(Lowered::Cpu, &[]).texts;
+    let mut texts = compiled_ranks(2, Lowered::Cpu, &[]).texts;
+    texts.extend(compiled_demo(Lowered::Cpu, &[]).texts);
     texts.extend(compiled_demo(Lowered::Cpu, &["group-experts", "fuse-shortconv", "fuse-pointwise"]).texts);
     texts.push(GELU.to_owned());
     texts.iter().map(|text| Seed::new(text, |text| text.as_bytes().to_vec())).collect()

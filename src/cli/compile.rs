@@ -8,10 +8,10 @@ use anyhow::Result;
 use crate::cli::load::{self, Choices, TargetChoice, compile_source};
 use crate::cli::output::{note, print};
 use crate::cli::table::{regions, size, table};
-use crate::cli::{lock, tune, usage};
+use crate::cli::{inspect, lock, tune, usage};
 use crate::codegen::compile::{BucketReport, Observer};
 use crate::codegen::select::Tactics;
-use crate::codegen::{CompileOptions, Compiled, Lock, Source, compile};
+use crate::codegen::{Balance, CompileOptions, Compiled, Lock, Source, compile};
 use crate::ir::Graph;
 use crate::passes::{self, Target};
 
@@ -163,7 +163,17 @@ fn report(compiled: &Compiled) -> String {
         .collect();
     text += &table(&["bucket", "steps", "unfused", "arena", "lower bound"], &rows);
     let pool = &program.pool;
-    text + &format!("pool {}: {}\n", size(pool.bytes()), regions(pool))
+    text += &format!("pool {}: {}\n", size(pool.bytes()), regions(pool));
+    let ranks = inspect::ranks(&compiled.file.manifest);
+    if !ranks.is_empty() {
+        text += &format!("\n{}\n", ranks.trim_end());
+    }
+    if let Some(Balance { neighbours, placed }) = compiled.balance {
+        text += &format!(
+            "rows of the busiest rank, layer by layer, as counted: {neighbours:.3} of the mean with neighbours together, {placed:.3} as placed\n"
+        );
+    }
+    text
 }
 
 /// The smallest decode bucket and the largest prefill bucket, as far as there are such.

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 
 use crate::cuda;
 use crate::plan::{Manifest, Target};
+use crate::runtime::ranks::Groups;
 
 /// `--device`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -29,18 +30,20 @@ impl Device {
     }
 }
 
-/// A device, and which of the host's GPUs if it is one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// A device, which of the host's GPUs if it is one, and who else runs the plan.
+#[derive(Clone)]
 pub struct Place {
     /// As asked for.
     pub device: Device,
     /// The GPU's number.
     pub gpu: usize,
+    /// Gathers the ranks that run a plan's programs together; none if all of them run in this process.
+    pub groups: Option<Groups>,
 }
 
 impl From<Device> for Place {
     /// The first GPU, for a process that has them all to itself.
     fn from(device: Device) -> Place {
-        Place { device, gpu: 0 }
+        Place { device, gpu: 0, groups: None }
     }
 }

@@ -13,7 +13,7 @@ use crate::plan::{Bucket, Manifest, Phase, PlanFile, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, kernel_name};
 
-/// Show what is in a plan: model, pool, buckets, steps.
+/// Show what is in a plan: model, pool, buckets, steps. Of a plan of several ranks, buckets and steps are those of rank 0.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// The plan file
@@ -128,9 +128,38 @@ fn summary(manifest: &Manifest, hash: &str) -> String {
             ]
         })
         .collect();
+    text += &ranks(manifest);
     text += &table(&["bucket", "T", "S", "R", "steps", "arena", "lower bound", "over", "mean padding", "worst"], &rows);
     text + "\narena: largest sum of live bytes is the lower bound; padding: share of rows unused, over the row counts that\n\
      a bucket is the smallest for\n"
+}
+
+/// What each rank has, and what it sends to others; empty for a plan of one rank.
+pub fn ranks(manifest: &Manifest) -> String {
+    if manifest.ranks.len() < 2 {
+        return String::new();
+    }
+    let rows = manifest.ranks.iter().zip(&manifest.experts).enumerate().map(|(rank, (program, experts))| {
+        let of_experts = program.weights.iter().filter(|weight| !weight.indices.is_empty());
+        let bytes: u64 = of_experts.filter_map(|weight| weight.ty.bytes()).sum();
+        let experts: Vec<String> = experts.iter().map(ToString::to_string).collect();
+        vec![
+            rank.to_string(),
+            experts.join(" "),
+            size(bytes),
+            size(program.pool.weights.bytes),
+            size(program.pool.bytes()),
+        ]
+    });
+    let mut text = table(&["rank", "experts", "their weights", "all weights", "pool"], &rows.collect::<Vec<_>>());
+    let rows = manifest.ranks[0].buckets.iter().map(|bucket| {
+        let sent: u64 = bucket.steps.iter().map(|step| step.cost.link_bytes).sum();
+        let steps = bucket.steps.iter().filter(|step| step.collective.is_some()).count();
+        vec![bucket.name.clone(), steps.to_string(), size(sent)]
+    });
+    text += "\n";
+    text += &table(&["bucket", "collectives", "sent by each rank"], &rows.collect::<Vec<_>>());
+    text + "\n"
 }
 
 /// How far the arena exceeds its lower bound, in percent.
@@ -155,6 +184,9 @@ fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
             }
             if step.cost.bytes_per_position > 0 {
                 bytes += &format!(" + {}/position", size(step.cost.bytes_per_position));
+            }
+            if step.cost.link_bytes > 0 {
+                bytes += &format!(" + {} to other ranks", size(step.cost.link_bytes));
             }
             let operators = semantics[step.op as usize].body.len();
             let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);

@@ -1,7 +1,8 @@
 //! What several commands do first: find the plan, compile a recipe, fill a pool with weights.
 
+mod cpu;
+
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -19,9 +20,10 @@ use crate::ir::{DType, Graph};
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
-use crate::runtime::cpu::{CpuExecutor, HostPool};
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::weights::{self, Checkpoint, Origin};
+
+pub use self::cpu::cpu_executor;
 
 /// What a recipe's choices can be overridden with.
 #[derive(Args, Clone, Debug, Default)]
@@ -54,6 +56,13 @@ pub struct Choices {
     /// Positions of all sequences together that the KV cache holds
     #[arg(long, value_name = "N")]
     pub kv_tokens: Option<u64>,
+    /// Spreads the experts over ranks, with all else on each: `expert=2`. The plan then has a program for each of them, and runs on as many
+    /// ranks, or a multiple of that, under `mpirun`
+    #[arg(long, value_name = "expert=N", value_parser = ranks)]
+    pub ranks: Option<u64>,
+    /// Counts of choices that `lfm2c run` has written: experts are spread such that the ranks get as equally many rows as can be
+    #[arg(long, value_name = "FILE", requires = "ranks")]
+    pub expert_counts: Option<PathBuf>,
     /// Leaves a pass out; may be repeated
     #[arg(long, value_name = "NAME")]
     pub disable_pass: Vec<String>,
@@ -131,6 +140,8 @@ impl Choices {
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
             without_cubins: self.without_cubins,
+            expert_ranks: self.ranks.unwrap_or(1),
+            expert_counts: self.expert_counts.clone(),
             ..CompileOptions::default()
         }
     }
@@ -141,6 +152,12 @@ impl Choices {
         let options = self.options();
         if self.no_lock || !is_source(path) { Ok(options) } else { lock::apply(options, path) }
     }
+}
+
+/// The value of `--ranks`.
+fn ranks(text: &str) -> Result<u64, String> {
+    let count = text.strip_prefix("expert=").and_then(|count| count.parse().ok());
+    count.ok_or_else(|| format!("expected expert=N with a whole number N, such as expert=2, found `{text}`"))
 }
 
 /// True if the first GPU is of the kind that kernels are compiled for.
@@ -156,6 +173,7 @@ pub fn choices_of(manifest: &Manifest) -> CompileOptions {
             plan::Target::Sm_90a => Target::Sm90a,
         },
         forced_routing: manifest.model.forced_routing.is_some(),
+        expert_ranks: manifest.ranks.len() as u64,
         ..CompileOptions::default()
     }
 }
@@ -254,7 +272,8 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     }
     if *options != Choices::default().options() {
         return usage(format!(
-            "{} is compiled already: --target, --dtype, --synthetic, bucket sizes, limits and passes are choices of `lfm2c compile`",
+            "{} is compiled already: --target, --dtype, --synthetic, --ranks, bucket sizes, limits and passes are choices of \
+             `lfm2c compile`",
             path.display()
         ));
     }
@@ -301,14 +320,14 @@ pub fn executor(
     place: impl Into<Place>,
     graphs: Graphs,
 ) -> Result<Box<dyn Executor>> {
-    let Place { device, gpu } = place.into();
+    let Place { device, gpu, groups } = place.into();
     if device.is_cuda(&file.manifest) {
         return Ok(Box::new(executor_on_gpu(file, model, gpu, graphs)?));
     }
     if graphs == Graphs::Required {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
     }
-    Ok(Box::new(cpu_executor(file, model)?))
+    cpu::executor(file, model, groups)
 }
 
 /// As [`executor`], with every graph captured that would be when first needed, so that what is timed is running.
@@ -328,28 +347,6 @@ pub fn prepared_executor(
         Err(error) if graphs == Graphs::Required => Err(error),
         _ => Ok(Box::new(executor)),
     }
-}
-
-/// The CPU executor with its weights loaded.
-pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
-    let manifest = &file.manifest;
-    let program = &manifest.ranks[0];
-    let mut pool = HostPool::new(program)?;
-    let bar = progress::bytes("loading weights", weights::total_bytes(program));
-    let report = |done: u64| bar.set_position(done);
-    with_origin(file, model, |origin| {
-        match origin {
-            Origin::Synthetic(seed) => {
-                weights::fill_synthetic(manifest, program, seed, pool.weights_mut(), &report)?;
-            }
-            Origin::Checkpoint(checkpoint) => {
-                weights::load(manifest, program, checkpoint, pool.weights_mut(), &report)?;
-            }
-        }
-        Ok(())
-    })?;
-    bar.finish_and_clear();
-    CpuExecutor::new(Arc::new(manifest.clone()), 0, pool)
 }
 
 /// The CUDA executor on the first GPU, with its weights loaded.

@@ -28,7 +28,7 @@ use crate::cli::sampling::Sampling;
 use crate::cli::table::{regions, size};
 use crate::cli::world::{World, rank_table};
 use crate::cli::{text, usage};
-use crate::plan::PlanFile;
+use crate::plan::{ExpertCounts, PlanFile};
 use crate::runtime::cuda::Graphs;
 use crate::runtime::ranks::{Mode, Peer, Summary};
 use crate::runtime::{All, Executor, Finished, Generator, Options, Request, SamplingParams, Statistics, logits_table};
@@ -85,6 +85,9 @@ pub struct Arguments {
     /// Writes the logits that each new token was chosen from, float32 [sequences, max-new-tokens, vocab]; NaN after a sequence has ended, and for one that could not run
     #[arg(long, value_name = "FILE.npy")]
     logits: Option<PathBuf>,
+    /// Writes how often each expert was chosen, layer by layer, for `lfm2c compile` to spread experts by; on the CPU, in one process
+    #[arg(long, value_name = "FILE")]
+    count_experts: Option<PathBuf>,
     /// How to print; json is one object, and a line for each sequence with --input [default: text; json lines with --input]
     #[arg(long, value_enum)]
     format: Option<Format>,
@@ -121,6 +124,9 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     {
         return usage(format!("{option}: expected text, found {}, which holds token ids", input.display()));
     }
+    if arguments.count_experts.is_some() {
+        World::refuse("run --count-experts")?;
+    }
     let mut world = World::join()?;
     let result = match &arguments.batch.input {
         _ if world.follower().is_some() => follow::execute(arguments, &mut world),
@@ -155,6 +161,7 @@ fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, wo
     }
     world.load(0)?;
     let mut executor = load::executor(&file, model, place, arguments.graphs())?;
+    counts(arguments, &*executor)?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();
@@ -173,6 +180,7 @@ fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, wo
     let results: Vec<std::result::Result<Finished, String>> =
         finished.into_iter().map(|result| result.map_err(|e| e.to_string())).collect();
     write_logits(arguments, &results, executor.manifest().model.vocab)?;
+    write_counts(arguments, &*executor)?;
     let ran = results.iter().any(std::result::Result::is_ok);
     let texts = if ran { texts.finish()? } else { vec![] };
     match format {
@@ -260,6 +268,28 @@ fn write_logits(arguments: &Arguments, results: &[std::result::Result<Finished, 
     }
     if let (Some(path), Some(finished)) = (&arguments.prompt_logits, first) {
         write_npy(path, &[finished.prompt_tokens as u64, vocab], &finished.prompt_logits)?;
+    }
+    Ok(())
+}
+
+/// What the executor counts, if that is to be written.
+fn counts<'e>(arguments: &Arguments, executor: &'e dyn Executor) -> Result<Option<&'e ExpertCounts>> {
+    if arguments.count_experts.is_none() {
+        return Ok(None);
+    }
+    let Some(counts) = executor.expert_counts() else {
+        bail!(
+            "--count-experts: expected the CPU, which alone counts what routers choose, found {}; add --device cpu",
+            executor.device()
+        );
+    };
+    Ok(Some(counts))
+}
+
+fn write_counts(arguments: &Arguments, executor: &dyn Executor) -> Result<()> {
+    if let (Some(path), Some(counts)) = (&arguments.count_experts, counts(arguments, executor)?) {
+        let text = serde_json::to_string(counts)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }

@@ -41,7 +41,7 @@ impl World {
         match ranks::launched() {
             None => Ok(()),
             Some(launched) => usage_of_all(format!(
-                "lfm2c {command}: expected one process, found {} = {}; of all commands only `run` works on several ranks",
+                "lfm2c {command}: expected one process, found {} = {}; only `run`, without --count-experts, works on several ranks",
                 launched.by, launched.size
             )),
         }
@@ -69,7 +69,7 @@ impl World {
                 (gpu, cuda::Device::open(gpu)?.name.clone())
             }
         };
-        let place = Place { device, gpu };
+        let place = Place { device, gpu, groups: ranks.groups() };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             plans: plans.iter().map(PlanFile::hash).collect(),
@@ -81,11 +81,11 @@ impl World {
         }
         ranks.meet(&introduction)?;
         for plan in plans {
-            let (found, size) = (plan.manifest.ranks.len(), ranks.size());
-            if found != 1 {
+            let (programs, found) = (plan.manifest.ranks.len(), ranks.size());
+            if found % programs != 0 {
                 bail!(
-                    "plan `{}`: expected a program for one rank, of which each of the {size} is a replica, found programs for {found}; \
-                     compile it without --ranks",
+                    "ranks: plan `{}` has programs for {programs}: expected a multiple of {programs}, found {found}; start another number, \
+                     or compile the plan with another --ranks",
                     plan.manifest.model.name
                 );
             }

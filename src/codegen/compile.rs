@@ -1,24 +1,22 @@
 //! The compile driver: description to graph, graph through the passes for each bucket, everything into one plan file.
 
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, anyhow, bail};
-use rayon::prelude::*;
 
 use crate::codegen::cubins::{self, Compilation};
-use crate::codegen::lower::{self, Prepared};
+use crate::codegen::expert_ranks::{Balance, expert_ranks};
+use crate::codegen::lower;
+use crate::codegen::pipeline::Pipeline;
 use crate::codegen::select::{F32, Known, Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
-use crate::passes::driver::{Driver, PassReport};
-use crate::passes::{
-    BucketSpec, PLAN_MEMORY, PassContext, Phase, SCHEDULE, Stage, Target, names, place_apart, plan_memory, schedule,
-    schedule_in_sequence,
-};
-use crate::plan::{self, ALIGNMENT, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
+use crate::passes::driver::PassReport;
+use crate::passes::{BucketSpec, ExpertShare, Phase, Target, names};
+use crate::plan::{self, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
 
 /// Positions of one KV page.
 const PAGE_TOKENS: u64 = 64;
@@ -63,6 +61,10 @@ pub struct CompileOptions {
     pub forced_routing: bool,
     /// Choices among kernels.
     pub tactics: Tactics,
+    /// Ranks that experts are spread over; 1 for a plan of one rank.
+    pub expert_ranks: u64,
+    /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
+    pub expert_counts: Option<PathBuf>,
     /// How products of f32 are computed that tactics do not choose a kernel for.
     pub f32: F32,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
@@ -83,6 +85,8 @@ impl Default for CompileOptions {
             disabled: vec![],
             stop_after_patch: None,
             forced_routing: false,
+            expert_ranks: 1,
+            expert_counts: None,
             tactics: Tactics::default(),
             f32: F32::default(),
             without_cubins: false,
@@ -115,6 +119,8 @@ pub struct Compiled {
     pub kernels: Compilation,
     /// How many of the choices among kernels were those of the options' tactics.
     pub known: Known,
+    /// How evenly experts are spread, if their choices were counted.
+    pub balance: Option<Balance>,
 }
 
 /// What the passes did in one bucket.
@@ -130,11 +136,11 @@ pub struct BucketReport {
 /// An option of the command line that no model could be compiled with.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-pub struct OptionError(String);
+pub struct OptionError(pub(super) String);
 
 /// What is told of the work as it goes on.
 pub trait Observer: Sync {
-    /// A pass is done; `bucket` is none before the buckets.
+    /// A pass is done, for rank 0; `bucket` is none before the buckets.
     fn pass(&self, _bucket: Option<&str>, _pass: &str, _graph: &Graph) {}
     /// `done` of `total` buckets are compiled.
     fn progress(&self, _done: usize, _total: usize) {}
@@ -159,78 +165,32 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         let known = names().join(", ");
         bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
     }
-    let Unit { mut graph, specs, checkpoint_dtype, .. } = unit;
+    let (experts, balance) = expert_ranks(source, options)?;
+    let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
-    let driver = |bucket: Option<String>| {
-        let hook = move |pass: &str, graph: &Graph| observer.pass(bucket.as_deref(), pass, graph);
-        Driver::new(&options.disabled, options.stop_after_patch, hook)
-    };
-    let any = PassContext { target: options.target, bucket: specs[0] };
-    let mut first = driver(None).map_err(|fault| anyhow!(fault))?;
-    let once = first.run_stage(Stage::Once, &mut graph, &any)?;
-    let patches = first.patches();
-    let done = std::sync::atomic::AtomicUsize::new(0);
     let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32));
-    let compiled: Vec<(Graph, BucketReport)> = specs
-        .par_iter()
-        .map(|&spec| -> Result<_> {
-            let context = PassContext { target: options.target, bucket: spec };
-            let mut graph = graph.clone();
-            let phase = lower::plan_phase(spec.phase);
-            let optional = RefCell::new(BTreeSet::new());
-            let mut driver = driver(Some(spec.name())).map_err(|fault| anyhow!(fault))?.after(patches);
-            if let Some(selector) = &selector {
-                driver = driver.admitting(|graph, op| {
-                    selector.admits(graph, op, phase, &spec.extents, &mut optional.borrow_mut())
-                });
-            }
-            let passes = driver.run_stage(Stage::PerBucket, &mut graph, &context)?;
-            drop(driver);
-            if let Some(selector) = &selector {
-                selector.dissolve(&mut graph, phase, &spec.extents).map_err(|fault| anyhow!(fault))?;
-            }
-            observer.progress(1 + done.fetch_add(1, std::sync::atomic::Ordering::Relaxed), specs.len());
-            Ok((graph, BucketReport { name: spec.name(), passes, optional: optional.into_inner() }))
-        })
-        .collect::<Result<_>>()?;
-    let enabled = |name: &str| !options.disabled.iter().any(|disabled| disabled == name);
-    let mut texts: Vec<String> = vec![];
-    let mut buckets = vec![];
-    let mut prepared = vec![];
-    for (spec, (graph, mut report)) in specs.iter().zip(compiled) {
-        let text = graph.to_string();
-        let at = texts.iter().position(|known| *known == text).unwrap_or_else(|| {
-            texts.push(text);
-            texts.len() - 1
+    let pipeline =
+        Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
+    let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
+    let (mut tensors, mut programs, mut kernels, mut sources) = (vec![], vec![], vec![], vec![]);
+    for rank in 0..pipeline.ranks {
+        let share = experts.get(rank).map(|local| ExpertShare {
+            ranks: experts.len() as u64,
+            of: experts.iter().map(|local| local.len() as u64).sum(),
+            local: local.clone(),
         });
-        for name in [SCHEDULE, PLAN_MEMORY].into_iter().filter(|name| enabled(name)) {
-            report.passes.push(PassReport {
-                name,
-                rewrites: 0,
-                ops_before: graph.ops.len(),
-                ops_after: graph.ops.len(),
-            });
-            observer.pass(Some(&spec.name()), name, &graph);
+        let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
+        let lowered =
+            lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref()).map_err(|fault| anyhow!(fault))?;
+        programs.push(lowered.program);
+        if rank == 0 {
+            (once, buckets) = (passed.once, passed.buckets);
+            (tensors, kernels, sources) = (lowered.tensors, lowered.kernels, lowered.sources);
+        } else if lowered.tensors != tensors {
+            bail!("rank {rank} needs other tensors than rank 0; this is a bug of lfm2c");
         }
-        buckets.push(report);
-        prepared.push((*spec, graph, at as u32));
     }
-    let prepared: Vec<Prepared> = prepared
-        .into_par_iter()
-        .map(|(spec, graph, text)| {
-            let mut schedule = if enabled(SCHEDULE) { schedule(&graph) } else { schedule_in_sequence(&graph) };
-            let placement = if enabled(PLAN_MEMORY) {
-                plan_memory(&graph, &mut schedule, &spec.extents, ALIGNMENT)?
-            } else {
-                place_apart(&graph, &schedule, &spec.extents, ALIGNMENT)?
-            };
-            Ok(Prepared { spec, graph, schedule, placement, text })
-        })
-        .collect::<Result<_, String>>()
-        .map_err(|fault| anyhow!(fault))?;
-    let lowered = lower::lower(&prepared, &*checkpoint_dtype, selector.as_ref()).map_err(|fault| anyhow!(fault))?;
-    let lower::Lowered { mut tensors, program, kernels, mut sources } = lowered;
-    let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&program));
+    let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&programs[0]));
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
     }
@@ -247,7 +207,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         tensors,
         kernels,
         services: vec![],
-        ranks: vec![program],
+        experts,
+        ranks: programs,
     };
     let (mut cubins, mut compilation) = (vec![], Compilation::default());
     if options.target != Target::Cpu {
@@ -262,7 +223,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance })
 }
 
 /// What the driver needs of a source.

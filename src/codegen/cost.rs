@@ -5,7 +5,7 @@ use crate::plan::Cost;
 
 /// The cost of an operator in a bucket; a fused operator's temporaries cost nothing.
 pub fn cost(graph: &Graph, op: &Op, extents: &Extents) -> Cost {
-    let mut cost = Cost { bytes: 0, bytes_per_expert: 0, bytes_per_position: 0, flops: 0 };
+    let mut cost = Cost::default();
     for operand in &op.operands {
         let ty = graph.operand_type(operand);
         let reader = op.primitives().iter().find_map(|inner| {
@@ -22,6 +22,7 @@ pub fn cost(graph: &Graph, op: &Op, extents: &Extents) -> Cost {
         }
     }
     for inner in op.primitives() {
+        cost.link_bytes += link_bytes(graph, inner, extents);
         cost.flops += flops(graph, inner, extents);
         // Of the primitives, because a fused cache write hides the cache that attention reads.
         if let OpKind::Attention { .. } = inner.kind {
@@ -68,6 +69,16 @@ fn read(cost: &mut Cost, graph: &Graph, op: &Op, at: usize, operand: &Operand, t
     }
 }
 
+/// What a rank sends to the others.
+fn link_bytes(graph: &Graph, op: &Op, extents: &Extents) -> u64 {
+    let operands: u64 = op.operands.iter().map(|operand| bytes(&graph.operand_type(operand), extents)).sum();
+    match op.kind {
+        OpKind::AllGather { ranks } => operands * (ranks - 1),
+        OpKind::AllToAll { ranks } => operands / ranks * (ranks - 1),
+        _ => 0,
+    }
+}
+
 fn bytes(ty: &Type, extents: &Extents) -> u64 {
     ty.bytes(extents).unwrap_or(u64::MAX)
 }
@@ -86,7 +97,9 @@ fn flops(graph: &Graph, op: &Op, extents: &Extents) -> u64 {
         OpKind::WeightedSum | OpKind::GroupedWeightedSum => {
             2 * produced * graph.operand_type(&op.operands[1]).last().unwrap_or(1)
         }
-        OpKind::Unary(_) | OpKind::Binary(_) | OpKind::RowSum => elements(&graph.operand_type(&op.operands[0])),
+        OpKind::Unary(_) | OpKind::Binary(_) | OpKind::RowSum | OpKind::BlockSum { .. } => {
+            elements(&graph.operand_type(&op.operands[0]))
+        }
         _ => 0,
     }
 }
@@ -109,7 +122,7 @@ mod tests {
     }
 
     fn plain(bytes: u64, flops: u64) -> Cost {
-        Cost { bytes, bytes_per_expert: 0, bytes_per_position: 0, flops }
+        Cost { bytes, flops, ..Cost::default() }
     }
 
     #[test]

@@ -12,7 +12,9 @@ use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
 use crate::passes::plan_memory::Placement;
 use crate::passes::schedule::{Schedule, Storage, storage};
 use crate::passes::{BucketSpec, Phase};
-use crate::plan::{self, ALIGNMENT, Bucket, Buffer, Io, Program, Ref, Region, Semantic, State, StateRole, Step};
+use crate::plan::{
+    self, ALIGNMENT, Bucket, Buffer, Collective, Io, Program, Ref, Region, Semantic, State, StateRole, Step,
+};
 
 /// One bucket's graph, ready to be lowered.
 pub struct Prepared {
@@ -151,7 +153,11 @@ impl Tables<'_> {
             if *uses > 1 {
                 name = format!("{name}.{uses}");
             }
-            let launch = self.launch(&lowered.semantic, plan_phase(spec.phase));
+            let collective = Collective::of(&lowered.semantic);
+            let launch = match collective {
+                Some(_) => Ok(None),
+                None => self.launch(&lowered.semantic, plan_phase(spec.phase)),
+            };
             let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
             if let Some(launch) = &mut launch {
                 launch.dependent &= weights_are_constant(&lowered.semantic, &reads);
@@ -170,6 +176,7 @@ impl Tables<'_> {
                 after: scheduled.after.iter().map(|&step| step as u32).collect(),
                 cost: cost(graph, op, extents),
                 launch,
+                collective,
             });
             read_in_time(&mut steps);
         }
@@ -315,8 +322,13 @@ impl Tables<'_> {
             self.tensor_ids.insert(part.name.clone(), id);
             Ok(id)
         };
-        let layout = match &weight.layout {
-            Layout::Tensor => plan::Layout::Copy(tensor(weight)?),
+        let (source, indices) = match &weight.layout {
+            Layout::Take { of, indices } => (graph.weight(*of), indices.clone()),
+            _ => (weight, vec![]),
+        };
+        let layout = match &source.layout {
+            Layout::Take { .. } => return Err(format!("@{} takes indices of what takes indices", weight.name)),
+            Layout::Tensor => plan::Layout::Copy(tensor(source)?),
             Layout::Concat { axis, block, parts } => plan::Layout::Concat {
                 axis: *axis as u32,
                 block: *block,
@@ -330,7 +342,7 @@ impl Tables<'_> {
         let unbound = Extents { tokens: 1, sequences: 1, rows: 1 };
         let ty = tensor_type(&weight.ty, &unbound)?;
         let id = self.weights.len() as u32;
-        self.weights.push(plan::Weight { name: weight.name.clone(), ty, offset, layout });
+        self.weights.push(plan::Weight { name: weight.name.clone(), ty, offset, layout, indices });
         self.weight_ids.insert(weight.name.clone(), id);
         Ok(id)
     }

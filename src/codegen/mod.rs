@@ -3,9 +3,11 @@
 pub mod compile;
 mod cost;
 pub mod cubins;
+mod expert_ranks;
 pub mod kernels;
 pub mod lock;
 mod lower;
+mod pipeline;
 pub mod recipe;
 pub mod refine;
 pub mod select;
@@ -16,6 +18,7 @@ pub mod tuning;
 mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
+pub use expert_ranks::Balance;
 pub use lock::Lock;
 pub use recipe::{Prompt, Recipe};
 pub use tuning::Tuning;

@@ -179,6 +179,10 @@ fn push(registers: &mut Vec<Expr>, expr: Expr) -> u32 {
 
 fn plan_op(kind: &OpKind) -> Result<PlanOp, String> {
     Ok(match *kind {
+        OpKind::AllGather { ranks } => PlanOp::AllGather { ranks },
+        OpKind::AllToAll { ranks } => PlanOp::AllToAll { ranks },
+        OpKind::LocalExperts { of, ref experts } => PlanOp::LocalExperts { of, experts: experts.clone() },
+        OpKind::BlockSum { blocks } => PlanOp::BlockSum { blocks },
         OpKind::Embed => PlanOp::Embed,
         OpKind::RmsNorm { eps } => PlanOp::RmsNorm { eps },
         OpKind::Matmul => PlanOp::Matmul,

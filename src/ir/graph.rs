@@ -105,6 +105,24 @@ pub enum Layout {
         /// The parts, each a [`Layout::Tensor`].
         parts: Vec<WeightId>,
     },
+    /// Some indices of another weight's first axis, in this order.
+    Take {
+        /// The other weight, no [`Layout::Take`].
+        of: WeightId,
+        /// Which.
+        indices: Vec<u64>,
+    },
+}
+
+impl Layout {
+    /// The weights that it is made of.
+    pub fn parts(&self) -> &[WeightId] {
+        match self {
+            Layout::Tensor => &[],
+            Layout::Concat { parts, .. } => parts,
+            Layout::Take { of, .. } => std::slice::from_ref(of),
+        }
+    }
 }
 
 /// One operator.

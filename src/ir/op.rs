@@ -114,6 +114,8 @@ pub enum Stage {
     ExpertMatmul,
     /// Weighted sum over a token's experts, in fixed order.
     Combine,
+    /// Sum of what each rank made, in the order of the ranks.
+    BlockSum,
     /// A chain of elementwise operators.
     Pointwise,
     /// Choice of the next token.
@@ -122,7 +124,7 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage with its name in the text form.
-    pub const ALL: [(Stage, &'static str); 16] = [
+    pub const ALL: [(Stage, &'static str); 17] = [
         (Stage::Embed, "embed"),
         (Stage::Gather, "gather"),
         (Stage::Norm, "norm"),
@@ -137,6 +139,7 @@ impl Stage {
         (Stage::Group, "group"),
         (Stage::ExpertMatmul, "expert"),
         (Stage::Combine, "combine"),
+        (Stage::BlockSum, "blocksum"),
         (Stage::Pointwise, "pointwise"),
         (Stage::Sample, "sample"),
     ];
@@ -233,6 +236,29 @@ pub enum OpKind {
     /// `(y [T*k,N], weights f32[T,k], places i32[T,k]) -> [T,N]`: sum over k in ascending order in f32 of
     /// `weights[t,j] * y[places[t,j]]`, leaving out negative places.
     GroupedWeightedSum,
+    /// `(x [N,..], ...) -> [ranks*N,..], ...`: for each operand, that of every rank of the group, in the order of the ranks. All ranks
+    /// of the group compute it together, as they do [`OpKind::AllToAll`].
+    AllGather {
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(x [ranks*N,C]) -> [ranks*N,C]`: block i of the N rows goes to rank i, and block i of the result is what rank i sent.
+    AllToAll {
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(experts i32[T,k]) -> i32[T,k]`: each expert's position in the list of those that this rank has; -1 where it has it not.
+    LocalExperts {
+        /// All experts.
+        of: u64,
+        /// Those that this rank has, ascending.
+        experts: Vec<u64>,
+    },
+    /// `(x [blocks*N,C]) -> [N,C]`: the sum of the blocks, in ascending order in f32.
+    BlockSum {
+        /// How many.
+        blocks: u64,
+    },
     /// `(logits f32[R,V], rows i32[R], pos i32[T], slot i32[T], params i32[slots,8]) -> i32[R]`: the next token of each row
     /// by its slot's sampling parameters; -1 where the row is negative.
     Sample,
@@ -265,6 +291,10 @@ impl OpKind {
             OpKind::GroupedMatmulGather { .. } => "grouped_matmul_gather",
             OpKind::GroupedMatmul => "grouped_matmul",
             OpKind::GroupedWeightedSum => "grouped_weighted_sum",
+            OpKind::AllGather { .. } => "all_gather",
+            OpKind::AllToAll { .. } => "all_to_all",
+            OpKind::LocalExperts { .. } => "local_experts",
+            OpKind::BlockSum { .. } => "block_sum",
             OpKind::Sample => "sample",
             OpKind::Fused(_) => "fused",
         }
@@ -287,6 +317,11 @@ impl OpKind {
             }
             OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
             OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
+            OpKind::AllGather { ranks } | OpKind::AllToAll { ranks } => vec![("ranks", Attribute::Int(*ranks))],
+            OpKind::LocalExperts { of, experts } => {
+                vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))]
+            }
+            OpKind::BlockSum { blocks } => vec![("blocks", Attribute::Int(*blocks))],
             _ => vec![],
         }
     }
@@ -317,6 +352,10 @@ impl OpKind {
             "grouped_matmul_gather" => OpKind::GroupedMatmulGather { k: attributes.int("k")? },
             "grouped_matmul" => OpKind::GroupedMatmul,
             "grouped_weighted_sum" => OpKind::GroupedWeightedSum,
+            "all_gather" => OpKind::AllGather { ranks: attributes.int("ranks")? },
+            "all_to_all" => OpKind::AllToAll { ranks: attributes.int("ranks")? },
+            "local_experts" => OpKind::LocalExperts { of: attributes.int("of")?, experts: attributes.ints("experts")? },
+            "block_sum" => OpKind::BlockSum { blocks: attributes.int("blocks")? },
             "sample" => OpKind::Sample,
             name => {
                 let unary = UnaryFn::ALL.iter().find(|(_, n)| *n == name).map(|(u, _)| OpKind::Unary(*u));

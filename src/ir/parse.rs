@@ -135,16 +135,36 @@ impl<'a> Parser<'a> {
         }
         self.text.mark(':')?;
         let ty = self.text.ty()?;
-        let layout = if self.text.take('=') { self.concat()? } else { Layout::Tensor };
+        let layout = if self.text.take('=') { self.layout()? } else { Layout::Tensor };
         self.weights.insert(name, (WeightId::new(self.graph.weights.len()), place.line));
         self.graph.weights.push(Weight { name: name.to_owned(), ty, layout });
         self.lines.weights.push(place.line);
         Ok(())
     }
 
-    fn concat(&mut self) -> Fallible<Layout> {
-        self.text.keyword("concat")?;
+    fn layout(&mut self) -> Fallible<Layout> {
+        let word = self.text.word("`concat` or `take`")?;
         let place = self.text.last;
+        match word {
+            "concat" => self.concat(place),
+            "take" => self.taken(place),
+            other => Err(self.text.error_at(place, format!("expected `concat` or `take`, found `{other}`"))),
+        }
+    }
+
+    fn taken(&mut self, place: Spanned<'a>) -> Fallible<Layout> {
+        self.text.mark('(')?;
+        let of = self.weight_use()?;
+        self.text.mark(')')?;
+        match &self.text.attributes()?[..] {
+            [(name, Attribute::Ints(indices))] if name == "indices" => {
+                Ok(Layout::Take { of, indices: indices.clone() })
+            }
+            _ => Err(self.text.error_at(place, "`take` needs one attribute, `indices`, a list of whole numbers")),
+        }
+    }
+
+    fn concat(&mut self, place: Spanned<'a>) -> Fallible<Layout> {
         self.text.mark('(')?;
         let mut parts = vec![];
         while self.text.next.token != Token::Mark(')') {

@@ -6,6 +6,7 @@
 //!   weight @a : bf16[2048,2048]
 //!   weight @b : bf16[2048,2048]
 //!   weight @ab : bf16[4096,2048] = concat(@a, @b) {axis = 0, block = 16}
+//!   weight @half : bf16[1024,2048] = take(@b) {indices = [0, 2, 4, ...]}
 //!
 //!   %x, %y = split %z {sizes = [8, 8]} : bf16[T,8], bf16[T,8] in layers.0.conv
 //!   %m = mul %x, 0.5 : bf16[T,8]
@@ -21,6 +22,7 @@
 
 use std::fmt::{self, Write};
 
+use crate::ir::attributes::Attribute;
 use crate::ir::{Graph, Layout, Op, OpKind, Operand, Stage, ValueId, WeightId};
 
 /// Stands for what an id of a faulty graph does not refer to, so that errors can show such a graph.
@@ -38,16 +40,27 @@ impl fmt::Display for Graph {
         }
         for weight in &self.weights {
             write!(f, "  weight @{} : {}", weight.name, weight.ty)?;
-            if let Layout::Concat { axis, block, parts } = &weight.layout {
-                f.write_str(" = concat(")?;
-                for (i, &part) in parts.iter().enumerate() {
-                    write!(f, "{}@{}", if i > 0 { ", " } else { "" }, self.weight_name(part))?;
+            match &weight.layout {
+                Layout::Tensor => {}
+                Layout::Concat { axis, block, parts } => {
+                    f.write_str(" = concat(")?;
+                    for (i, &part) in parts.iter().enumerate() {
+                        write!(f, "{}@{}", if i > 0 { ", " } else { "" }, self.weight_name(part))?;
+                    }
+                    write!(f, ") {{axis = {axis}")?;
+                    if let Some(block) = block {
+                        write!(f, ", block = {block}")?;
+                    }
+                    f.write_str("}")?;
                 }
-                write!(f, ") {{axis = {axis}")?;
-                if let Some(block) = block {
-                    write!(f, ", block = {block}")?;
+                Layout::Take { of, indices } => {
+                    write!(
+                        f,
+                        " = take(@{}) {{indices = {}}}",
+                        self.weight_name(*of),
+                        Attribute::Ints(indices.clone())
+                    )?;
                 }
-                f.write_str("}")?;
             }
             f.write_str("\n")?;
         }

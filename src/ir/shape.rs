@@ -146,6 +146,31 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
             rule.same("number of pairs", y[0], weights[0].times(k).ok_or("overflow")?)?;
             vec![vec![weights[0], y[1]]]
         }
+        OpKind::AllGather { ranks } => {
+            positive("ranks", *ranks)?;
+            if operands.is_empty() {
+                return Err("`all_gather` takes at least 1 operand, found 0".into());
+            }
+            operands.iter().map(|x| times_rows(x, *ranks)).collect::<Result<_, _>>()?
+        }
+        OpKind::AllToAll { ranks } => {
+            let [x] = rule.operands([&[2]])?;
+            rule.blocks("ranks", x[0], *ranks)?;
+            vec![x.to_vec()]
+        }
+        OpKind::LocalExperts { of, experts } => {
+            let [chosen] = rule.operands([&[2]])?;
+            if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
+                return Err(format!(
+                    "`experts`: expected ascending numbers below {of}, at least one, found {experts:?}"
+                ));
+            }
+            vec![chosen.to_vec()]
+        }
+        OpKind::BlockSum { blocks } => {
+            let [x] = rule.operands([&[2]])?;
+            vec![vec![rule.blocks("blocks", x[0], *blocks)?, x[1]]]
+        }
         OpKind::Sample => {
             let [_, rows, pos, slot, params] = rule.operands([&[2], &[1], &[1], &[1], &[2]])?;
             rule.rows(pos[0], &[slot])?;
@@ -180,8 +205,12 @@ pub fn check(kind: &OpKind, operands: &[Type], results: &[Type]) -> Vec<String> 
 
 fn check_dtype(kind: &OpKind, operands: &[Type], result: usize, found: DType) -> Result<(), String> {
     let expected = match kind {
-        OpKind::TopK { .. } | OpKind::GroupRows { .. } | OpKind::Sample => Some(DType::I32),
+        OpKind::TopK { .. } | OpKind::GroupRows { .. } | OpKind::LocalExperts { .. } | OpKind::Sample => {
+            Some(DType::I32)
+        }
         OpKind::Split { .. } | OpKind::GatherRows | OpKind::GatherColumns => Some(operands[0].dtype),
+        OpKind::AllGather { .. } => Some(operands[result].dtype),
+        OpKind::AllToAll { .. } => Some(operands[0].dtype),
         OpKind::Conv1dCausal if result == 1 => Some(operands[2].dtype),
         OpKind::KvWrite => Some(operands[2].dtype),
         _ => None,
@@ -206,6 +235,16 @@ fn broadcast(x: &[Dim], y: &[Dim]) -> Option<Vec<Dim>> {
             _ => None,
         })
         .collect()
+}
+
+/// The shape with so many times the rows.
+fn times_rows(x: &Type, times: u64) -> Result<Vec<Dim>, String> {
+    let (rows, inner) = x.shape.split_first().ok_or("expected rows, found a scalar")?;
+    Ok([&[rows.times(times).ok_or("overflow")?], inner].concat())
+}
+
+fn positive(what: &str, number: u64) -> Result<(), String> {
+    if number > 0 { Ok(()) } else { Err(format!("`{what}`: expected at least 1, found 0")) }
 }
 
 fn show(shape: &[Dim]) -> String {
@@ -248,7 +287,7 @@ impl<'a> Rule<'a> {
             OpKind::KvWrite => &[3, 4, 5],
             OpKind::Attention { .. } => &[2, 3, 4],
             OpKind::ExpertMatmul | OpKind::WeightedSum | OpKind::GroupedMatmul | OpKind::GroupedWeightedSum => &[2],
-            OpKind::GroupRows { .. } => &[0],
+            OpKind::GroupRows { .. } | OpKind::LocalExperts { .. } => &[0],
             OpKind::GroupedMatmulGather { .. } => &[2, 3],
             OpKind::Sample => &[1, 2, 3, 4],
             _ => &[],
@@ -269,6 +308,16 @@ impl<'a> Rule<'a> {
             Ok(())
         } else {
             Err(format!("{what}: expected a multiple of {unit}, found {size}"))
+        }
+    }
+
+    /// The rows of one of so many blocks of equal size.
+    fn blocks(&self, what: &str, rows: Dim, blocks: u64) -> Result<Dim, String> {
+        positive(what, blocks)?;
+        if rows.factor.is_multiple_of(blocks) {
+            Ok(Dim { factor: rows.factor / blocks, ..rows })
+        } else {
+            Err(format!("rows: expected a multiple of {blocks}, found {rows}"))
         }
     }
 

@@ -10,7 +10,8 @@
 //! 4. A weight has a float type and a constant shape of at least one dimension. A state has a constant shape.
 //! 5. The parts of a concatenated weight come before it, are checkpoint tensors, have its element type, agree with it on all
 //!    axes but the one they are joined along, and add up to it there. With a block, they are of one size, which the block
-//!    divides.
+//!    divides. A weight that takes indices of another comes after it, and is like it but for the first axis, whose size is their
+//!    number; each is one of that axis. The other takes no indices itself.
 //!
 //! Values
 //! 6. Every value is defined once: as an input, as a state or as one result of one primitive operator.

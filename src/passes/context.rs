@@ -43,10 +43,23 @@ impl BucketSpec {
 }
 
 /// What a pass may know beside the graph.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PassContext {
     /// What the plan is lowered for.
     pub target: Target,
     /// The bucket; passes before the per-bucket ones must not look at it.
     pub bucket: BucketSpec,
+    /// The experts of the rank that is compiled for, if they are spread over several.
+    pub experts: Option<ExpertShare>,
+}
+
+/// What one rank has of the experts.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ExpertShare {
+    /// Ranks that the experts are spread over.
+    pub ranks: u64,
+    /// All experts.
+    pub of: u64,
+    /// Those of this rank, ascending.
+    pub local: Vec<u64>,
 }

@@ -224,7 +224,7 @@ mod tests {
 
     fn context() -> PassContext {
         let extents = Extents { tokens: 4, sequences: 4, rows: 4 };
-        PassContext { target: Target::Cpu, bucket: BucketSpec { phase: Phase::Fixed, extents } }
+        PassContext { target: Target::Cpu, bucket: BucketSpec { phase: Phase::Fixed, extents }, experts: None }
     }
 
     fn chain() -> Graph {

@@ -1,8 +1,9 @@
 //! `fuse-residual`: the addition to the residual stream into the epilogue of what makes the addend: a dense matrix product,
-//! or the weighted sum over experts.
+//! the weighted sum over experts, or the sum over ranks.
 //!
 //! Needs: nothing; runs after the passes that put prologues before those products. Leaves: `matmul+residual`,
-//! `shortconv+matmul+residual`, `combine+residual`, `expert+combine+residual`.
+//! `shortconv+matmul+residual`, `combine+residual`, `expert+combine+residual`,
+//! `blocksum+residual`.
 
 use crate::ir::{BinaryFn, Graph, OpKind, Operand, Stage, Users};
 use crate::passes::view::{View, only_result};
@@ -27,7 +28,7 @@ impl Rewrite for FuseResidual {
         let (product, stages) = [*x, *y]
             .into_iter()
             .filter_map(|addend| view.epilogue_of(addend.into(), at))
-            .filter(|(_, stages)| matches!(stages.last(), Some(Stage::Matmul | Stage::Combine)))
+            .filter(|(_, stages)| matches!(stages.last(), Some(Stage::Matmul | Stage::Combine | Stage::BlockSum)))
             .max_by_key(|(at, _)| *at)?;
         view.fuse(&[product, at], [stages, vec![Stage::Residual]].concat())
     }

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 
 use crate::ir::{BinaryFn, Graph, Op, OpKind, Operand, Stage, Type, UnaryFn, Users, ValueId};
 use crate::passes::tactics::{self, Experts};
-use crate::passes::view::{View, only_result, other_operand};
+use crate::passes::view::{View, only_result, other_operand, row_wise};
 use crate::passes::{PassContext, Patch, Rewrite};
 
 /// The pass.
@@ -174,7 +174,13 @@ impl<'a> Regrouping<'a> {
             return None;
         }
         let rows = self.graph.ty(self.chosen).shape.first()?.size(&context.bucket.extents)?;
-        let experts = Experts { rows, k: self.k, count: self.experts?, bytes_each: self.bytes_each };
+        let local = self.experts?;
+        // Of a rank's own experts, all of which others select from.
+        let spread = self.graph.ops.iter().find_map(|op| match op.kind {
+            OpKind::LocalExperts { of, .. } if op.results == [self.chosen] => Some(of),
+            _ => None,
+        });
+        let experts = Experts { rows, k: self.k, count: spread.unwrap_or(local), local, bytes_each: self.bytes_each };
         tactics::group_experts(context, &experts).then_some(self.patch)
     }
 
@@ -196,15 +202,7 @@ impl<'a> Regrouping<'a> {
                 let y = *self.rows.get(&y.value()?)?;
                 (OpKind::GroupedWeightedSum, vec![y.into(), *weights, self.places.into()])
             }
-            (OpKind::Split { .. } | OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast, operands) => {
-                let operands = operands.iter().map(|operand| match operand {
-                    Operand::Value(value) => self.rows.get(value).map(|&rows| rows.into()),
-                    Operand::Const(_) => Some(*operand),
-                    Operand::Weight(_) => None,
-                });
-                (op.kind.clone(), operands.collect::<Option<Vec<_>>>()?)
-            }
-            _ => return None,
+            _ => (op.kind.clone(), row_wise(op, &self.rows)?),
         };
         let results = match op.kind {
             OpKind::WeightedSum => op.results.clone(),

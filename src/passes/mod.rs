@@ -5,6 +5,7 @@ pub mod context;
 mod cse;
 mod dce;
 pub mod driver;
+mod expert_parallel;
 mod fuse_attention;
 mod fuse_norm_matmul;
 mod fuse_pointwise;
@@ -22,7 +23,7 @@ pub mod tactics;
 mod view;
 mod weights;
 
-pub use context::{BucketSpec, PassContext, Phase, Target};
+pub use context::{BucketSpec, ExpertShare, PassContext, Phase, Target};
 pub use driver::{Driver, PassError, PassReport};
 pub use patch::{Patch, Rewrite};
 pub use plan_memory::{PlacedBuffer, Placement, place_apart, plan_memory};
@@ -67,6 +68,7 @@ pub static PIPELINE: &[Pass] = &[
     Pass::once("dce", "removes what nothing uses", &dce::Dce),
     Pass::once("merge-projections", "matmuls of one input as one matmul", &merge_projections::MergeProjections),
     Pass::once("layout-weights", "gate and up channels side by side", &layout_weights::LayoutWeights),
+    Pass::once("expert-parallel", "experts of other ranks behind collectives", &expert_parallel::ExpertParallel),
     Pass::per_bucket("group-experts", "router, sorted rows, sum over experts", &group_experts::GroupExperts),
     Pass::per_bucket("fuse-norm-matmul", "norms into the products that read them", &fuse_norm_matmul::FuseNormMatmul),
     Pass::per_bucket("fuse-shortconv", "gates and convolution, into a product", &fuse_shortconv::FuseShortconv),
@@ -94,6 +96,6 @@ pub fn names() -> Vec<&'static str> {
 
 /// The names of the passes that make fewer steps: without them, each operator of the graph as built is a step of its own.
 pub fn fusing() -> Vec<&'static str> {
-    const TIDYING: [&str; 4] = ["canonicalize", "cse", "dce", "sweep"];
-    PIPELINE.iter().map(|pass| pass.name).filter(|name| !TIDYING.contains(name)).collect()
+    const APART: [&str; 5] = ["canonicalize", "cse", "dce", "expert-parallel", "sweep"];
+    PIPELINE.iter().map(|pass| pass.name).filter(|name| !APART.contains(name)).collect()
 }

@@ -67,17 +67,18 @@ pub struct Experts {
     pub rows: u64,
     /// Experts each row selects.
     pub k: u64,
-    /// Experts there are.
+    /// Experts to select from.
     pub count: u64,
+    /// Those of them that this rank has: all, unless they are spread over several.
+    pub local: u64,
     /// Bytes of the weights of one.
     pub bytes_each: u64,
 }
 
 impl Experts {
-    /// How many different experts the rows are expected to select, were all equally likely: `E (1 - (1 - k/E)^rows)`.
+    /// How many different experts of this rank the rows are expected to select, were all equally likely: `L (1 - (1 - k/E)^rows)`.
     pub fn expected_distinct(&self) -> f64 {
-        let count = self.count as f64;
-        count * (1.0 - (1.0 - self.k as f64 / count).powf(self.rows as f64))
+        self.local as f64 * (1.0 - (1.0 - self.k as f64 / self.count as f64).powf(self.rows as f64))
     }
 }
 
@@ -85,7 +86,8 @@ impl Experts {
 /// (the sum over a token's experts no longer fits into the last product). Without, every (row, expert) pair reads its own.
 pub fn group_experts(context: &PassContext, experts: &Experts) -> bool {
     let bytes_each = experts.bytes_each as f64;
-    let direct = experts.rows as f64 * experts.k as f64 * bytes_each;
+    let here = experts.local as f64 / experts.count as f64;
+    let direct = experts.rows as f64 * experts.k as f64 * here * bytes_each;
     let grouped = experts.expected_distinct() * bytes_each + boundary_bytes(context.target);
     // At one row both read the same experts; rounding must not decide.
     experts.rows > 1 && grouped < direct
@@ -100,12 +102,12 @@ mod tests {
 
     fn context(target: Target) -> PassContext {
         let extents = Extents { tokens: 1, sequences: 1, rows: 1 };
-        PassContext { target, bucket: BucketSpec { phase: Phase::Decode, extents } }
+        PassContext { target, bucket: BucketSpec { phase: Phase::Decode, extents }, experts: None }
     }
 
     #[test]
     fn large_experts_are_sorted_for_from_the_first_likely_overlap() {
-        let experts = |rows| Experts { rows, k: 4, count: 32, bytes_each: 22_020_096 };
+        let experts = |rows| Experts { rows, k: 4, count: 32, local: 32, bytes_each: 22_020_096 };
         for target in [Target::Cpu, Target::Sm90a] {
             assert!(!group_experts(&context(target), &experts(1)));
             assert!(group_experts(&context(target), &experts(2)));
@@ -115,7 +117,7 @@ mod tests {
 
     #[test]
     fn small_experts_are_not_worth_another_launch_until_there_are_many_rows() {
-        let experts = |rows| Experts { rows, k: 2, count: 8, bytes_each: 24_576 };
+        let experts = |rows| Experts { rows, k: 2, count: 8, local: 8, bytes_each: 24_576 };
         assert!(!group_experts(&context(Target::Sm90a), &experts(64)));
         assert!(group_experts(&context(Target::Sm90a), &experts(1024)));
         assert!(group_experts(&context(Target::Cpu), &experts(64)));
@@ -123,7 +125,7 @@ mod tests {
 
     #[test]
     fn expected_distinct_experts_of_one_row_and_of_very_many() {
-        let experts = |rows| Experts { rows, k: 3, count: 7, bytes_each: 1 };
+        let experts = |rows| Experts { rows, k: 3, count: 7, local: 7, bytes_each: 1 };
         assert!((experts(1).expected_distinct() - 3.0).abs() < 1e-9);
         assert!((experts(100_000).expected_distinct() - 7.0).abs() < 1e-9);
     }
@@ -139,7 +141,7 @@ mod tests {
             gpu in prop::bool::ANY,
         ) {
             let context = context(if gpu { Target::Sm90a } else { Target::Cpu });
-            let experts = |rows| Experts { rows, k: k.min(count), count, bytes_each };
+            let experts = |rows| Experts { rows, k: k.min(count), count, local: count, bytes_each };
             if group_experts(&context, &experts(rows)) {
                 prop_assert!(group_experts(&context, &experts(rows + 1)));
             }

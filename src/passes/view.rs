@@ -1,5 +1,7 @@
 //! Questions that the fusion passes ask about the neighbourhood of an operator.
 
+use std::collections::HashMap;
+
 use crate::ir::{BinaryFn, Graph, Op, OpKind, Operand, Stage, Users, ValueId};
 use crate::passes::Patch;
 
@@ -40,6 +42,7 @@ impl<'a> View<'a> {
                 vec![Stage::ExpertMatmul]
             }
             OpKind::WeightedSum | OpKind::GroupedWeightedSum => vec![Stage::Combine],
+            OpKind::BlockSum { .. } => vec![Stage::BlockSum],
             _ => vec![],
         }
     }
@@ -77,6 +80,20 @@ impl<'a> View<'a> {
     pub fn fuse(self, positions: &[usize], stages: Vec<Stage>) -> Option<Patch> {
         Patch::fuse(self.graph, self.users, positions, stages)
     }
+}
+
+/// The operands of an operator that does the same to each row, with other values for all that it takes; `None` if it is another
+/// operator, or takes something else.
+pub(super) fn row_wise(op: &Op, others: &HashMap<ValueId, ValueId>) -> Option<Vec<Operand>> {
+    if !matches!(op.kind, OpKind::Split { .. } | OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast) {
+        return None;
+    }
+    let other = |operand: &Operand| match operand {
+        Operand::Value(value) => others.get(value).map(|&other| other.into()),
+        Operand::Const(_) => Some(*operand),
+        Operand::Weight(_) => None,
+    };
+    op.operands.iter().map(other).collect()
 }
 
 /// The result of an operator that has one.

@@ -1,16 +1,12 @@
 //! Questions about weights that several passes ask.
 
-use crate::ir::{Graph, Layout, Operand, WeightId};
+use crate::ir::{Graph, Operand, WeightId};
 
 /// True if at most `allowed` operands of the graph's operators and no laid-out weight are this weight.
 pub(crate) fn used_at_most(graph: &Graph, weight: WeightId, allowed: usize) -> bool {
     let operands = graph.ops.iter().flat_map(|op| &op.operands);
     let uses = operands.filter(|operand| **operand == Operand::Weight(weight)).count();
-    let is_part = |layout: &Layout| match layout {
-        Layout::Tensor => false,
-        Layout::Concat { parts, .. } => parts.contains(&weight),
-    };
-    uses <= allowed && !graph.weights.iter().any(|other| is_part(&other.layout))
+    uses <= allowed && !graph.weights.iter().any(|other| other.layout.parts().contains(&weight))
 }
 
 /// The name of several joined: what their dotted names share at both ends, and between that the distinct rest joined by `+`:

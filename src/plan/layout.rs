@@ -16,6 +16,9 @@ pub struct Weight {
     pub offset: u64,
     /// How it is made of checkpoint tensors.
     pub layout: Layout,
+    /// Of what the layout makes, the indices of the first axis that it has, ascending; all if there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub indices: Vec<u64>,
 }
 
 /// How a weight is made of checkpoint tensors, each converted to the weight's element type.
@@ -55,6 +58,6 @@ impl Weight {
                 tensors.len() == 1 || (block.is_none() && one_period)
             }
         };
-        adjacent && dtype == self.ty.0
+        adjacent && self.indices.is_empty() && dtype == self.ty.0
     }
 }

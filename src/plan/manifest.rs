@@ -5,10 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Kernel, Launch, Semantic, Service, Weight};
+use crate::plan::{Collective, Kernel, Launch, Semantic, Service, Weight};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 6;
+pub const FORMAT_VERSION: u32 = 7;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -44,7 +44,10 @@ pub struct Manifest {
     /// The kernels that the runtime launches by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Service>,
-    /// One program a rank.
+    /// The experts of each rank, ascending, where they are spread over several; empty where there is one rank.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub experts: Vec<Vec<u64>>,
+    /// One program a rank. Several run in lockstep, as a group.
     pub ranks: Vec<Program>,
 }
 
@@ -398,6 +401,9 @@ pub struct Step {
     /// How it runs on the device; none in a plan for the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub launch: Option<Launch>,
+    /// How it runs together with the other ranks, if it does; it has no launch then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub collective: Option<Collective>,
 }
 
 /// A place that a step reads or writes.
@@ -414,7 +420,7 @@ pub enum Ref {
 }
 
 /// What a step moves and computes: bytes that must cross memory once, and floating-point operations.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Cost {
     /// Bytes read and written, without experts' weights and without KV history.
     pub bytes: u64,
@@ -424,4 +430,11 @@ pub struct Cost {
     pub bytes_per_position: u64,
     /// Floating-point operations, attention over history left out.
     pub flops: u64,
+    /// Bytes that this rank sends to others.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub link_bytes: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }

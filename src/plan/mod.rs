@@ -1,5 +1,7 @@
 //! The plan: what the compiler writes and the runtime reads. Uses no other room.
 
+pub mod collective;
+pub mod expert_counts;
 pub mod file;
 pub mod launch;
 pub mod layout;
@@ -7,6 +9,8 @@ pub mod manifest;
 pub mod operators;
 pub mod validate;
 
+pub use collective::{Collective, CollectiveKind};
+pub use expert_counts::{ExpertCounts, scope};
 pub use file::{PlanError, PlanFile};
 pub use launch::*;
 pub use layout::*;

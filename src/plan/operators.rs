@@ -96,6 +96,28 @@ pub enum Op {
     GroupedMatmul,
     /// `(y [T*k,N], weights f32[T,k], places i32[T,k]) -> [T,N]`, ascending order, leaving out negative places.
     GroupedWeightedSum,
+    /// `(x [N,..], ...) -> [ranks*N,..], ...`: what every rank of the group has of each argument, in the order of the ranks.
+    AllGather {
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(x [ranks*N,C]) -> [ranks*N,C]`: block i of N rows to rank i, and from it.
+    AllToAll {
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not.
+    LocalExperts {
+        /// All experts.
+        of: u64,
+        /// Those of this rank, ascending.
+        experts: Vec<u64>,
+    },
+    /// `(x [blocks*N,C]) -> [N,C]`: sum of the blocks, ascending order, f32.
+    BlockSum {
+        /// How many.
+        blocks: u64,
+    },
     /// `(logits [R,V], rows i32[R], pos i32[T], slot i32[T], sampling state) -> i32[R]`; -1 where the row is negative.
     Sample,
 }

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use crate::plan::{Manifest, SAMPLING_COLUMNS};
+use crate::plan::{ExpertCounts, Manifest, SAMPLING_COLUMNS};
+use crate::runtime::group::Group;
 
 /// Stands in [`Batch::tokens`] for the token that was chosen last for the row's slot, by a step enqueued before, and that
 /// the host does not know yet; a device reads it from its own memory. Such a row is the only one of its sequence in the
@@ -95,6 +96,16 @@ pub trait Executor {
 
     /// Bytes that the pool takes on the device, as its driver reports them; none where nobody reports.
     fn measured_pool_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// How often routers have chosen each expert so far, if it counts that.
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
+        None
+    }
+
+    /// The ranks that run steps together with this one, which have to be the same steps; none if it runs them alone.
+    fn group(&mut self) -> Option<&mut dyn Group> {
         None
     }
 

@@ -13,7 +13,7 @@ use self::work::Feed;
 pub use self::work::{All, Next, Work};
 use super::Executor;
 use super::request::{FinishReason, Finished, Request, RequestError, Session};
-use super::scheduler::{Scheduler, Step};
+use super::scheduler::{Agreed, Scheduler, Step};
 use super::statistics::Statistics;
 use crate::plan::{Bucket, Manifest, Phase};
 
@@ -42,6 +42,8 @@ pub struct Generator<'e, E: ?Sized> {
     chosen: Vec<i32>,
     /// When the step collected last was, or, if none was in flight then, when the next was enqueued.
     since: Instant,
+    /// What came next when that was last asked, of the ranks that run steps together.
+    agreed: Agreed,
 }
 
 #[derive(Clone, Default)]
@@ -73,6 +75,7 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
             captures: Vec::new(),
             chosen: Vec::new(),
             since: Instant::now(),
+            agreed: Agreed::Later,
         })
     }
 
@@ -159,9 +162,8 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
         feed.work.turn(&self.scheduler)?;
         self.enqueue(feed)?;
         let Some(step) = self.scheduler.oldest() else {
-            // What comes later may still come, unless something waits that nothing will make room for.
-            let over = feed.dry || self.scheduler.waiting() > 0;
-            return Ok(if over { None } else { Some(()) });
+            // What comes later may still come, also to the ranks that run steps together with this one.
+            return Ok(if self.agreed == Agreed::Over { None } else { Some(()) });
         };
         self.chosen.clear();
         self.executor.collect(&mut self.chosen)?;
@@ -203,9 +205,11 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
 
     /// Admits what fits. Only the first that waits matters, as none overtakes it: the others need not be known yet.
     fn admit<W: Work>(&mut self, feed: &mut Feed<'_, W>) -> Result<()> {
+        // Where this rank waits, those that run steps together with it wait too.
+        let others_idle = !matches!(self.agreed, Agreed::Step(..));
         loop {
             while self.scheduler.waiting() == 0
-                && let Some((index, request)) = feed.next(self.scheduler.is_idle())?
+                && let Some((index, request)) = feed.next(self.scheduler.is_idle() && others_idle)?
             {
                 if let Some(result) = self.submit(index, request) {
                     feed.work.finished(index, result)?;
@@ -229,8 +233,19 @@ impl<'e, E: Executor + ?Sized> Generator<'e, E> {
                 feed.work.finished(index, Err(error))?;
                 self.admit(feed)?;
             }
+            if !self.scheduler.has_spare_step() {
+                return Ok(());
+            }
+            // Something that waits now, with no sequence at work, is nothing that room will be made for.
+            let stuck = feed.dry || self.scheduler.waiting() > 0;
+            let over = stuck && self.scheduler.sequences().next().is_none();
+            self.agreed = match self.executor.group() {
+                None => self.scheduler.wish(over).agree(),
+                Some(group) => self.scheduler.agree(group, over)?,
+            };
+            let Agreed::Step(phase, bucket) = self.agreed else { return Ok(()) };
             let idle = self.scheduler.in_flight() == 0;
-            let Some(step) = self.scheduler.next_step() else { return Ok(()) };
+            let Some(step) = self.scheduler.plan_step(phase, bucket) else { return Ok(()) };
             if idle {
                 self.since = Instant::now();
             }

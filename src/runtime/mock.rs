@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 
 use anyhow::{Context, Result, bail};
 
+use super::group::{Group, LocalGroup};
 use super::{Batch, Executor, PENDING, SamplingParams};
 use crate::plan::{
     Bucket, DType, Instr, Limits, Manifest, Model, Op, Phase, Pool, Program, Region, Semantic, Slot, Target,
@@ -60,6 +61,7 @@ pub fn manifest(
         tensors: vec![],
         kernels: vec![],
         services: vec![],
+        experts: vec![],
         ranks: vec![program],
     }
 }
@@ -150,6 +152,8 @@ pub struct Mock {
     pub fails_at: Option<usize>,
     /// Added to each chosen token.
     pub token_offset: i32,
+    /// The ranks that run the same steps.
+    pub group: Option<LocalGroup>,
 }
 
 impl Mock {
@@ -171,6 +175,7 @@ impl Mock {
             stops: false,
             fails_at: None,
             token_offset: 0,
+            group: None,
             manifest,
         }
     }
@@ -250,6 +255,10 @@ impl Mock {
     /// The runs of adjacent rows of one slot, checked against the bucket and each other.
     fn shares(&self, bucket: &Bucket, batch: &Batch) -> Vec<std::ops::Range<usize>> {
         let count = batch.tokens.len();
+        if count == 0 && self.group.is_some() {
+            // Others have rows.
+            return vec![];
+        }
         assert!(count > 0 && count as u64 <= bucket.tokens, "{count} rows in {}", bucket.name);
         assert_eq!((batch.positions.len(), batch.slots.len()), (count, count));
         let starts: Vec<usize> = (0..count).filter(|&i| i == 0 || batch.slots[i] != batch.slots[i - 1]).collect();
@@ -275,6 +284,10 @@ impl Mock {
 impl Executor for Mock {
     fn device(&self) -> String {
         "a mock".into()
+    }
+
+    fn group(&mut self) -> Option<&mut dyn Group> {
+        self.group.as_mut().map(|group| group as &mut dyn Group)
     }
 
     fn force_experts(&mut self, _slot: i32, _choices: Vec<i32>) {}

@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod executor;
 pub mod forced;
 pub mod generate;
+pub mod group;
 pub mod io;
 #[cfg(test)]
 pub(crate) mod mock;

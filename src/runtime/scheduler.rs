@@ -48,6 +48,7 @@
 //! as no sequence is left in a slot ([`Scheduler::refuse`]).
 
 mod load;
+mod lockstep;
 mod sequence;
 mod session;
 mod step;
@@ -57,6 +58,8 @@ use std::ops::ControlFlow;
 
 use anyhow::{Context, Result, ensure};
 
+use self::lockstep::Packed;
+pub use self::lockstep::{Agreed, Wish};
 pub use self::sequence::Sequence;
 use self::session::{Held, Reuse, reach};
 pub use self::step::{Share, Step};
@@ -91,6 +94,8 @@ pub struct Scheduler {
     planned: VecDeque<Step>,
     /// The records of the steps that may be in flight besides.
     spare: Vec<Step>,
+    /// Room for the wishes of a group.
+    wishes: Vec<u8>,
 }
 
 impl Scheduler {
@@ -131,6 +136,7 @@ impl Scheduler {
             phase: Phase::Decode,
             planned: VecDeque::with_capacity(lookahead),
             spare: (0..lookahead).map(|_| record.clone()).collect(),
+            wishes: Vec::new(),
         })
     }
 
@@ -240,47 +246,43 @@ impl Scheduler {
     /// Plans the next step, which is in flight from then on; `None` if as many as may be are, or no rows are left to plan.
     /// To follow the rule above, call it until then, and then [`Scheduler::complete`] once.
     pub fn next_step(&mut self) -> Option<&Step> {
+        if !self.has_spare_step() {
+            return None;
+        }
+        match self.wish(false).agree() {
+            Agreed::Step(phase, bucket) => self.plan_step(phase, bucket),
+            Agreed::Later | Agreed::Over => None,
+        }
+    }
+
+    /// Plans the rows that this scheduler has for a step of a phase, none if it has none, in a bucket that holds them; `None` if as many
+    /// steps as may be are in flight.
+    pub fn plan_step(&mut self, phase: Phase, bucket: usize) -> Option<&Step> {
         let mut step = self.spare.pop()?;
         step.clear();
-        let decoding = self.sequences().any(Sequence::is_decoding);
-        let prefilling = self.sequences().any(|sequence| sequence.prompt_rows_left() > 0);
         if self.in_round().next().is_none() {
             // Those that the round had left have ended.
             self.round = None;
         }
-        let turn = !decoding || self.phase != Phase::Prefill;
-        if self.round.is_none() && prefilling && turn {
-            self.pack_prefill(&mut step);
-        } else if decoding {
-            self.pack_decode(&mut step);
-        } else {
-            self.spare.push(step);
-            return None;
+        match phase {
+            Phase::Prefill => self.pack_prefill(&mut step),
+            Phase::Decode | Phase::Fixed => self.pack_decode(&mut step),
         }
-        self.phase = step.phase;
+        (step.phase, step.bucket) = (phase, bucket);
+        self.phase = phase;
         self.planned.push_back(step);
         self.planned.back()
     }
 
     fn pack_prefill(&mut self, step: &mut Step) {
-        let largest = self.buckets.largest_prefill();
+        let (largest, mut packed) = (self.buckets.largest_prefill(), Packed::default());
         for &slot in &self.order {
             let Some(sequence) = &mut self.sequences[slot as usize] else { continue };
-            let left = sequence.prompt_rows_left();
-            if left == 0 {
-                continue;
+            if sequence.prompt_rows_left() > 0 {
+                let Some((count, chooses)) = packed.add(sequence, largest, self.chunk) else { break };
+                step.push(sequence, count, chooses);
             }
-            let room = largest.tokens - step.batch.tokens.len();
-            let count = left.min(room).min(self.chunk).min(largest.rows_per_sequence);
-            let chooses = count == left && sequence.max_new_tokens > 0;
-            let no_row = chooses && step.batch.rows.len() == largest.rows;
-            if count == 0 || no_row || step.shares.len() == largest.sequences {
-                break;
-            }
-            step.push(sequence, count, chooses);
         }
-        step.phase = Phase::Prefill;
-        step.bucket = self.buckets.prefill(step.batch.tokens.len(), step.shares.len(), step.batch.rows.len()).bucket;
     }
 
     fn pack_decode(&mut self, step: &mut Step) {
@@ -294,8 +296,6 @@ impl Scheduler {
             }
             step.push(sequence, 1, true);
         }
-        step.phase = Phase::Decode;
-        step.bucket = self.buckets.decode(step.shares.len()).bucket;
     }
 
     /// The sequences that the decode round has left, if one has begun.

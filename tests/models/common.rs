@@ -115,8 +115,13 @@ pub fn executor(file: &PlanFile, directory: Option<&Path>) -> Box<dyn Executor> 
 
 /// The CPU executor, without poison.
 pub fn cpu_executor(file: &PlanFile, directory: Option<&Path>) -> CpuExecutor {
+    cpu_rank(file, 0, directory)
+}
+
+/// The CPU executor of a rank's program.
+pub fn cpu_rank(file: &PlanFile, rank: usize, directory: Option<&Path>) -> CpuExecutor {
     let manifest = Arc::new(file.manifest.clone());
-    let program = &manifest.ranks[0];
+    let program = &manifest.ranks[rank];
     let mut pool = HostPool::new(program).expect("the pool fits");
     with_origin(file, directory, |origin| {
         let region = pool.weights_mut();
@@ -126,7 +131,7 @@ pub fn cpu_executor(file: &PlanFile, directory: Option<&Path>) -> CpuExecutor {
         };
         filled.expect("weights fit");
     });
-    CpuExecutor::new(manifest.clone(), 0, pool).expect("the plan runs on the CPU")
+    CpuExecutor::new(manifest.clone(), rank, pool).expect("the plan runs on the CPU")
 }
 
 fn with_origin(file: &PlanFile, directory: Option<&Path>, load: impl FnOnce(Origin)) {

@@ -16,6 +16,7 @@
 
 mod bugs;
 mod common;
+mod expert_ranks;
 mod generations;
 mod goldens;
 mod router;

@@ -122,6 +122,62 @@ fn prompts_of_the_command_line_and_their_logits() {
     assert!(fs::read(at.join("1.npy")).expect("written") == fs::read(at.join("3.npy")).expect("written"));
 }
 
+/// Experts spread over ranks: results are those of one rank with all of them, on one group and on two, of tokens that are the same as
+/// long as sums differ in their order alone.
+#[test]
+fn ranks_with_experts_of_their_own_give_the_results_of_one() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
+    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", "expert=2"]);
+    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", "expert=4"]);
+    let line = |i: usize| {
+        let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
+        let new = [0, 1, 3, 12, 25][i % 5];
+        format!(r#"{{"tokens": {prompt:?}, "max_new_tokens": {new}, "ignore_eos": true}}"#) + "\n"
+    };
+    fs::write(at.join("in.jsonl"), (0..40).map(line).collect::<String>()).expect("it is written");
+    fn run<'a>(plan: &'a str, name: &'a str) -> [&'a str; 8] {
+        ["run", plan, "--chunk", "23", "--input", "in.jsonl", "--output", name]
+    }
+    succeeded(&lfm2c(at, &run("one.plan", "1.jsonl")));
+    // A request's name is a hash of the plan too.
+    let results = |name: &str| -> Vec<String> {
+        let text = fs::read_to_string(at.join(name)).expect("it was written");
+        text.lines().map(|line| line.split(r#""prompt_tokens""#).nth(1).expect("a result").to_owned()).collect()
+    };
+    let expected = results("1.jsonl");
+    assert_eq!(expected.len(), 40);
+    for (plan, ranks) in [("two.plan", "2"), ("two.plan", "4"), ("four.plan", "4")] {
+        let name = format!("{plan}-{ranks}.jsonl");
+        let output = on_ranks(at, ranks, &run(plan, &name));
+        succeeded(&output);
+        assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
+        assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
+    }
+    // One prompt, of which the other ranks have nothing; and all ranks in one process.
+    let prompt = ["--tokens", "5,17,3", "--max-new-tokens", "9"];
+    let alone = lfm2c(at, &[&["run", "one.plan"], &prompt[..]].concat());
+    for output in [
+        on_ranks(at, "2", &[&["run", "two.plan"], &prompt[..]].concat()),
+        lfm2c(at, &[&["run", "two.plan"], &prompt[..]].concat()),
+    ] {
+        assert!(succeeded(&output) == succeeded(&alone), "{}", errors(&output));
+    }
+    let output = on_ranks(at, "3", &["run", "two.plan"]);
+    let text = errors(&output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(
+        text.contains("ranks: plan `lfm2-synthetic` has programs for 2: expected a multiple of 2, found 3"),
+        "{text}"
+    );
+    let shown = lfm2c(at, &["inspect", "two.plan", "--bucket", "decode_4"]);
+    let text = String::from_utf8(succeeded(&shown).to_vec()).expect("UTF-8");
+    for words in ["2 rank(s)", "0 1 2 3", "4 5 6 7", "sent by each rank", "ffn.all_to_all", " to other ranks"] {
+        assert!(text.contains(words), "expected `{words}`: {text}");
+    }
+}
+
 /// Texts in, texts out: those of one process, be they printed as they are made or at the end.
 #[test]
 fn texts_are_those_of_one_rank() {
@@ -198,13 +254,17 @@ fn standard_input_streams() {
 fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");
-    let commands: [&[&str]; 3] =
-        [&["compile", "-o", "demo.plan"], &["chat", "--max-new-tokens", "1"], &["eval", "--text", "none.txt"]];
-    for command in commands {
+    let commands: [(&str, &[&str]); 4] = [
+        ("compile", &["compile", "-o", "demo.plan"]),
+        ("chat", &["chat", "--max-new-tokens", "1"]),
+        ("eval", &["eval", "--text", "none.txt"]),
+        ("run --count-experts", &["run", "--count-experts", "counts.json"]),
+    ];
+    for (shown, command) in commands {
         let output = on_ranks(folder.path(), "2", &[&[command[0], &recipe], &command[1..]].concat());
         let text = errors(&output);
         assert_eq!(output.status.code(), Some(2), "{text}");
-        let expected = format!("lfm2c {}: expected one process, found OMPI_COMM_WORLD_SIZE = 2", command[0]);
+        let expected = format!("lfm2c {shown}: expected one process, found OMPI_COMM_WORLD_SIZE = 2");
         assert_eq!(text.matches(&expected).count(), 1, "{text}");
         assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
     }

@@ -37,6 +37,7 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
         tensors,
         kernels: vec![],
         services: vec![],
+        experts: vec![],
         ranks: vec![program],
     }
 }
@@ -52,7 +53,7 @@ pub fn whole(name: &str, dtype: DType, shape: &[u64]) -> Tensor {
 }
 
 pub fn weight(dtype: DType, shape: &[u64], offset: u64, layout: Layout) -> Weight {
-    Weight { name: format!("w{offset}"), ty: TensorType(dtype, shape.to_vec()), offset, layout }
+    Weight { name: format!("w{offset}"), ty: TensorType(dtype, shape.to_vec()), offset, layout, indices: vec![] }
 }
 
 pub fn item(name: &str, dtype: DType, shape: &[u64]) -> Item {

@@ -53,9 +53,16 @@ impl Family {
             | OpKind::GroupRows { .. }
             | OpKind::GroupedMatmulGather { .. }
             | OpKind::GroupedMatmul
-            | OpKind::GroupedWeightedSum => Family::Experts,
-            OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast | OpKind::RowSum => Family::Pointwise,
-            OpKind::Split { .. } | OpKind::GatherRows | OpKind::GatherColumns => Family::Movement,
+            | OpKind::GroupedWeightedSum
+            | OpKind::LocalExperts { .. } => Family::Experts,
+            OpKind::Unary(_) | OpKind::Binary(_) | OpKind::Cast | OpKind::RowSum | OpKind::BlockSum { .. } => {
+                Family::Pointwise
+            }
+            OpKind::Split { .. }
+            | OpKind::GatherRows
+            | OpKind::GatherColumns
+            | OpKind::AllGather { .. }
+            | OpKind::AllToAll { .. } => Family::Movement,
             OpKind::Embed | OpKind::Sample => Family::Ends,
         }
     }
@@ -69,7 +76,7 @@ impl Family {
             Stage::Matmul => Family::Matmul,
             Stage::Embed | Stage::Sample => Family::Ends,
             Stage::Norm => Family::Norm,
-            Stage::Swiglu | Stage::Residual | Stage::Pointwise => Family::Pointwise,
+            Stage::Swiglu | Stage::Residual | Stage::BlockSum | Stage::Pointwise => Family::Pointwise,
             Stage::Gather => Family::Movement,
         }
     }
@@ -87,9 +94,14 @@ impl Family {
             | plan::Op::GroupRows
             | plan::Op::GroupedMatmulGather { .. }
             | plan::Op::GroupedMatmul
-            | plan::Op::GroupedWeightedSum => Family::Experts,
-            plan::Op::Pointwise(_) | plan::Op::RowSum => Family::Pointwise,
-            plan::Op::Split { .. } | plan::Op::GatherRows | plan::Op::GatherColumns => Family::Movement,
+            | plan::Op::GroupedWeightedSum
+            | plan::Op::LocalExperts { .. } => Family::Experts,
+            plan::Op::Pointwise(_) | plan::Op::RowSum | plan::Op::BlockSum { .. } => Family::Pointwise,
+            plan::Op::Split { .. }
+            | plan::Op::GatherRows
+            | plan::Op::GatherColumns
+            | plan::Op::AllGather { .. }
+            | plan::Op::AllToAll { .. } => Family::Movement,
             plan::Op::Embed | plan::Op::Sample => Family::Ends,
         }
     }

@@ -90,6 +90,7 @@ fn generate<R: BufRead>(
 ) -> Result<()> {
     world.load(0)?;
     let mut executor = load::executor(file, arguments.model.as_deref(), place, arguments.graphs())?;
+    super::counts(arguments, &*executor)?;
     world.wait_until_ready()?;
     let ready_seconds = started.elapsed().as_secs_f64();
     let begun = Instant::now();
@@ -98,7 +99,7 @@ fn generate<R: BufRead>(
     let ranks = world.run(&mut generator, batch, arguments.generating(), Mode::Deal)?;
     let timing = Timing::new(ready_seconds, begun, generator.statistics(), ranks);
     batch.bar.suspend(|| summary(file, &timing, world.peers(), &*executor));
-    Ok(())
+    super::write_counts(arguments, &*executor)
 }
 
 fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {

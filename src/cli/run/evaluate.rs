@@ -72,7 +72,7 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     let names = [&arguments.input_plan].into_iter().chain(&arguments.batch.compare);
     for (at, (name, file)) in names.zip(&plans).enumerate() {
         world.load(at)?;
-        reports.push(evaluate(arguments, name.display().to_string(), file, place, input, count, world)?);
+        reports.push(evaluate(arguments, name.display().to_string(), file, place.clone(), input, count, world)?);
     }
     world.leave()?;
     match arguments.format.unwrap_or(Format::Text) {
@@ -114,6 +114,9 @@ fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
         return usage(
             "--logits and --prompt-logits: expected no samples; --output FILE.bin writes the logits of samples",
         );
+    }
+    if arguments.count_experts.is_some() {
+        return usage("--count-experts: expected prompts or --input FILE.jsonl, found samples");
     }
     if batch.compare.is_some() && batch.output.is_some() {
         return usage("--compare: expected no --output, which is the answers of one plan");

@@ -31,8 +31,8 @@ pub fn execute(arguments: &Arguments, world: &mut World) -> Result<()> {
                     )
                 })?;
                 let executor = match super::is_samples(arguments) {
-                    true => load::prepared_executor(plan, model, place, graphs)?,
-                    false => load::executor(plan, model, place, graphs)?,
+                    true => load::prepared_executor(plan, model, place.clone(), graphs)?,
+                    false => load::executor(plan, model, place.clone(), graphs)?,
                 };
                 loaded = Some((plan, executor));
                 ranks.send(0, &Message::Ready)?;

@@ -16,9 +16,7 @@ pub(super) fn check_ids(graph: &Graph, faults: &mut Faults) {
         ids.value(id, Location::State(at), faults);
     }
     for (at, weight) in graph.weights.iter().enumerate() {
-        if let Layout::Concat { parts, .. } = &weight.layout {
-            parts.iter().for_each(|&id| ids.weight(id, Location::Weight(at), faults));
-        }
+        weight.layout.parts().iter().for_each(|&id| ids.weight(id, Location::Weight(at), faults));
     }
     for (at, op) in graph.ops.iter().enumerate() {
         ids.op(op, Location::Op(at), faults);
@@ -95,9 +93,12 @@ pub(super) fn check(graph: &Graph, faults: &mut Faults) {
             faults.add(location, "a weight has at least one dimension");
         }
         sizes(&weight.ty, location, faults);
-        if let Layout::Concat { axis, block, parts } = &weight.layout
-            && let Err(fault) = concat(graph, at, *axis, *block, parts)
-        {
+        let laid_out = match &weight.layout {
+            Layout::Tensor => Ok(()),
+            Layout::Concat { axis, block, parts } => concat(graph, at, *axis, *block, parts),
+            Layout::Take { of, indices } => taken(graph, at, *of, indices),
+        };
+        if let Err(fault) = laid_out {
             faults.add(location, fault);
         }
     }
@@ -189,6 +190,24 @@ fn concat(graph: &Graph, at: usize, axis: u64, block: Option<u64>, parts: &[Weig
         return Err(format!("the parts make {sum} along axis {axis}, found {found}"));
     }
     Ok(())
+}
+
+/// Checks a weight that is some indices of another.
+fn taken(graph: &Graph, at: usize, of: WeightId, indices: &[u64]) -> Result<(), String> {
+    let whole = graph.weight(of);
+    if of.index() >= at {
+        return Err(format!("`@{}` must be declared before", whole.name));
+    }
+    if matches!(whole.layout, Layout::Take { .. }) {
+        return Err(format!("`@{}` takes indices itself", whole.name));
+    }
+    let (ty, first) = (&graph.weights[at].ty, whole.ty.shape.first().and_then(|dim| dim.as_fixed()).unwrap_or(0));
+    if let Some(index) = indices.iter().find(|&&index| index >= first) {
+        return Err(format!("`indices`: expected some below {first}, found {index}"));
+    }
+    let mut expected = whole.ty.clone();
+    expected.shape[0] = Dim::fixed(indices.len() as u64);
+    if *ty == expected { Ok(()) } else { Err(format!("expected {expected}, found {ty}")) }
 }
 
 /// Checks one part of the weight at position `at`; its size along the axis.

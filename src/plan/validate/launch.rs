@@ -89,6 +89,8 @@ pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
 fn check_step(context: &Context, step: &Step) -> Result<(), String> {
     let device = context.manifest.target != Target::Cpu;
     let launch = match &step.launch {
+        Some(_) if step.collective.is_some() => return Err("expected no launch of what ranks do together".into()),
+        None if step.collective.is_some() => return Ok(()),
         None if device => return Err("expected a launch, found none".into()),
         None => return Ok(()),
         Some(_) if !device => return Err("expected no launch in a plan for the CPU".into()),

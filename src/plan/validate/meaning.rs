@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use crate::plan::{Op, TensorType};
+use crate::plan::{DType, Op, TensorType};
 
 /// What the elements of an integer tensor are. All may also be negative, which means none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +73,13 @@ pub(super) fn required(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, Meanin
         Op::Sample => {
             vec![(1, new(Kind::Row, dim(2, 0))), (2, new(Kind::Position, ANY)), (3, new(Kind::Slot, dim(4, 0)))]
         }
+        Op::LocalExperts { of, .. } => vec![(0, new(Kind::Expert, *of))],
+        // Experts mean the same on every rank; rows, slots and what is derived of them do not.
+        Op::AllGather { .. } => {
+            let integers = arguments.iter().enumerate().filter(|(_, ty)| ty.0 == DType::I32);
+            integers.map(|(i, _)| (i, new(Kind::Expert, ANY))).collect()
+        }
+        Op::AllToAll { .. } | Op::BlockSum { .. } => vec![],
         Op::GroupRows | Op::RmsNorm { .. } | Op::Matmul | Op::Split { .. } | Op::Pointwise(_) | Op::RowSum => vec![],
     }
 }
@@ -93,6 +100,7 @@ pub(super) fn given(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, Meaning)>
     let Some(first) = arguments.first() else { return vec![] };
     match op {
         Op::TopK => vec![(0, new(Kind::Expert, first.1.last().copied().unwrap_or(0)))],
+        Op::LocalExperts { experts, .. } => vec![(0, new(Kind::Expert, experts.len() as u64))],
         Op::GroupRows => {
             let pairs = first.elements().unwrap_or(u64::MAX);
             vec![(0, new(Kind::Pair, pairs)), (1, new(Kind::Place, pairs)), (2, new(Kind::Offset, pairs))]

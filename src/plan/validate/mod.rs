@@ -13,6 +13,8 @@
 //! - On a device every step has a launch, of a kernel of the plan, within the device's limits, whose arguments are of its
 //!   parameters' types and of the step's operands; a plan for the CPU has neither. A service's kernel takes what the runtime
 //!   passes for its role.
+//! - Programs of several ranks have the same buckets and io, each expert is on a rank, and in each bucket all ranks have the same
+//!   collectives in the same order, which their dependencies impose; none of them in the head.
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
 
 mod bucket;
@@ -22,6 +24,7 @@ mod model;
 mod ops;
 mod order;
 mod pool;
+mod ranks;
 mod semantic;
 mod steps;
 
@@ -132,6 +135,9 @@ pub fn validate(manifest: &Manifest, texts: usize, cubins: usize) -> Result<(), 
         }
         let context = bucket::Context { manifest, program, signatures: &signatures, texts, language };
         bucket::check_all(&context, &at, &mut faults);
+    }
+    if faults.count() == 0 {
+        ranks::check(manifest, &mut faults);
     }
     if faults.0.is_empty() { Ok(()) } else { Err(faults.0) }
 }

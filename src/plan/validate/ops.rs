@@ -167,6 +167,26 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
             same("number of pairs", pairs, rows.saturating_mul(k))?;
             rule.result(None, &[rows, width])
         }
+        Op::AllGather { ranks } => rule.all_gather(*ranks),
+        Op::AllToAll { ranks } => {
+            let [x] = rule.arguments()?;
+            let [rows, _] = float(x)?;
+            whole_blocks(rows, *ranks)?;
+            rule.result(Some(x.0), &x.1)
+        }
+        Op::LocalExperts { of, experts } => {
+            let [chosen] = rule.arguments()?;
+            let [_, _] = index(chosen)?;
+            if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
+                return Err(format!("expected ascending experts below {of}, at least one, found {experts:?}"));
+            }
+            rule.result(Some(DType::I32), &chosen.1)
+        }
+        Op::BlockSum { blocks } => {
+            let [x] = rule.arguments()?;
+            let [rows, width] = float(x)?;
+            rule.result(None, &[whole_blocks(rows, *blocks)?, width])
+        }
         Op::Sample => {
             let [logits, rows, pos, slot, params] = rule.arguments()?;
             let ([count, _], [tokens]) = (float(logits)?, index(pos)?);
@@ -206,6 +226,20 @@ impl<'a> Rule<'a> {
             Some(_) => Ok(()),
             None => any_float(result),
         }
+    }
+
+    fn all_gather(&self, ranks: u64) -> Result<(), String> {
+        if self.arguments.is_empty() || self.results.len() != self.arguments.len() || ranks == 0 {
+            let (arguments, results) = (self.arguments.len(), self.results.len());
+            return Err(format!(
+                "expected a result of each argument, of one rank at least, found {arguments}, {results} and {ranks}"
+            ));
+        }
+        self.arguments.iter().zip(self.results).try_for_each(|(x, result)| {
+            let (rows, inner) = x.1.split_first().ok_or("expected rows, found a scalar")?;
+            shape("a result", result, &[&[rows.saturating_mul(ranks)], inner].concat())?;
+            if result.0 == x.0 { Ok(()) } else { Err(format!("a result: expected {:?}, found {}", x.0, Show(result))) }
+        })
     }
 
     fn last_of_result(&self, rank: usize) -> Result<u64, String> {
@@ -274,6 +308,14 @@ impl<'a> Rule<'a> {
         same("inner dimension", weight_inner, inner)?;
         index_shape("offsets", offsets, &[experts + 1])?;
         self.result(None, &[rows, columns])
+    }
+}
+
+/// The rows of one of so many blocks.
+fn whole_blocks(rows: u64, blocks: u64) -> Result<u64, String> {
+    match rows.checked_div(blocks) {
+        Some(each) if each * blocks == rows => Ok(each),
+        _ => Err(format!("expected rows of {blocks} equal blocks, found {rows}")),
     }
 }
 

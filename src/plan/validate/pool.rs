@@ -3,7 +3,7 @@
 use super::{Faults, MAX_BYTES, Show, type_bytes};
 use crate::plan::{
     ALIGNMENT, DType, Io, Layout, Limits, Manifest, Program, Region, SAMPLING_COLUMNS, STOP_COLUMNS, State, StateRole,
-    TensorType, Weight,
+    Tensor, TensorType, Weight,
 };
 
 /// Inputs of a language model, each with one element a row.
@@ -113,7 +113,8 @@ fn layout(manifest: &Manifest, weight: &Weight) -> Result<(), String> {
         let found = manifest.tensors.get(id as usize);
         found.ok_or_else(|| format!("expected one of {} tensors, found {id}", manifest.tensors.len()))
     };
-    let shape = &weight.ty.1;
+    let whole = whole_shape(weight, tensor)?;
+    let shape = &whole;
     let expect_kind = |dtype: DType, name: &str| {
         let same = (dtype == DType::I32) == (weight.ty.0 == DType::I32);
         same.then_some(()).ok_or_else(|| format!("{:?} cannot be made of `{name}`, which is {dtype:?}", weight.ty.0))
@@ -153,6 +154,26 @@ fn layout(manifest: &Manifest, weight: &Weight) -> Result<(), String> {
         return Err(format!("axis {axis}: expected parts that add up to {size}, found {sum}"));
     }
     Ok(())
+}
+
+/// The shape of what a weight's layout makes: the weight's, but for the first axis if the weight has only some of its indices.
+fn whole_shape<'a>(weight: &Weight, tensor: impl Fn(u32) -> Result<&'a Tensor, String>) -> Result<Vec<u64>, String> {
+    let (shape, indices) = (&weight.ty.1, &weight.indices);
+    if indices.is_empty() {
+        return Ok(shape.clone());
+    }
+    let first = weight.layout.tensors().first().ok_or("expected tensors to take indices of, found none")?;
+    let size = tensor(*first)?.shape.first().copied().unwrap_or(0);
+    let along_first = matches!(weight.layout, Layout::Concat { axis: 0, .. });
+    if along_first || !indices.is_sorted_by(|a, b| a < b) || indices.last() >= Some(&size) {
+        return Err(format!(
+            "`indices`: expected ascending numbers below {size} of an axis that is not joined, found {indices:?}"
+        ));
+    }
+    match shape.split_first() {
+        Some((&found, rest)) if found == indices.len() as u64 => Ok([&[size], rest].concat()),
+        _ => Err(format!("`indices`: expected as many as the first axis of {shape:?}, found {}", indices.len())),
+    }
 }
 
 /// Checks a state against its role; against the limits too, in a language model.

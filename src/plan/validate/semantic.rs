@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use super::meaning::{self, Meaning};
 use super::{Faults, ops, type_bytes};
-use crate::plan::{Instr, Semantic, Slot, StateRole, TensorType};
+use crate::plan::{CollectiveKind, Instr, Semantic, Slot, StateRole, TensorType};
 
 /// A temporary is scratch of an executor, outside of the pool: at most so many times the pool's size ...
 pub(super) const MAX_TEMPORARY_POOLS: u64 = 16;
@@ -23,6 +23,8 @@ pub(super) struct Signature {
     pub(super) needs: Vec<Option<Meaning>>,
     /// For each output, what its integers are.
     pub(super) gives: Vec<Option<Meaning>>,
+    /// For each output, the input whose integers it has, if it has those of one.
+    pub(super) keeps: Vec<Option<u32>>,
 }
 
 /// Checks a semantic; its signature, if there is no fault. A temporary may have up to `scratch` bytes.
@@ -74,6 +76,7 @@ impl<'a> Body<'a> {
                 updates: vec![false; inputs],
                 needs: vec![None; inputs],
                 gives: vec![None; outputs],
+                keeps: vec![None; outputs],
             },
             plain: vec![false; inputs],
             out_written: vec![false; outputs],
@@ -95,6 +98,16 @@ impl<'a> Body<'a> {
         let required = meaning::required(op, &argument_types);
         for (at, need) in required.into_iter().chain(meaning::required_by_results(op, &result_types)) {
             self.need(arguments[at], need).map_err(named)?;
+        }
+        if CollectiveKind::of(op).is_some() {
+            if self.semantic.body.len() > 1 {
+                return Err(named("expected it to be alone in its step".into()));
+            }
+            for (argument, result) in arguments.iter().zip(results) {
+                if let (Slot::In(from), Slot::Out(to)) = (argument, result) {
+                    self.signature.keeps[*to as usize] = Some(*from);
+                }
+            }
         }
         for (at, meaning) in meaning::given(op, &argument_types) {
             match results[at] {

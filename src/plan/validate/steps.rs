@@ -60,22 +60,33 @@ impl<'a> Walk<'a> {
                 step.writes.len()
             ));
         }
-        let Cost { bytes, bytes_per_expert, bytes_per_position, flops } = step.cost;
-        if [bytes, bytes_per_expert, bytes_per_position, flops].iter().any(|&cost| cost > MAX_COST) {
+        let Cost { bytes, bytes_per_expert, bytes_per_position, flops, link_bytes } = step.cost;
+        if [bytes, bytes_per_expert, bytes_per_position, flops, link_bytes].iter().any(|&cost| cost > MAX_COST) {
             return Err(format!("`cost`: expected numbers up to {MAX_COST}, found {:?}", step.cost));
         }
+        let mut found = vec![];
         for (i, (&place, ty)) in step.reads.iter().zip(&semantic.inputs).enumerate() {
-            self.read(at, place, ty, signature, i).map_err(|fault| format!("read {i}, {place:?}: {fault}"))?;
+            found
+                .push(self.read(at, place, ty, signature, i).map_err(|fault| format!("read {i}, {place:?}: {fault}"))?);
         }
         self.updates(at, step, signature)?;
         for (i, (&place, ty)) in step.writes.iter().zip(&semantic.outputs).enumerate() {
-            let content = Content { step: at, ty, meaning: signature.gives[i] };
+            let kept = signature.keeps[i].and_then(|input| found[input as usize]);
+            let content = Content { step: at, ty, meaning: signature.gives[i].or(kept) };
             self.write(place, content).map_err(|fault| format!("write {i}, {place:?}: {fault}"))?;
         }
         Ok(())
     }
 
-    fn read(&mut self, at: usize, place: Ref, ty: &TensorType, signature: &Signature, i: usize) -> Result<(), String> {
+    /// Checks one read; what is known of the integers there.
+    fn read(
+        &mut self,
+        at: usize,
+        place: Ref,
+        ty: &TensorType,
+        signature: &Signature,
+        i: usize,
+    ) -> Result<Option<Meaning>, String> {
         let program = self.context.program;
         let expect = |found: &TensorType| match found == ty {
             true => Ok(()),
@@ -133,7 +144,7 @@ impl<'a> Walk<'a> {
         match (need, found) {
             (Some(need), Some(found)) if !found.serves(need) => Err(format!("expected {need}, found {found}")),
             (Some(need), None) => Err(format!("expected {need}, found integers of no meaning")),
-            _ => Ok(()),
+            _ => Ok(found),
         }
     }
 

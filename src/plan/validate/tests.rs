@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::plan::{
-    Buffer, DType, Expr, Instr, Layout, Op, PlanFile, Ref, Region, Slot, StateRole, Step, TensorSource, TensorType,
+    Bucket, Buffer, Collective, CollectiveKind, DType, Expr, Instr, Layout, Op, PlanFile, Ref, Region, Slot, StateRole,
+    Step, TensorSource, TensorType,
 };
 
 fn small() -> Manifest {
@@ -248,6 +249,27 @@ fn what_the_head_reads_is_not_overwritten_by_it() {
     // `z` is dead by the time the logits are written, but a second run of the head reads it again.
     let faults = validate(&manifest, 1, 0).expect_err("z feeds the head");
     assert!(faults[0].message.contains("`z`") && faults[0].message.contains("`logits`"), "{faults:?}");
+}
+
+#[test]
+fn collectives_are_in_an_order() {
+    let mut manifest = small();
+    let bucket = &mut manifest.ranks[0].buckets[0];
+    let collective = Collective { kind: CollectiveKind::AllGather, size: 2, parts: vec![] };
+    for at in [0, 2] {
+        bucket.steps[at].collective = Some(collective.clone());
+    }
+    let found = |bucket: &Bucket| {
+        let mut faults = Faults::default();
+        ranks::in_order(bucket, "rank 0, bucket b", &mut faults);
+        faults.0.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    bucket.steps[1].after = vec![0];
+    bucket.steps[2].after = vec![1];
+    assert!(found(bucket).is_empty(), "one step in between");
+    bucket.steps[2].after = vec![];
+    let (a, b) = (&bucket.steps[0].name, &bucket.steps[2].name);
+    assert_eq!(found(bucket), [format!("rank 0, bucket b: collectives {a} and {b} are in no order")]);
 }
 
 #[test]

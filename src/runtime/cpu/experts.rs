@@ -38,6 +38,23 @@ pub(super) fn product(x: &[f32], weight: View, weight_ty: &TensorType, assignmen
     Ok(out)
 }
 
+/// For each choice, its position in the ascending list of local experts; -1 if it is none of them.
+pub(super) fn local(chosen: &[i32], experts: &[u64]) -> Vec<i32> {
+    let position = |&expert: &i32| experts.binary_search(&u64::try_from(expert).ok()?).ok();
+    chosen.iter().map(|expert| position(expert).map_or(-1, |at| at as i32)).collect()
+}
+
+/// The sum of so many blocks of x, in ascending order.
+pub(super) fn block_sum(x: &[f32], blocks: usize) -> Result<Vec<f32>> {
+    ensure!(blocks > 0 && x.len().is_multiple_of(blocks), "{} elements in {blocks} blocks", x.len());
+    let each = x.len() / blocks;
+    let mut out = x[..each].to_vec();
+    for block in x.chunks(each.max(1)).skip(1) {
+        out.iter_mut().zip(block).for_each(|(out, x)| *out += x);
+    }
+    Ok(out)
+}
+
 /// The assignment of `experts [T,k]`, where x has a row for each token, or one for each pair.
 pub(super) fn by_pair(experts: &[i32], k: usize, row_a_pair: bool) -> Assignment {
     let pair = |(i, &expert): (usize, &i32)| Some((usize::try_from(expert).ok()?, if row_a_pair { i } else { i / k }));

@@ -19,17 +19,25 @@ pub(super) enum Input<'a> {
     State(Range<usize>),
 }
 
-/// Runs the operators in order over the inputs and the state region, and returns the outputs.
-pub(super) fn interpret(semantic: &Semantic, inputs: Vec<Input>, state: &mut [u8]) -> Result<Vec<Value>> {
+/// What a step makes.
+pub(super) struct Made {
+    pub(super) outputs: Vec<Value>,
+    /// What a router in it chose, and of how many experts.
+    pub(super) chosen: Option<(Vec<i32>, usize)>,
+}
+
+/// Runs the operators in order over the inputs and the state region.
+pub(super) fn interpret(semantic: &Semantic, inputs: Vec<Input>, state: &mut [u8]) -> Result<Made> {
     ensure!(inputs.len() == semantic.inputs.len(), "{} inputs for {}", inputs.len(), semantic.inputs.len());
     let outputs = semantic.outputs.iter().map(|_| None).collect();
     let temps = semantic.temps.iter().map(|_| None).collect();
-    let mut frame = Frame { semantic, inputs, state, outputs, temps };
+    let mut frame = Frame { semantic, inputs, state, outputs, temps, chosen: None };
     for (i, instr) in semantic.body.iter().enumerate() {
         frame.run(instr).with_context(|| format!("operator {i}, {}", name(&instr.0)))?;
     }
-    let made = frame.outputs.into_iter().enumerate();
-    made.map(|(i, value)| value.with_context(|| format!("no operator makes output {i}"))).collect()
+    let outputs = frame.outputs.into_iter().enumerate();
+    let outputs = outputs.map(|(i, value)| value.with_context(|| format!("no operator makes output {i}")));
+    Ok(Made { outputs: outputs.collect::<Result<_>>()?, chosen: frame.chosen })
 }
 
 /// The operator without its attributes.
@@ -44,6 +52,7 @@ struct Frame<'a, 's> {
     state: &'s mut [u8],
     outputs: Vec<Option<Value>>,
     temps: Vec<Option<Value>>,
+    chosen: Option<(Vec<i32>, usize)>,
 }
 
 impl<'a> Frame<'a, '_> {
@@ -57,6 +66,9 @@ impl<'a> Frame<'a, '_> {
             _ => self.pure(op, args, results)?,
         };
         ensure!(values.len() == results.len(), "{} results, {} declared", values.len(), results.len());
+        if let (Op::TopK, [Value::I32(chosen)], [scores, ..]) = (op, &values[..], &args[..]) {
+            self.chosen = Some((chosen.clone(), rows_and_last(self.ty(*scores)?)?.1));
+        }
         for (&slot, value) in results.iter().zip(values) {
             let value = value.rounded(self.ty(slot)?)?;
             let place = match slot {
@@ -155,6 +167,14 @@ impl<'a> Frame<'a, '_> {
                 let assignment = experts::by_pair(self.i32(chosen)?, k, self.ty(x)?.1.len() == 3);
                 experts::product(&self.view(x)?.to_f32()?, self.view(weight)?, self.ty(weight)?, &assignment)?
             }
+            Op::LocalExperts { experts: local, .. } => {
+                let [chosen] = slots(args)?;
+                return Ok(vec![Value::I32(experts::local(self.i32(chosen)?, local))]);
+            }
+            Op::BlockSum { blocks } => {
+                let [x] = slots(args)?;
+                experts::block_sum(&self.view(x)?.to_f32()?, usize::try_from(*blocks)?)?
+            }
             Op::GroupRows => {
                 let [chosen] = slots(args)?;
                 let offsets = results.get(2).context("three results are needed")?;
@@ -188,7 +208,7 @@ impl<'a> Frame<'a, '_> {
                 };
                 experts::weighted_sum(&self.view(y)?.to_f32()?, n, &self.view(weights)?.to_f32()?, k, place)?
             }
-            _ => bail!("an operator that updates state stands where none is expected"),
+            _ => bail!("an operator that updates state, or that ranks run together, stands where none is expected"),
         };
         Ok(vec![Value::F32(numbers)])
     }

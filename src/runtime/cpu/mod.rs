@@ -5,7 +5,9 @@
 //! neither on the number of threads nor on which rows share a batch, bit for bit.
 
 mod attention;
+mod collective;
 mod conv;
+mod ensemble;
 mod experts;
 mod flight;
 mod interpret;
@@ -26,19 +28,22 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use self::ensemble::CpuEnsemble;
 pub use self::pool::{HostPool, Regions};
 
 use self::flight::Flight;
-use self::interpret::{Input, interpret};
+use self::interpret::{Input, Made, interpret};
 use self::poison::{Liveness, POISON};
 use self::tensor::{View, byte_len};
-use crate::plan::{Bucket, ForcedRouting, Manifest, Program, Ref, State, StateRole, Step, TensorType};
+use crate::plan::{
+    Bucket, ExpertCounts, ForcedRouting, Manifest, Program, Ref, State, StateRole, Step, TensorType, scope,
+};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
 use crate::runtime::forced::ForcedExperts;
+use crate::runtime::group::Group;
 use crate::runtime::{batch, io};
 
 /// Runs one rank's program on the CPU.
-#[derive(Debug)]
 pub struct CpuExecutor {
     manifest: Arc<Manifest>,
     rank: usize,
@@ -48,6 +53,9 @@ pub struct CpuExecutor {
     last: Option<LastRun>,
     flight: Flight,
     forced: ForcedExperts,
+    counts: ExpertCounts,
+    /// The ranks that run collectives together with this one.
+    group: Option<Box<dyn Group>>,
 }
 
 /// What the results of the last run belong to.
@@ -71,7 +79,8 @@ impl CpuExecutor {
         let (found, expected) = (pool.bytes().len() as u64, program.pool.bytes().max(1));
         ensure!(found == expected, "a pool of {found} bytes for a program that needs {expected}");
         let (flight, forced) = (Flight::new(1), ForcedExperts::default());
-        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced })
+        let counts = ExpertCounts::new(&manifest.model.config_hash);
+        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced, counts, group: None })
     }
 
     /// Lets so many steps be in flight, at least 1, so that the same steps run as on a device of that lookahead. The CPU gains
@@ -155,17 +164,41 @@ impl CpuExecutor {
         let at = bucket_of(program, bucket)?;
         let count = at.steps.len();
         let found = at.steps.get(step).with_context(|| format!("bucket {} has {count} steps, not {step}", at.name))?;
-        if let Some(liveness) = self.poison.as_ref().and_then(|list| list.get(bucket)) {
-            let regions = self.pool.split();
-            liveness.poison(step, regions.arena);
-            for &place in found.writes.iter().filter(|place| !found.reads.contains(place)) {
-                if let Ref::Io(i) = place {
-                    let io = program.io.get(i as usize).with_context(|| format!("no io buffer {i}"))?;
-                    regions.io[span(io.offset, io.bytes)].fill(POISON);
-                }
+        self.poison_before(bucket, step);
+        let run = match &found.collective {
+            Some(collective) => self.run_collective(at, found, collective),
+            None => self.execute(program, at, found),
+        };
+        run.with_context(|| format!("step {} of bucket {}", found.name, at.name))
+    }
+
+    /// Writes a batch to the inputs of a bucket.
+    fn begin(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+        let manifest = Arc::clone(&self.manifest);
+        let at = bucket_of(&manifest.ranks[self.rank], bucket)?;
+        batch::check(batch, at, &manifest).with_context(|| format!("batch for bucket {}", at.name))?;
+        let tokens = self.flight.tokens(batch)?;
+        self.last = None;
+        self.write_input("tokens", &tokens, at.tokens, -1)?;
+        self.write_input("pos", &batch.positions, at.tokens, 0)?;
+        self.write_input("slot", &batch.slots, at.tokens, -1)?;
+        self.write_input("rows", &batch.rows, at.rows, -1)?;
+        if let Some(routing) = &manifest.model.forced_routing {
+            for (i, &layer) in routing.layers.iter().enumerate() {
+                let choices = self.forced.rows(i, routing, batch)?;
+                self.write_input(&ForcedRouting::input(layer), &choices, at.tokens * routing.per_token, -1)?;
             }
         }
-        self.execute(program, at, found).with_context(|| format!("step {} of bucket {}", found.name, at.name))
+        Ok(())
+    }
+
+    /// Keeps what a bucket has chosen for a batch, whose steps have run.
+    fn finish(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+        let rows = batch.rows.len();
+        let chosen = if rows > 0 { self.next_tokens(bucket, rows)? } else { vec![] };
+        self.flight.push(batch, chosen);
+        self.last = Some(LastRun { bucket, tokens: batch.tokens.len(), rows });
+        Ok(())
     }
 
     fn execute(&mut self, program: &Program, bucket: &Bucket, step: &Step) -> Result<()> {
@@ -181,7 +214,10 @@ impl CpuExecutor {
             };
             Ok(Input::View(View::new(part(region, start, len, place)?, ty.0)?))
         });
-        let outputs = interpret(semantic, inputs.collect::<Result<_>>()?, regions.state)?;
+        let Made { outputs, chosen } = interpret(semantic, inputs.collect::<Result<_>>()?, regions.state)?;
+        if let Some((chosen, experts)) = chosen {
+            self.counts.add(scope(&step.name), experts, &chosen);
+        }
         ensure!(outputs.len() == step.writes.len(), "{} places for {} outputs", step.writes.len(), outputs.len());
         for ((value, ty), &place) in outputs.iter().zip(&semantic.outputs).zip(&step.writes) {
             let (start, len) = (place_of(program, bucket, place)?, byte_len(ty)?);
@@ -259,6 +295,17 @@ impl Executor for CpuExecutor {
         "the CPU".into()
     }
 
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
+        Some(&self.counts)
+    }
+
+    fn group(&mut self) -> Option<&mut dyn Group> {
+        match &mut self.group {
+            Some(group) => Some(&mut **group),
+            None => None,
+        }
+    }
+
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
         self.forced.set(slot, choices);
     }
@@ -284,27 +331,9 @@ impl Executor for CpuExecutor {
     }
 
     fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
-        let manifest = Arc::clone(&self.manifest);
-        let at = bucket_of(&manifest.ranks[self.rank], bucket)?;
-        batch::check(batch, at, &manifest).with_context(|| format!("batch for bucket {}", at.name))?;
-        let tokens = self.flight.tokens(batch)?;
-        self.last = None;
-        self.write_input("tokens", &tokens, at.tokens, -1)?;
-        self.write_input("pos", &batch.positions, at.tokens, 0)?;
-        self.write_input("slot", &batch.slots, at.tokens, -1)?;
-        self.write_input("rows", &batch.rows, at.rows, -1)?;
-        if let Some(routing) = &manifest.model.forced_routing {
-            for (i, &layer) in routing.layers.iter().enumerate() {
-                let choices = self.forced.rows(i, routing, batch)?;
-                self.write_input(&ForcedRouting::input(layer), &choices, at.tokens * routing.per_token, -1)?;
-            }
-        }
+        self.begin(bucket, batch)?;
         self.run_steps(bucket)?;
-        let rows = batch.rows.len();
-        let chosen = if rows > 0 { self.next_tokens(bucket, rows)? } else { vec![] };
-        self.flight.push(batch, chosen);
-        self.last = Some(LastRun { bucket, tokens: batch.tokens.len(), rows });
-        Ok(())
+        self.finish(bucket, batch)
     }
 
     fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()> {

@@ -1,6 +1,7 @@
 //! Which bytes of the arena hold something that a later step needs. The rest may be filled with NaN at any time: a step
 //! that reads what nobody wrote for it then shows.
 
+use super::{CpuExecutor, span};
 use crate::plan::{Bucket, Buffer, Ref};
 
 /// Every element type reads this as NaN, or as -1.
@@ -56,6 +57,24 @@ impl Liveness {
         }
         if at < arena.len() {
             arena[at..].fill(POISON);
+        }
+    }
+}
+
+impl CpuExecutor {
+    /// Fills what a step of the plan needs not, if that is wanted.
+    pub(super) fn poison_before(&mut self, bucket: usize, step: usize) {
+        let Some(liveness) = self.poison.as_ref().and_then(|list| list.get(bucket)) else { return };
+        let program = &self.manifest.ranks[self.rank];
+        let regions = self.pool.split();
+        liveness.poison(step, regions.arena);
+        let found = &program.buckets[bucket].steps[step];
+        for &place in found.writes.iter().filter(|place| !found.reads.contains(place)) {
+            if let Ref::Io(i) = place
+                && let Some(io) = program.io.get(i as usize)
+            {
+                regions.io[span(io.offset, io.bytes)].fill(POISON);
+            }
         }
     }
 }

@@ -43,6 +43,12 @@ pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> 
 type Found<'a> = (&'a str, (u32, u32), (u32, u32));
 
 fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
+    let ranks = manifest.ranks.len();
+    ensure!(
+        ranks == 1,
+        "collectives of the plan's ranks: expected a plan of one rank, which is all that GPUs run yet, found {ranks} ranks; run it with \
+         --device cpu, or compile it without --ranks"
+    );
     let expected = match manifest.target {
         Target::Cpu => bail!(
             "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \

@@ -1,6 +1,7 @@
 //! Several processes at one piece of work: the *ranks*, which a launcher such as `mpirun` starts.
 //!
-//! Every rank holds the model, a *replica*. Rank 0 has the input and the output: it deals requests to the replicas, itself among
+//! Every rank holds the model, a *replica*, or a group of ranks does, each with its own experts ([`crate::runtime::group`]); for dealing
+//! requests, each of them is a replica. Rank 0 has the input and the output: it deals requests to the replicas, itself among
 //! them, and takes back their results ([`lead()`]); the others run what they are given ([`follow()`]). What they say to each other is in
 //! [`mod@message`], and goes through a [`Transport`], so that nothing but `mpi` knows MPI. A request's tokens do not depend on the rank that
 //! runs it, nor on its neighbours there, so neither do results; which rank runs which request depends on who has done how much.
@@ -19,10 +20,13 @@ mod mesh;
 pub mod message;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "mpi")]
+mod mpi_group;
 #[cfg(test)]
 mod tests;
 pub mod watch;
 
+use std::rc::Rc;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -36,6 +40,7 @@ pub use self::local::Local;
 pub use self::message::{Introduction, Message, Summary};
 use self::watch::Watch;
 pub use self::watch::{Failure, GiveUp, Peer};
+use crate::runtime::group::Group;
 
 /// How long a rank sleeps that has nothing to do but to wait for a message.
 const NAP: Duration = Duration::from_micros(200);
@@ -78,6 +83,9 @@ pub trait Transport {
     fn close(&mut self) -> Result<()>;
 }
 
+/// Gathers groups of so many ranks, neighbours by number, all ranks at a time: the one of this rank.
+pub type Groups = Rc<dyn Fn(usize) -> Result<Box<dyn Group>>>;
+
 /// This process among the ranks.
 pub struct Ranks {
     transport: Box<dyn Transport>,
@@ -86,6 +94,8 @@ pub struct Ranks {
     /// By rank; on ranks other than 0, only rank 0 and itself are known by more than their number.
     peers: Vec<Peer>,
     local: Local,
+    /// None where tests gather groups themselves.
+    groups: Option<Groups>,
 }
 
 impl Ranks {
@@ -93,7 +103,7 @@ impl Ranks {
     pub fn unwatched(transport: Box<dyn Transport>) -> Ranks {
         let peers = (0..transport.size()).map(Peer::unknown).collect();
         let local = Local { rank: transport.rank(), size: transport.size() };
-        Ranks { transport, watch: None, peers, local }
+        Ranks { transport, watch: None, peers, local, groups: None }
     }
 
     /// This rank.
@@ -114,6 +124,11 @@ impl Ranks {
     /// This rank among those of its host.
     pub fn local(&self) -> Local {
         self.local
+    }
+
+    /// What gathers the ranks that run steps together.
+    pub fn groups(&self) -> Option<Groups> {
+        self.groups.clone()
     }
 
     /// Sends a message.

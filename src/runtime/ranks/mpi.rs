@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::ffi::c_int;
 use std::net::IpAddr;
 use std::ptr;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -18,8 +19,9 @@ use mpi::ffi;
 use mpi::traits::{AsRaw, Communicator};
 
 use super::launcher::Launched;
+use super::mpi_group::MpiGroup;
 use super::watch::{GiveUp, Watch};
-use super::{Local, NAP, Ranks, Transport, TransportError, connect};
+use super::{Groups, Local, NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -47,7 +49,9 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
         Ok((transport, links, peers)) => {
             let watch = Watch::begin(peers[transport.rank].clone(), links, give_up);
             let local = transport.local;
-            Ranks { transport: Box::new(transport), watch: Some(watch), peers, local }
+            let world = transport.world;
+            let groups: Groups = Rc::new(move |size| Ok(Box::new(MpiGroup::new(world, size)?)));
+            Ranks { transport: Box::new(transport), watch: Some(watch), peers, local, groups: Some(groups) }
         }
         Err(error) => {
             if !error.to_string().is_empty() {
@@ -359,6 +363,6 @@ impl Transport for Mpi {
 }
 
 /// What MPI answered.
-fn check(call: &'static str, code: c_int) -> Result<(), TransportError> {
+pub(super) fn check(call: &'static str, code: c_int) -> Result<(), TransportError> {
     if code == 0 { Ok(()) } else { Err(TransportError { call, code }) }
 }

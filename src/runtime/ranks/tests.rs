@@ -9,6 +9,7 @@ use super::mesh::Mesh;
 use super::watch::{Link, SILENCE};
 use super::*;
 use crate::plan::{Manifest, Phase};
+use crate::runtime::group::LocalGroup;
 use crate::runtime::mock::{Mock, bucket, manifest};
 use crate::runtime::{All, Finished, Generator, Options, Request, RequestError, SamplingParams};
 
@@ -35,14 +36,35 @@ type Results = Vec<Result<Finished, RequestError>>;
 
 /// Runs rounds on so many ranks, each a thread: results, tokens as they were seen, and what the ranks did in the last.
 fn on_ranks(size: usize, rounds: &[(u64, Mode)], options: Options) -> (Results, Vec<Vec<u32>>, Vec<Summary>) {
+    in_groups(size, 1, rounds, options)
+}
+
+/// As [`on_ranks`], where so many neighbours run the same steps.
+fn in_groups(
+    size: usize,
+    group: usize,
+    rounds: &[(u64, Mode)],
+    options: Options,
+) -> (Results, Vec<Vec<u32>>, Vec<Summary>) {
+    let mut groups: Vec<Option<LocalGroup>> = match group {
+        1 => (0..size).map(|_| None).collect(),
+        _ => (0..size / group).flat_map(|_| LocalGroup::new(group)).map(Some).collect(),
+    };
+    let steps = Mutex::new(vec![vec![]; size]);
+    let keep = |rank: usize, executor: &Mock| {
+        steps.lock().unwrap()[rank] = executor.trace.iter().map(|(bucket, _)| *bucket).collect();
+    };
+    let keep = &keep;
     let mut meshes = Mesh::new(size);
     let others = meshes.split_off(1);
     let stops = |token: u32| token == 7;
-    std::thread::scope(|scope| {
-        for mesh in others {
+    let own = groups.remove(0);
+    let found = std::thread::scope(|scope| {
+        for (mesh, group) in others.into_iter().zip(groups) {
             scope.spawn(move || {
                 let mut ranks = Ranks::unwatched(Box::new(mesh));
-                let mut executor = Mock::new(small());
+                let mut executor = Mock::ahead(small(), 2, false);
+                executor.group = group;
                 while let Order::Round(options) = next_order(&mut ranks).unwrap() {
                     let mut generator = Generator::new(&mut executor, options).unwrap();
                     follow(&mut ranks, &mut generator, |texts| {
@@ -51,10 +73,12 @@ fn on_ranks(size: usize, rounds: &[(u64, Mode)], options: Options) -> (Results, 
                     })
                     .unwrap();
                 }
+                keep(ranks.rank(), &executor);
             });
         }
         let mut ranks = Ranks::unwatched(Box::new(meshes.remove(0)));
-        let mut executor = Mock::new(small());
+        let mut executor = Mock::ahead(small(), 2, false);
+        executor.group = own;
         let mut last = None;
         for &(count, mode) in rounds {
             let mut seen = vec![vec![]; count as usize];
@@ -68,8 +92,27 @@ fn on_ranks(size: usize, rounds: &[(u64, Mode)], options: Options) -> (Results, 
             last = Some((all.results().unwrap(), seen, summaries));
         }
         ranks.leave().unwrap();
+        keep(0, &executor);
         last.unwrap()
-    })
+    });
+    for steps in steps.into_inner().unwrap().chunks(group) {
+        assert!(steps.iter().all(|other| *other == steps[0]), "ranks of a group run the same steps: {steps:?}");
+    }
+    found
+}
+
+#[test]
+fn groups_of_ranks_run_the_same_steps_and_give_the_results_of_one() {
+    let plain = Options::default();
+    let captured = Options { chunk: Some(3), capture_logits: true, capture_prompt_logits: true };
+    for (count, options) in [(0, plain), (1, plain), (60, plain), (60, captured)] {
+        let (expected, tokens, _) = on_ranks(1, &[(count, Mode::Deal)], options);
+        for (size, group) in [(2, 2), (4, 2), (3, 3), (4, 4)] {
+            let (found, seen, summaries) = in_groups(size, group, &[(9, Mode::Copy), (count, Mode::Deal)], options);
+            assert!(found == expected, "{size} ranks in groups of {group}, {count} requests");
+            assert_eq!((seen, summaries.len()), (tokens.clone(), size));
+        }
+    }
 }
 
 #[test]

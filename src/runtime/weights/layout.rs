@@ -100,6 +100,12 @@ impl Places {
 /// The plan is inconsistent.
 pub fn places(weight: &Weight, tensors: &[Tensor]) -> Result<Vec<Places>, WeightError> {
     let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
+    if gather.taken.is_some() {
+        return Err(fault(
+            weight,
+            "expected whole tensors, which is all that a device can load, found some indices".into(),
+        ));
+    }
     let count = gather.parts.len() as u64;
     let places =
         gather.parts.iter().zip(0..).filter(|(part, _)| part.elements > 0).map(|(part, index): (&Part, u64)| {
@@ -125,6 +131,16 @@ struct Gather {
     block: Option<u64>,
     /// Elements of a period.
     period: u64,
+    /// Which of that the weight has, if not all.
+    taken: Option<Taken>,
+}
+
+/// Some indices of a first axis.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Taken {
+    indices: Vec<u64>,
+    /// Elements of one index.
+    elements: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -156,23 +172,36 @@ impl Gather {
             }
             Ok(tensor)
         };
-        let total = weight.ty.elements().ok_or("number of elements overflows")?;
-        match &weight.layout {
+        let taken = Taken::new(weight)?;
+        // What the layout makes: of all indices.
+        let whole = match (&taken, weight.layout.tensors()) {
+            (Some(_), [first, ..]) => {
+                let first = tensor(*first)?.shape.first().copied().unwrap_or(0);
+                if let Some(index) = weight.indices.iter().find(|&&index| index >= first) {
+                    return Err(format!("expected indices below {first}, found {index}"));
+                }
+                TensorType(weight.ty.0, [&[first], &weight.ty.1[1..]].concat())
+            }
+            _ => weight.ty.clone(),
+        };
+        let total = whole.elements().ok_or("number of elements overflows")?;
+        let gather = match &weight.layout {
             Layout::Copy(position) => {
-                let TensorType(_, shape) = &weight.ty;
+                let TensorType(_, shape) = &whole;
                 let tensor = tensor(*position)?;
                 if TensorType(tensor.dtype, tensor.shape.clone()).elements() != Some(total) {
                     let (name, found) = (&tensor.name, &tensor.shape);
                     return Err(format!("expected `{name}` with the elements of {shape:?}, found {found:?}"));
                 }
                 let part = Part { tensor: *position, start: 0, elements: total };
-                Ok(Gather { parts: vec![part], block: None, period: total })
+                Gather { parts: vec![part], block: None, period: total, taken: None }
             }
             Layout::Concat { axis, block, tensors: positions } => {
                 let parts = positions.iter().map(|&p| Ok((p, tensor(p)?))).collect::<Result<Vec<_>, String>>()?;
-                Gather::concat(&weight.ty.1, *axis as usize, *block, &parts)
+                Gather::concat(&whole.1, *axis as usize, *block, &parts)?
             }
-        }
+        };
+        Ok(Gather { taken, ..gather })
     }
 
     /// The elements of the shape's product are known to be countable.
@@ -207,11 +236,19 @@ impl Gather {
         }
         let period = size.checked_mul(inner).ok_or_else(overflow)?;
         let block = block.map(|block| block.checked_mul(inner).ok_or_else(overflow)).transpose()?;
-        Ok(Gather { parts, block, period })
+        Ok(Gather { parts, block, period, taken: None })
     }
 
     /// The run that starts at an element of a weight that is not empty.
     fn run(&self, position: u64) -> Run {
+        let Some(Taken { indices, elements }) = &self.taken else { return self.run_of_all(position) };
+        let (at, within) = (position / elements, position % elements);
+        let run = self.run_of_all(indices[at as usize] * elements + within);
+        Run { elements: run.elements.min(elements - within), ..run }
+    }
+
+    /// As [`Gather::run`], had the weight all indices.
+    fn run_of_all(&self, position: u64) -> Run {
         let (repeat, at) = (position / self.period, position % self.period);
         match self.block {
             None => {
@@ -240,6 +277,23 @@ impl Gather {
             position += size / dtype.bytes();
             bytes = later;
         }
+    }
+}
+
+impl Taken {
+    fn new(weight: &Weight) -> Result<Option<Taken>, String> {
+        let (indices, shape) = (weight.indices.clone(), &weight.ty.1);
+        if indices.is_empty() {
+            return Ok(None);
+        }
+        if shape.first() != Some(&(indices.len() as u64)) {
+            return Err(format!(
+                "expected as many indices as its first axis has, found {} for {shape:?}",
+                indices.len()
+            ));
+        }
+        let elements = weight.ty.elements().ok_or("number of elements overflows")? / indices.len() as u64;
+        Ok(Some(Taken { indices, elements }))
     }
 }
 
@@ -275,7 +329,7 @@ mod tests {
             let ty = TensorType(DType::F32, vec![outer, sizes.iter().sum(), inner]);
             let elements = ty.elements().expect("few");
             let layout = Layout::Concat { axis: 1, block, tensors: (0..sizes.len() as u32).collect() };
-            let weight = Weight { name: String::new(), ty, offset: 0, layout };
+            let weight = Weight { name: String::new(), ty, offset: 0, layout, indices: vec![] };
             let gather = Gather::new(&weight, &tensors).expect("they fit");
             let mut seen = 0;
             for at in places(&weight, &tensors).expect("they fit") {
@@ -286,6 +340,45 @@ mod tests {
                 }
             }
             prop_assert_eq!(seen, elements);
+        }
+
+        /// A weight of some indices has the elements that the weight of all has there.
+        #[test]
+        fn some_indices_are_those_of_all(
+            taken in prop::sample::subsequence((0..5u64).collect::<Vec<_>>(), 1..5),
+            size in 1u64..3,
+            inner in 1u64..4,
+            interleaved in any::<bool>(),
+        ) {
+            let tensor = Tensor {
+                name: String::new(),
+                dtype: DType::F32,
+                index_dtypes: vec![],
+                shape: vec![5, size, inner],
+                sources: vec![],
+                synthetic: Synthetic { salt: 0, center: 0.0, scale: 0.0 },
+            };
+            let tensors = [tensor.clone(), tensor];
+            let layout = Layout::Concat { axis: 1, block: interleaved.then_some(size), tensors: vec![0, 1] };
+            let weight = |indices: Vec<u64>, first| {
+                let ty = TensorType(DType::F32, vec![first, 2 * size, inner]);
+                Gather::new(&Weight { name: String::new(), ty, offset: 0, layout: layout.clone(), indices }, &tensors)
+            };
+            let all = weight(vec![], 5).expect("it fits");
+            let some = weight(taken.clone(), taken.len() as u64).expect("it fits");
+            let each = 2 * size * inner;
+            let mut position = 0;
+            while position < taken.len() as u64 * each {
+                let run = some.run(position);
+                for i in 0..run.elements {
+                    let at = position + i;
+                    let expected = all.run(taken[(at / each) as usize] * each + at % each);
+                    prop_assert_eq!((run.tensor, run.first + i), (expected.tensor, expected.first));
+                }
+                position += run.elements;
+            }
+            weight(vec![5], 1).unwrap_err();
+            weight(vec![0, 1], 1).unwrap_err();
         }
     }
 }

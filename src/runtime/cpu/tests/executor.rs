@@ -20,9 +20,19 @@ fn semantic(name: &str, inputs: &[&TensorType], outputs: &[&TensorType], op: Op)
 }
 
 fn step(name: &str, op: usize, reads: &[Ref], writes: &[Ref]) -> Step {
-    let cost = Cost { bytes: 0, bytes_per_expert: 0, bytes_per_position: 0, flops: 0 };
+    let cost = Cost::default();
     let (reads, writes) = (reads.to_vec(), writes.to_vec());
-    Step { name: name.into(), op: op as u32, reads, writes, updates: vec![], after: vec![], cost, launch: None }
+    Step {
+        name: name.into(),
+        op: op as u32,
+        reads,
+        writes,
+        updates: vec![],
+        after: vec![],
+        cost,
+        launch: None,
+        collective: None,
+    }
 }
 
 /// A bucket and its semantics, which are numbered from `first`.
@@ -95,6 +105,7 @@ fn manifest() -> Manifest {
         ty: ty(DType::F32, shape),
         offset,
         layout: Layout::Copy(0),
+        indices: vec![],
     };
     let state = |name: &str, offset, ty, role| State { name: name.into(), ty, offset, role };
     let io = |name: &str, at: u64, input| Io { name: name.into(), offset: 256 * at, bytes: 32, input };
@@ -149,6 +160,7 @@ fn manifest() -> Manifest {
         tensors: vec![],
         kernels: vec![],
         services: vec![],
+        experts: vec![],
         ranks: vec![program],
     }
 }
@@ -348,7 +360,7 @@ fn refuses_what_does_not_fit() {
         ..manifest().ranks[0].clone()
     })
     .unwrap();
-    let fault = CpuExecutor::new(Arc::new(manifest()), 0, small).unwrap_err().to_string();
+    let fault = CpuExecutor::new(Arc::new(manifest()), 0, small).err().unwrap().to_string();
     assert!(fault.contains("a pool of 2308 bytes for a program that needs 3584"), "{fault}");
 }
 

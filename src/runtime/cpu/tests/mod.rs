@@ -136,7 +136,7 @@ impl Case {
             }
             Operand::State(range) => Input::State(range.clone()),
         });
-        interpret(&semantic, inputs.collect(), bytemuck::cast_slice_mut(&mut self.state))
+        interpret(&semantic, inputs.collect(), bytemuck::cast_slice_mut(&mut self.state)).map(|made| made.outputs)
     }
 
     pub(super) fn run_f32(&mut self, op: Op, dtype: DType, shape: &[usize]) -> Vec<f32> {

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use super::experts::{Distinct, scope};
+use super::experts::Distinct;
 use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
-use crate::plan::{Bucket, DType};
+use crate::plan::{Bucket, DType, scope};
 use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::cuda::capture::Lanes;
 
@@ -197,9 +197,9 @@ mod tests {
     #[test]
     fn blocks_are_told_by_names_and_experts() {
         let step = |name: &str, bytes_per_expert: u64| {
-            let cost = Cost { bytes: 0, bytes_per_expert, bytes_per_position: 0, flops: 0 };
+            let cost = Cost { bytes: 0, bytes_per_expert, bytes_per_position: 0, flops: 0, ..Cost::default() };
             let (reads, writes, updates, after) = (vec![], vec![], vec![], vec![]);
-            Step { name: name.into(), op: 0, reads, writes, updates, after, cost, launch: None }
+            Step { name: name.into(), op: 0, reads, writes, updates, after, cost, launch: None, collective: None }
         };
         let steps = vec![
             step("embed.embed", 0),

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use crate::plan::{Op, Program, Semantic, Slot, Step, TensorType};
+use crate::plan::{Op, Program, Semantic, Slot, Step, TensorType, scope};
 use crate::runtime::cuda::CudaExecutor;
 
 /// What one layer's router chose.
@@ -72,16 +72,6 @@ pub fn expected_distinct(experts: u64, k: u64, rows: usize) -> (f64, f64) {
     let two = if e < 2.0 { 0.0 } else { ((e - k) * (e - k - 1.0) / (e * (e - 1.0))).max(0.0).powf(n) };
     let variance = e * one + e * (e - 1.0) * two - e * e * one * one;
     (e * (1.0 - one), variance.max(0.0))
-}
-
-/// The scope of a step by its name: `layers.3.ffn` of `layers.3.ffn.norm+router` and of `layers.3.ffn.matmul.2`.
-pub(super) fn scope(name: &str) -> &str {
-    let parent = |name| str::rsplit_once(name, '.').map_or("", |(parent, _)| parent);
-    match name.rsplit_once('.') {
-        // A number tells steps of one label apart.
-        Some((rest, last)) if last.bytes().all(|c| c.is_ascii_digit()) => parent(rest),
-        _ => parent(name),
-    }
 }
 
 /// Where a step writes what its router chose.
@@ -180,15 +170,6 @@ fn read_step(executor: &CudaExecutor, program: &Program, bucket: usize, step: &S
 mod tests {
     use super::*;
     use crate::plan::{DType, Instr};
-
-    #[test]
-    fn scopes_are_names_without_labels() {
-        assert_eq!(scope("layers.3.ffn.norm+router+group"), "layers.3.ffn");
-        assert_eq!(scope("layers.3.ffn.matmul.2"), "layers.3.ffn");
-        assert_eq!(scope("head.sample"), "head");
-        assert_eq!(scope("pointwise"), "");
-        assert_eq!(scope("pointwise.2"), "");
-    }
 
     #[test]
     fn uniform_routing_is_as_counted_by_hand() {

@@ -3,8 +3,8 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::experts::{LayerExperts, scope};
-use crate::plan::{Op, Program, Slot, Step};
+use super::experts::LayerExperts;
+use crate::plan::{Op, Program, Slot, Step, scope};
 
 /// Bytes that must cross memory, and floating-point operations.
 #[derive(Clone, Copy, PartialEq, Default, Debug, Serialize)]
@@ -123,6 +123,7 @@ mod tests {
             after: vec![],
             cost,
             launch: None,
+            collective: None,
         }
     }
 
@@ -146,13 +147,13 @@ mod tests {
 
     #[test]
     fn experts_and_history_count_by_what_was_found() {
-        let cost = Cost { bytes: 10, bytes_per_expert: 100, bytes_per_position: 0, flops: 7 };
+        let cost = Cost { bytes: 10, bytes_per_expert: 100, bytes_per_position: 0, flops: 7, ..Cost::default() };
         let found =
             load(3).work(&program(), &step("layers.3.ffn.expert+swiglu", 0, cost)).expect("its layer was counted");
         assert_eq!(found, Work { bytes: 310.0, flops: 7.0 });
         let error = load(3).work(&program(), &step("layers.4.ffn.expert+swiglu", 0, cost)).expect_err("not counted");
         assert!(error.to_string().contains("layers.4.ffn.expert+swiglu"), "{error}");
-        let cost = Cost { bytes: 10, bytes_per_expert: 0, bytes_per_position: 5, flops: 0 };
+        let cost = Cost { bytes: 10, bytes_per_expert: 0, bytes_per_position: 5, flops: 0, ..Cost::default() };
         let found = load(3).work(&program(), &step("layers.2.attention.attention", 1, cost)).expect("no experts");
         assert_eq!(found, Work { bytes: 110.0, flops: 22.0 * 4.0 * 64.0 });
     }

@@ -1,0 +1,149 @@
+//! What ranks do together: each finds of the others what it expects.
+
+use std::fmt::Debug;
+
+use super::{Faults, order};
+use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step};
+
+/// Checks programs that are valid by themselves against each other.
+pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
+    faults.note("experts", spread(manifest));
+    let first = &manifest.ranks[0];
+    for (rank, program) in manifest.ranks.iter().enumerate() {
+        let at = format!("rank {rank}");
+        faults.note(&at, experts(manifest, program, rank));
+        faults.note(&at, alike(first, program));
+        if faults.count() > 0 {
+            return;
+        }
+        for (bucket, expected) in program.buckets.iter().zip(&first.buckets) {
+            let at = format!("{at}, bucket {}", bucket.name);
+            for (i, step) in bucket.steps.iter().enumerate() {
+                let size = manifest.ranks.len() as u64;
+                let in_head = i >= bucket.head as usize;
+                faults.note(format_args!("{at}, step {}", step.name), collective(program, step, size, in_head));
+            }
+            if faults.count() > 0 {
+                return;
+            }
+            faults.note(&at, same_collectives(expected, bucket));
+            in_order(bucket, &at, faults);
+        }
+    }
+}
+
+/// Checks that each expert is on one rank, if they are spread.
+fn spread(manifest: &Manifest) -> Result<(), String> {
+    let (experts, ranks) = (&manifest.experts, manifest.ranks.len());
+    if experts.is_empty() && ranks == 1 {
+        return Ok(());
+    }
+    if experts.len() != ranks || ranks < 2 {
+        return Err(format!("expected those of each of {ranks} ranks, none for one rank, found {}", experts.len()));
+    }
+    let mut all: Vec<u64> = experts.iter().flatten().copied().collect();
+    all.sort_unstable();
+    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted());
+    if ascend && all.iter().copied().eq(0..all.len() as u64) {
+        return Ok(());
+    }
+    Err(format!("expected each on one rank, ascending, and some on every rank, found {experts:?}"))
+}
+
+/// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
+fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), String> {
+    let local = manifest.experts.get(rank).map_or(&[][..], Vec::as_slice);
+    let of = manifest.experts.iter().map(Vec::len).sum::<usize>() as u64;
+    if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
+        return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
+    }
+    for (i, semantic) in program.semantics.iter().enumerate() {
+        for instr in &semantic.body {
+            if let Op::LocalExperts { of: all, experts } = &instr.0
+                && (*all != of || experts != local)
+            {
+                let name = &semantic.name;
+                return Err(format!(
+                    "semantic {i} ({name}): expected experts {local:?} of {of}, found {experts:?} of {all}"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that a program takes the same batches as another.
+fn alike(expected: &Program, found: &Program) -> Result<(), String> {
+    let sizes = |program: &Program| -> Vec<_> {
+        let buckets = program.buckets.iter();
+        buckets
+            .map(|bucket| (bucket.name.clone(), bucket.phase, bucket.tokens, bucket.sequences, bucket.rows))
+            .collect()
+    };
+    let io =
+        |program: &Program| -> Vec<_> { program.io.iter().map(|io| (io.name.clone(), io.bytes, io.input)).collect() };
+    same("bucket", &sizes(expected), &sizes(found))?;
+    same("io", &io(expected), &io(found))
+}
+
+/// Checks that a rank has a list's entries as rank 0 has them.
+fn same<T: PartialEq + Debug>(what: &str, expected: &[T], found: &[T]) -> Result<(), String> {
+    let all = 0..expected.len().max(found.len());
+    let show = |list: &[T], at: usize| list.get(at).map_or("none".to_owned(), |entry| format!("{entry:?}"));
+    match all.into_iter().find(|&at| expected.get(at) != found.get(at)) {
+        Some(at) => {
+            Err(format!("{what} {at}: expected {}, as on rank 0, found {}", show(expected, at), show(found, at)))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Checks that a step exchanges with all ranks what its semantic says.
+fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Result<(), String> {
+    let expected = Collective::of(&program.semantics[step.op as usize]);
+    if step.collective != expected {
+        return Err(format!("`collective`: expected {expected:?}, found {:?}", step.collective));
+    }
+    let Some(found) = &step.collective else { return Ok(()) };
+    if in_head {
+        return Err("a collective of the head, which a rank may run again alone".into());
+    }
+    if found.size != size || size < 2 {
+        return Err(format!(
+            "expected a collective of the plan's ranks, of which there are {size}, found {}",
+            found.size
+        ));
+    }
+    if let Some(place) = step.reads.iter().find(|place| !matches!(place, Ref::Arena(_) | Ref::Io(_))) {
+        return Err(format!("a collective: expected reads of the arena or io, found {place:?}"));
+    }
+    match step.writes.iter().find(|place| !matches!(place, Ref::Arena(_))) {
+        Some(place) => Err(format!("a collective: expected writes to the arena, found {place:?}")),
+        None => Ok(()),
+    }
+}
+
+/// Checks that a rank has the collectives of rank 0, in steps of the same names and order.
+fn same_collectives(expected: &Bucket, found: &Bucket) -> Result<(), String> {
+    let steps = |bucket: &Bucket| -> Vec<(String, Collective)> {
+        let steps = bucket.steps.iter();
+        steps.filter_map(|step| Some((step.name.clone(), step.collective.clone()?))).collect()
+    };
+    same("collective", &steps(expected), &steps(found))
+}
+
+/// Checks that no two collectives can run at a time, which ranks could then begin in different orders.
+pub(super) fn in_order(bucket: &Bucket, at: &str, faults: &mut Faults) {
+    let steps = bucket.steps.iter().enumerate().filter(|(_, step)| step.collective.is_some());
+    let steps: Vec<usize> = steps.map(|(i, _)| i).collect();
+    if steps.len() < 2 {
+        return;
+    }
+    let Some(ancestors) = order::ancestors(&bucket.steps, at, faults) else { return };
+    for pair in steps.windows(2) {
+        if !ancestors[pair[1]].contains(pair[0]) {
+            let names = (&bucket.steps[pair[0]].name, &bucket.steps[pair[1]].name);
+            faults.add(at, format!("collectives {} and {} are in no order", names.0, names.1));
+        }
+    }
+}

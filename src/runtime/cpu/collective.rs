@@ -1,0 +1,89 @@
+//! Steps that ranks run together: what a rank sends lies in its pool, and what it receives is written there.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::tensor::byte_len;
+use super::{CpuExecutor, bucket_of, part, place_of};
+use crate::plan::{Bucket, Collective, CollectiveKind, Ref, Step, TensorType};
+use crate::runtime::group::Group;
+
+impl CpuExecutor {
+    /// Makes the rank one of a group, with which it runs the plan's collectives.
+    ///
+    /// # Errors
+    /// The group is not one of the plan's ranks.
+    pub fn with_group(mut self, group: Box<dyn Group>) -> Result<Self> {
+        let (expected, found) = ((self.rank, self.manifest.ranks.len()), (group.rank(), group.size()));
+        ensure!(
+            expected == found,
+            "ranks: expected rank {} of {}, as the plan has, found rank {} of {}",
+            expected.0,
+            expected.1,
+            found.0,
+            found.1
+        );
+        self.group = Some(group);
+        Ok(self)
+    }
+
+    /// Runs a bucket's steps from one on, up to the next collective: its position, if there is one.
+    pub(super) fn run_to_collective(&mut self, bucket: usize, from: usize) -> Result<Option<usize>> {
+        let manifest = Arc::clone(&self.manifest);
+        let steps = &bucket_of(&manifest.ranks[self.rank], bucket)?.steps;
+        for (at, step) in steps.iter().enumerate().skip(from) {
+            if step.collective.is_some() {
+                return Ok(Some(at));
+            }
+            self.run_step(bucket, at)?;
+        }
+        Ok(None)
+    }
+
+    /// Runs a collective with the group.
+    pub(super) fn run_collective(&mut self, bucket: &Bucket, step: &Step, collective: &Collective) -> Result<()> {
+        let sent = self.sent(bucket, step)?;
+        let size = self.manifest.ranks.len();
+        let group = self.group.as_mut().with_context(|| {
+            format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
+        })?;
+        let mut all = Vec::with_capacity(sent.len());
+        for sent in &sent {
+            let mut received = vec![0; sent.len() * collective.growth()];
+            match collective.kind {
+                CollectiveKind::AllGather => group.all_gather(sent, &mut received)?,
+                CollectiveKind::AllToAll => group.all_to_all(sent, &mut received)?,
+            }
+            all.push(received);
+        }
+        self.receive(bucket, step, &all)
+    }
+
+    /// What the rank sends in a collective: the bytes of each of the step's reads.
+    pub(super) fn sent(&self, bucket: &Bucket, step: &Step) -> Result<Vec<Vec<u8>>> {
+        let program = self.program();
+        let semantic = program.semantics.get(step.op as usize).context("no such semantic")?;
+        let read = |(&place, ty): (&Ref, &TensorType)| {
+            let region = match place {
+                Ref::Arena(_) => self.pool.arena(),
+                Ref::Io(_) => self.pool.io(),
+                Ref::Weight(_) | Ref::State(_) => bail!("ranks may not send {place:?}"),
+            };
+            Ok(part(region, place_of(program, bucket, place)?, byte_len(ty)?, place)?.to_vec())
+        };
+        step.reads.iter().zip(&semantic.inputs).map(read).collect()
+    }
+
+    /// Writes what the rank has received to each of the step's writes.
+    pub(super) fn receive(&mut self, bucket: &Bucket, step: &Step, all: &[Vec<u8>]) -> Result<()> {
+        ensure!(all.len() == step.writes.len(), "{} places for {} parts", step.writes.len(), all.len());
+        for (&place, bytes) in step.writes.iter().zip(all) {
+            ensure!(matches!(place, Ref::Arena(_)), "ranks may not write {place:?} together");
+            let start = place_of(self.program(), bucket, place)?;
+            let room = self.pool.split().arena.get_mut(start..start.saturating_add(bytes.len()));
+            room.with_context(|| format!("{place:?} leaves its region"))?.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+}

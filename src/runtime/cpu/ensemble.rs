@@ -1,0 +1,145 @@
+//! All ranks of a plan in one process, which meet in collectives: rank 0 has the sequences, the others run padding and their experts.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+
+use super::CpuExecutor;
+use crate::plan::{CollectiveKind, ExpertCounts, Manifest};
+use crate::runtime::executor::{Batch, Executor, SamplingParams};
+use crate::runtime::group::block;
+
+/// Runs the programs of all ranks.
+pub struct CpuEnsemble {
+    /// By rank, at least one.
+    ranks: Vec<CpuExecutor>,
+}
+
+impl CpuEnsemble {
+    /// Of the executors of all ranks, by number.
+    ///
+    /// # Errors
+    /// They are not those of one plan.
+    pub fn new(ranks: Vec<CpuExecutor>) -> Result<CpuEnsemble> {
+        let expected = ranks.first().context("expected ranks, found none")?.manifest.ranks.len();
+        let in_order = ranks.iter().enumerate().all(|(rank, executor)| executor.rank == rank);
+        ensure!(in_order && ranks.len() == expected, "expected {expected} ranks in order, found {}", ranks.len());
+        Ok(CpuEnsemble { ranks })
+    }
+
+    fn first(&mut self) -> &mut CpuExecutor {
+        &mut self.ranks[0]
+    }
+
+    /// Runs a bucket's steps on all ranks, each its own from one collective to the next: between those, ranks need not have the same.
+    ///
+    /// # Errors
+    /// A step failed, or not all ranks have come to a collective.
+    pub fn run_steps(&mut self, bucket: usize) -> Result<()> {
+        let mut reached = vec![0; self.ranks.len()];
+        loop {
+            let mut at_collective = 0;
+            for (number, (rank, at)) in self.ranks.iter_mut().zip(&mut reached).enumerate() {
+                let found = rank.run_to_collective(bucket, *at).with_context(|| format!("rank {number}"))?;
+                at_collective += usize::from(found.is_some());
+                *at = found.unwrap_or(*at);
+            }
+            if at_collective == 0 {
+                return Ok(());
+            }
+            let count = self.ranks.len();
+            ensure!(at_collective == count, "expected a collective on {count} ranks, found it on {at_collective}");
+            self.exchange(bucket, &reached)?;
+            reached.iter_mut().for_each(|at| *at += 1);
+        }
+    }
+
+    /// Runs the collective that each rank has reached.
+    fn exchange(&mut self, bucket: usize, reached: &[usize]) -> Result<()> {
+        let manifest = Arc::clone(&self.ranks[0].manifest);
+        let found = |rank: usize| {
+            let at = &manifest.ranks[rank].buckets[bucket];
+            (at, &at.steps[reached[rank]])
+        };
+        let collective = found(0).1.collective.as_ref().context("a step that is no collective; this is a bug")?;
+        let mut sent = vec![];
+        for (number, rank) in self.ranks.iter_mut().enumerate() {
+            rank.poison_before(bucket, reached[number]);
+            let (at, step) = found(number);
+            sent.push(rank.sent(at, step)?);
+        }
+        for (to, rank) in self.ranks.iter_mut().enumerate() {
+            let from_all = |part: usize| -> Vec<u8> {
+                let of_rank = sent.iter().map(|parts| &parts[part][..]);
+                match collective.kind {
+                    CollectiveKind::AllGather => of_rank.flatten().copied().collect(),
+                    CollectiveKind::AllToAll => of_rank.flat_map(|all| block(all, to, sent.len())).copied().collect(),
+                }
+            };
+            let received: Vec<Vec<u8>> = (0..collective.parts.len()).map(from_all).collect();
+            let (at, step) = found(to);
+            rank.receive(at, step, &received)?;
+        }
+        Ok(())
+    }
+}
+
+impl Executor for CpuEnsemble {
+    fn manifest(&self) -> &Manifest {
+        self.ranks[0].manifest()
+    }
+
+    fn device(&self) -> String {
+        format!("the CPU, {} ranks in one process", self.ranks.len())
+    }
+
+    fn expert_counts(&self) -> Option<&ExpertCounts> {
+        // Rows of padding, which are all that the others have, choose none.
+        self.ranks[0].expert_counts()
+    }
+
+    fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
+        self.first().force_experts(slot, choices);
+    }
+
+    fn lookahead(&self) -> usize {
+        self.ranks[0].lookahead()
+    }
+
+    fn set_pages(&mut self, slot: u32, pages: &[u32]) -> Result<()> {
+        self.first().set_pages(slot, pages)
+    }
+
+    fn set_sampling(&mut self, slot: u32, params: SamplingParams) -> Result<()> {
+        self.first().set_sampling(slot, params)
+    }
+
+    fn set_stops(&mut self, slot: u32, eos: &[u32], last_position: u32) -> Result<()> {
+        self.first().set_stops(slot, eos, last_position)
+    }
+
+    fn enqueue(&mut self, bucket: usize, batch: &Batch) -> Result<()> {
+        let padding = Batch::default();
+        for (i, rank) in self.ranks.iter_mut().enumerate() {
+            rank.begin(bucket, if i == 0 { batch } else { &padding })?;
+        }
+        self.run_steps(bucket)?;
+        self.first().finish(bucket, batch)
+    }
+
+    fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()> {
+        self.first().collect(tokens)
+    }
+
+    fn discard(&mut self) -> Result<()> {
+        self.first().discard()
+    }
+
+    fn run_head(&mut self, bucket: usize, rows: &[i32]) -> Result<()> {
+        self.first().run_head(bucket, rows)
+    }
+
+    fn logits(&mut self, logits: &mut Vec<f32>) -> Result<()> {
+        self.first().logits(logits)
+    }
+}

@@ -1,0 +1,36 @@
+//! Ranks that run the programs of one plan in lockstep, each with sequences of its own: what they exchange within steps, and, between
+//! steps, the agreement on what runs next.
+
+mod local;
+
+use anyhow::Result;
+
+pub use self::local::LocalGroup;
+
+/// The ranks of a group, seen from one of them. All of them call the same functions in the same order, with the same sizes; a call
+/// returns when all have.
+pub trait Group {
+    /// This rank in the group.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn size(&self) -> usize;
+
+    /// Gives every rank what all have sent, in the order of the ranks: `received` is `size` times as long.
+    ///
+    /// # Errors
+    /// A rank is no more, or sends another size.
+    fn all_gather(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()>;
+
+    /// Sends block i of `size` to rank i, and receives what each rank has for this one, in the order of the ranks.
+    ///
+    /// # Errors
+    /// A rank is no more, or sends another size.
+    fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()>;
+}
+
+/// Block `number` of so many equal ones.
+pub(super) fn block(bytes: &[u8], number: usize, count: usize) -> &[u8] {
+    let each = bytes.len() / count;
+    &bytes[number * each..][..each]
+}

@@ -1,0 +1,137 @@
+//! Plans of several ranks in one process, through the built binary: what each command makes of them. `tests/ranks` runs them under `mpirun`.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_lfm2c"));
+    command.current_dir(folder).args(arguments).output().expect("the binary starts")
+}
+
+fn done(folder: &Path, arguments: &[&str]) -> String {
+    let output = lfm2c(folder, arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn fails(folder: &Path, code: i32, arguments: &[&str], said: &str) {
+    let output = lfm2c(folder, arguments);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {errors}");
+    assert!(errors.contains(said), "expected `{said}`: {errors}");
+}
+
+fn project(path: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().expect("UTF-8").to_owned()
+}
+
+#[test]
+fn commands_take_plans_of_several_ranks() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let model = project("tests/goldens/moe-base");
+    let compile = |name: &str, more: &[&str]| {
+        let compile = ["compile", "--model", &model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
+        done(at, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
+    };
+    compile("one.plan", &[]);
+    let report = compile("two.plan", &["--ranks", "expert=2"]);
+    assert!(report.contains("expert-parallel") && report.contains("sent by each rank"), "{report}");
+    let shown = done(at, &["inspect", "two.plan", "--bucket", "decode_4"]);
+    for words in ["2 rank(s)", "their weights", "ffn.all_gather", " to other ranks"] {
+        assert!(shown.contains(words), "expected `{words}`: {shown}");
+    }
+    assert!(done(at, &["dot", "two.plan", "--bucket", "decode_4"]).contains("all_to_all"));
+    let run = |plan| done(at, &["run", plan, "--model", &model, "--tokens", "5,17,3", "--tokens", "9", "--ignore-eos"]);
+    assert_eq!(run("two.plan"), run("one.plan"));
+    let golden = project("tests/goldens/moe-base/golden.safetensors");
+    let verify = ["--model", &model, "--golden", &golden];
+    assert!(done(at, &[&["verify", "two.plan"], &verify[..]].concat()).contains("16 of 16 prompts hold"));
+    compile("forced.plan", &["--ranks", "expert=3", "--forced-routing"]);
+    assert!(done(at, &[&["verify", "forced.plan"], &verify[..]].concat()).contains("16 of 16 prompts hold"));
+    fails(
+        at,
+        1,
+        &["run", "two.plan", "--model", &model, "--tokens", "5", "--device", "cuda"],
+        "expected a plan of one rank",
+    );
+    fails(at, 1, &["diff", "two.plan", "--model", &model], "expected a plan of one rank");
+}
+
+#[test]
+fn experts_are_placed_by_counts() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let model = project("tests/goldens/moe-base");
+    let compile = |name: &str, more: &[&str]| {
+        let compile = ["compile", "--model", &model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
+        done(at, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
+    };
+    compile("one.plan", &[]);
+    compile("two.plan", &["--ranks", "expert=2"]);
+    let prompts = ["--tokens", "5,17,3,80,41,7", "--tokens", "9,2", "--max-new-tokens", "6", "--ignore-eos"];
+    let run = |plan| done(at, &[&["run", plan, "--model", &model], &prompts[..]].concat());
+    let count = |plan: &str, more: &[&str]| {
+        let counting = ["run", plan, "--model", &model, "--count-experts", "counts.json"];
+        done(at, &[&counting[..], more].concat());
+        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
+    };
+    // A plan of two ranks counts what one of one rank does; so does a batch of the same prompts.
+    let text = count("one.plan", &prompts);
+    assert_eq!(count("two.plan", &prompts), text);
+    let line = |tokens: &str| format!("{{\"tokens\": [{tokens}], \"max_new_tokens\": 6, \"ignore_eos\": true}}\n");
+    std::fs::write(at.join("in.jsonl"), line("5,17,3,80,41,7") + &line("9,2")).expect("it is written");
+    assert_eq!(count("one.plan", &["--input", "in.jsonl"]), text);
+    let counts: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    for (layer, counts) in counts["layers"].as_object().expect("layers") {
+        let rows: u64 = counts.as_array().expect("counts").iter().map(|count| count.as_u64().expect("a count")).sum();
+        // Every row but those of the last tokens, which nothing follows, chose two experts.
+        assert_eq!(rows, 2 * (6 + 2 + 2 * 5), "{layer}");
+    }
+    let report = compile("placed.plan", &["--ranks", "expert=2", "--expert-counts", "counts.json"]);
+    let numbers: Vec<f64> = report
+        .lines()
+        .find(|line| line.starts_with("rows of the busiest rank"))
+        .expect("it is told")
+        .split_whitespace()
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert!(numbers[1] < numbers[0] && numbers[1] >= 1.0, "{report}");
+    let experts = |plan| done(at, &["inspect", plan]).lines().filter(|line| line.starts_with("1 ")).collect::<String>();
+    assert_ne!(experts("placed.plan"), experts("two.plan"));
+    assert_eq!(run("placed.plan"), run("one.plan"));
+
+    let placed = |file: &str, code: i32, said: &str| {
+        let compile = ["compile", "--model", &model, "--target", "cpu", "--ranks", "expert=2", "-o", "x.plan"];
+        fails(at, code, &[&compile[..], &["--expert-counts", file]].concat(), said);
+    };
+    placed("none.json", 1, "--expert-counts none.json");
+    placed("in.jsonl", 1, "expected what `lfm2c run --count-experts` writes");
+    std::fs::write(at.join("short.json"), text.replacen("[", "[1,", 1)).expect("it is written");
+    placed("short.json", 1, "expected counts of 8 experts, found 9");
+    let other = project("plans/synthetic.ron");
+    let compile = ["compile", &other, "--target", "cpu", "-o", "x.plan", "--expert-counts", "counts.json"];
+    fails(at, 2, &compile, "--ranks");
+    fails(at, 1, &[&compile[..], &["--ranks", "expert=2"]].concat(), "expected counts of this model");
+}
+
+#[test]
+fn wrong_ranks_are_usage_errors() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let recipe = project("plans/synthetic.ron");
+    for (ranks, said) in [
+        ("2", "expected expert=N with a whole number N"),
+        ("pipeline=2", "expected expert=N with a whole number N"),
+        ("expert=0", "--ranks expert=0: expected 1 to 8 ranks, as many as the model has experts, found 0"),
+        ("expert=9", "--ranks expert=9: expected 1 to 8 ranks"),
+    ] {
+        fails(at, 2, &["compile", &recipe, "--target", "cpu", "--ranks", ranks, "-o", "x.plan"], said);
+    }
+    let on_gpu = ["compile", &recipe, "--target", "sm_90a", "--without-cubins", "--ranks", "expert=2", "-o", "x.plan"];
+    fails(at, 2, &on_gpu, "--ranks expert=2: expected --target cpu");
+    done(at, &["compile", &recipe, "--target", "cpu", "--ranks", "expert=1", "-o", "one.plan"]);
+    done(at, &["compile", &recipe, "--target", "cpu", "-o", "plain.plan"]);
+    let [one, plain] = ["one.plan", "plain.plan"].map(|name| std::fs::read(at.join(name)).expect("it was written"));
+    assert!(one == plain, "one rank is no ranks");
+}
