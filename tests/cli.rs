@@ -363,6 +363,27 @@ fn every_pass_of_the_design_can_be_left_out() {
     }
 }
 
+/// Requests are timed on the CPU too.
+#[test]
+fn requests_can_be_timed() {
+    let folder = folder_with_plan();
+    let at = folder.path();
+    let bench = ["bench", "demo.plan", "--requests", "7", "--prompt-tokens", "3-30", "--new-tokens", "2-4"];
+    let text = done(at, &bench);
+    assert!(
+        text.contains("on the CPU: 7 requests, prompts of 3 to 30 tokens") && text.contains("least busy"),
+        "{text}"
+    );
+    let found = json(&done(at, &[&bench[..], &["--format", "json"]].concat()));
+    let row = &found["rows"][0];
+    assert_eq!((&row["ranks"], &row["same"]), (&1.into(), &7.into()), "{found}");
+    let rate = |name: &str| row[name].as_f64().expect("a number") * row["seconds"].as_f64().expect("a number");
+    assert!((rate("requests_per_second") - 7.0).abs() < 1e-6, "{found}");
+    assert!((rate("new_tokens_per_second") - found["new_tokens"].as_f64().expect("a number")).abs() < 1e-6, "{found}");
+    let errors = fails(at, 2, &["bench", "demo.plan", "--requests", "7", "--prompt-tokens", "3-30000"]);
+    assert!(errors.contains("the plan's --max-context, found 30000 and 1"), "{errors}");
+}
+
 /// A recipe whose weights come from a checkpoint can be measured without it.
 #[test]
 fn drawn_weights_take_the_place_of_a_checkpoint() {

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use serde_json::json;
 
-use crate::cli::bench_fusion;
+use crate::cli::bench_requests::RequestArguments;
 use crate::cli::inspect::Format;
 use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::measure::{self, Measuring, Opened, experts_cell, floor_heading, percent};
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::usage;
+use crate::cli::{bench_fusion, bench_requests};
 use crate::codegen::CompileOptions;
 use crate::plan::{Phase, Program};
 use crate::runtime::cuda::Graphs;
@@ -22,7 +23,7 @@ use crate::runtime::cuda::measure::{
 /// Rows of the prefill bucket that fills the state where only decode buckets are asked for.
 const FILL_ROWS: u64 = 512;
 
-/// Measure buckets on the GPU, beside the least time that they could take.
+/// Measure buckets on the GPU, beside the least time that they could take, or whole requests on all ranks.
 ///
 /// With a recipe, --decode and --prefill say what is compiled and measured; with a plan, which of its buckets are; naming
 /// sizes of one kind leaves out the other. Inputs are random. Ceilings are measured in the same run. Fails if rows route so
@@ -41,6 +42,8 @@ pub struct Arguments {
     /// Compiles a recipe's smallest bucket, or a graph, without fusion and with it, and compares times and results
     #[arg(long)]
     compare_fusion: bool,
+    #[command(flatten)]
+    pub requests: RequestArguments,
     #[command(flatten)]
     pub measuring: Measuring,
     /// How to print
@@ -73,6 +76,9 @@ impl BlockChoice {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
+    if let Some(count) = arguments.requests.count {
+        return bench_requests::execute(arguments, count);
+    }
     let options = arguments.measuring.options()?;
     if arguments.compare_fusion {
         return bench_fusion::execute(arguments);

@@ -10,6 +10,7 @@ use crate::cli::usage;
 use crate::codegen::CompileOptions;
 use crate::cuda;
 use crate::plan::PlanFile;
+use crate::runtime::SamplingParams;
 use crate::runtime::cuda::check_device;
 use crate::runtime::cuda::measure::{Ceilings, Distinct, Machine, Options, measure_machine};
 
@@ -55,6 +56,11 @@ impl Measuring {
             return usage(format!("--peak-tflops: expected a number above 0, found {peak}"));
         }
         Ok(Options { context, prompt, steps, temperature, seed, ..Options::default() })
+    }
+
+    /// Seed of random tokens, and how tokens are chosen.
+    pub fn sampling(&self) -> (u64, SamplingParams) {
+        (self.seed, SamplingParams { temperature: self.temperature, ..SamplingParams::default() })
     }
 
     /// The ceilings of a device, and of its arithmetic what the command line says.

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_fusion;
+mod bench_requests;
 mod chat;
 mod compile;
 mod completions;
@@ -10,6 +11,7 @@ mod diff;
 mod dot;
 pub mod draw;
 mod eval;
+mod follow;
 mod inspect;
 mod load;
 mod lock;
@@ -65,6 +67,7 @@ impl Command {
     fn check_world(&self) -> anyhow::Result<()> {
         let name = match self {
             Command::Run(_) => return Ok(()),
+            Command::Bench(arguments) if arguments.requests.count.is_some() => return Ok(()),
             Command::Compile(_) => "compile",
             Command::Chat(_) => "chat",
             Command::Eval(_) => "eval",

@@ -3,7 +3,6 @@
 mod batch;
 mod batch_arguments;
 mod evaluate;
-mod follow;
 mod line;
 mod lines;
 mod print;
@@ -22,6 +21,7 @@ use self::print::Texts;
 use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
 use crate::cli::device::Device;
+use crate::cli::follow::Following;
 use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::output::note;
 use crate::cli::sampling::Sampling;
@@ -129,12 +129,19 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let mut world = World::join()?;
     let result = match &arguments.batch.input {
-        _ if world.follower().is_some() => follow::execute(arguments, &mut world),
+        _ if world.follower().is_some() => follow(arguments, &mut world),
         Some(input) if is_samples(arguments) => evaluate::execute(arguments, input, &mut world),
         Some(input) => batch::execute(arguments, sampling, input, started, &mut world),
         None => prompts(arguments, sampling, started, &mut world),
     };
     world.end(result)
+}
+
+/// What ranks other than 0 do.
+fn follow(arguments: &Arguments, world: &mut World) -> Result<()> {
+    let (plans, graphs) = (plans(arguments)?, arguments.graphs());
+    let (model, device) = (arguments.model.as_deref(), arguments.device);
+    Following { plans: &plans, model, device, graphs, timed: is_samples(arguments) }.run(world)
 }
 
 /// Whether the input is one of samples.

@@ -15,7 +15,7 @@ use crate::cli::run::write_answers;
 use crate::cli::{text, usage};
 use crate::codegen::CompileOptions;
 use crate::runtime::cuda::Graphs;
-use crate::runtime::sampling::uniform;
+use crate::runtime::sampling::draw;
 
 /// Make samples for `lfm2c run --input FILE.bin`, and the answers to them.
 ///
@@ -82,7 +82,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             "tokens of the text"
         }
         None => {
-            let tokens = (0..count as u64 * length as u64).map(|i| random(arguments.seed, i, vocab));
+            let tokens = (0..count as u64 * length as u64).map(|i| draw(arguments.seed, i, vocab) as u32);
             write(&arguments.output, [count, length], tokens)?;
             "random tokens"
         }
@@ -95,14 +95,6 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         note(format_args!("{}: the logits of each, {vocab} float32, by {}", answers.display(), executor.device()));
     }
     Ok(())
-}
-
-/// A token, evenly distributed.
-fn random(seed: u64, i: u64, vocab: u64) -> u32 {
-    // 24 bits each: two of them, so that large vocabularies are covered evenly.
-    let (high, low) = (uniform(seed, 2 * i), uniform(seed, 2 * i + 1));
-    let number = f64::from(high) + f64::from(low) / f64::from(1 << 24);
-    ((number * vocab as f64) as u64).min(vocab.saturating_sub(1)) as u32
 }
 
 fn write(path: &Path, header: [usize; 2], tokens: impl Iterator<Item = u32>) -> Result<()> {

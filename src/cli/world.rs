@@ -41,7 +41,8 @@ impl World {
         match ranks::launched() {
             None => Ok(()),
             Some(launched) => usage_of_all(format!(
-                "lfm2c {command}: expected one process, found {} = {}; only `run`, without --count-experts, works on several ranks",
+                "lfm2c {command}: expected one process, found {} = {}; only `run`, without --count-experts, and \
+                 `bench --requests` work on several ranks",
                 launched.by, launched.size
             )),
         }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{self, Instr, Phase, Program, Semantic, Slot};
+use crate::plan::{self, DType, Instr, Phase, Program, Semantic, Slot};
 
 /// What tactics say of a problem that is better left as the steps that it was made of.
 pub const APART: &str = "apart";
@@ -42,22 +42,39 @@ pub struct Known {
 
 /// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for.
 pub fn problem_key(problem: &Problem) -> String {
-    key_of(problem, &text_of(problem))
+    key_of(problem, &without_capacity(problem.semantic))
 }
 
 /// The name of the same problem with bf16 in place of f16. Kernels of both are the same but for the instructions that convert and
 /// multiply, which take as long.
 fn key_in_bf16(problem: &Problem) -> String {
-    // As a problem prints its types.
-    key_of(problem, &text_of(problem).replace("BF16", "F16").replace("F16", "BF16"))
+    key_of(problem, &in_bf16(without_capacity(problem.semantic)))
 }
 
-fn text_of(problem: &Problem) -> String {
-    format!("{:?} {:?}", problem.phase, without_capacity(problem.semantic))
-}
-
-fn key_of(problem: &Problem, text: &str) -> String {
+fn key_of(problem: &Problem, bare: &Semantic) -> String {
+    let text = format!("{:?} {bare:?}", problem.phase);
     format!("{} {}", problem.semantic.name, &blake3::hash(text.as_bytes()).to_hex()[..16])
+}
+
+/// A semantic with bf16 wherever it has f16.
+fn in_bf16(mut semantic: Semantic) -> Semantic {
+    let change = |dtype: &mut DType| {
+        if *dtype == DType::F16 {
+            *dtype = DType::BF16;
+        }
+    };
+    let Semantic { inputs, outputs, temps, body, .. } = &mut semantic;
+    [inputs, outputs, temps].into_iter().flatten().for_each(|ty| change(&mut ty.0));
+    for Instr(op, ..) in body {
+        if let plan::Op::Pointwise(registers) = op {
+            for register in registers {
+                if let plan::Expr::Round(_, dtype) = register {
+                    change(dtype);
+                }
+            }
+        }
+    }
+    semantic
 }
 
 /// A semantic whose states have no room: what a step does to the rows at hand does not depend on it.

@@ -12,6 +12,14 @@ const ONE: f32 = (1u64 << 40) as f32;
 /// Bits of a uniform number.
 const UNIFORM_BITS: u32 = 24;
 
+/// A whole number below `below`, evenly distributed, from a counter; 0 if there is none.
+pub fn draw(seed: u64, position: u64, below: u64) -> u64 {
+    // 24 bits each: two of them, so that large numbers are covered evenly.
+    let (high, low) = (uniform(seed, 2 * position), uniform(seed, 2 * position + 1));
+    let number = f64::from(high) + f64::from(low) / f64::from(1u32 << UNIFORM_BITS);
+    ((number * below as f64) as u64).min(below.saturating_sub(1))
+}
+
 /// A uniform number in [0, 1), a multiple of 2^-24, from a counter.
 pub fn uniform(seed: u64, position: u64) -> f32 {
     // The finaliser of splitmix64, at that position of the seed's stream.

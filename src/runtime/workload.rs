@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use super::executor::{Batch, Executor, SamplingParams};
-use super::sampling::uniform;
+use super::sampling::draw;
 use crate::plan::{Manifest, Phase};
 
 /// How the rows that sequences have behind them come into the state.
@@ -59,10 +59,7 @@ impl Workload {
     /// The next random number below `below`.
     pub fn draw(&mut self, below: usize) -> usize {
         self.drawn += 1;
-        // 24 bits a draw: two of them, so that large vocabularies are covered evenly.
-        let (high, low) = (uniform(self.seed, 2 * self.drawn), uniform(self.seed, 2 * self.drawn + 1));
-        let number = f64::from(high) + f64::from(low) / f64::from(1 << 24);
-        ((number * below as f64) as usize).min(below.saturating_sub(1))
+        draw(self.seed, self.drawn, below as u64) as usize
     }
 
     /// A batch of the next rows of these sequences: `(sequence, rows)`, each ending in a row with logits.

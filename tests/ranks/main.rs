@@ -1,4 +1,4 @@
-//! `lfm2c run` on the ranks of `mpirun`, through the built binary: the results of one rank, and what happens when a rank is no more.
+//! `lfm2c run` and `bench --requests` on the ranks of `mpirun`, through the built binary: the results of one rank, and what happens when a rank is no more.
 //!
 //!     cargo test --features mpi --test ranks
 
@@ -250,11 +250,36 @@ fn standard_input_streams() {
     assert!(child.wait().expect("it ends").success());
 }
 
+/// Few ranks and many: the same requests, dealt to as many ranks as each line says.
+#[test]
+fn requests_are_timed_by_ranks() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
+    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", "expert=2"]);
+    let bench = |ranks: &str, plan: &str| {
+        let lengths = ["--requests", "30", "--prompt-tokens", "1-40", "--new-tokens", "5", "--format", "json"];
+        let output = on_ranks(at, ranks, &[&["bench", plan], &lengths[..]].concat());
+        let found: serde_json::Value = serde_json::from_slice(succeeded(&output)).expect("JSON");
+        let rows = found["rows"].as_array().expect("rows").clone();
+        for row in &rows {
+            assert_eq!(row["same"], 30, "{row}");
+            assert!(row["seconds"].as_f64().expect("a number") > 0.0, "{row}");
+        }
+        assert_eq!(found["new_tokens"], 150);
+        rows.iter().map(|row| row["ranks"].as_u64().expect("a number")).collect::<Vec<_>>()
+    };
+    assert_eq!(bench("1", "one.plan"), [1]);
+    assert_eq!(bench("3", "one.plan"), [1, 2, 3]);
+    assert_eq!(bench("4", "two.plan"), [2, 4]);
+}
+
 #[test]
 fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");
-    let commands: [(&str, &[&str]); 4] = [
+    let commands: [(&str, &[&str]); 5] = [
+        ("bench", &["bench"]),
         ("compile", &["compile", "-o", "demo.plan"]),
         ("chat", &["chat", "--max-new-tokens", "1"]),
         ("eval", &["eval", "--text", "none.txt"]),

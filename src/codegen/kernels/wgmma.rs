@@ -32,7 +32,8 @@ const BOX: u64 = 64;
 const MOST_CANDIDATES: usize = 8;
 
 /// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, whether
-/// other warps finish a tile while the next is multiplied, and whether the weight is multiplied from registers.
+/// other warps finish a tile while the next is multiplied, whether the weight is multiplied from registers, and of how many terms a
+/// row of x is the sum.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
     weights: u64,
@@ -41,18 +42,23 @@ struct Shape {
     resident: u64,
     apart: bool,
     held: bool,
+    terms: u64,
 }
 
 const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: false, held: false }
+    Shape { weights, rows, groups, resident, apart: false, held: false, terms: 1 }
 }
 
 const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
     Shape { apart: true, ..shape(weights, rows, groups, resident) }
 }
 
+const fn terms(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
+    Shape { terms: 3, ..shape(weights, rows, groups, resident) }
+}
+
 const fn held(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { held: true, ..shape(weights, rows, groups, resident) }
+    Shape { held: true, ..terms(weights, rows, groups, resident) }
 }
 
 const SHAPES: [Shape; 16] = [
@@ -76,14 +82,14 @@ const SHAPES: [Shape; 16] = [
 
 /// Where each sum is in registers twice, and a row three times in a buffer.
 const SPLIT_SHAPES: [Shape; 8] = [
-    shape(128, 128, 2, 1),
+    terms(128, 128, 2, 1),
     held(128, 128, 2, 1),
     held(256, 64, 2, 1),
     held(128, 64, 2, 1),
-    shape(128, 32, 2, 2),
-    shape(64, 64, 1, 2),
-    shape(64, 32, 1, 2),
-    shape(64, 16, 1, 3),
+    terms(128, 32, 2, 2),
+    terms(64, 64, 1, 2),
+    terms(64, 32, 1, 2),
+    terms(64, 16, 1, 3),
 ];
 
 impl Twin for Wgmma {
@@ -98,8 +104,8 @@ impl Twin for Wgmma {
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
         let Some(product) = self.matched(problem) else { return vec![] };
         let mut shapes = self.shapes.to_vec();
-        shapes.sort_by(|a, b| a.seconds(&product, self.terms).total_cmp(&b.seconds(&product, self.terms)));
-        let found = shapes.iter().filter_map(|shape| shape.specialise(problem, &product, self.terms));
+        shapes.sort_by(|a, b| a.seconds(&product).total_cmp(&b.seconds(&product)));
+        let found = shapes.iter().filter_map(|shape| shape.specialise(problem, &product));
         found.take(MOST_CANDIDATES).collect()
     }
 
@@ -139,16 +145,16 @@ impl Shape {
         (self.groups + 1) * 128
     }
 
-    fn stage_bytes(&self, terms: u64) -> u64 {
-        (self.weights + terms * self.rows) * ROW_BYTES
+    fn stage_bytes(&self) -> u64 {
+        (self.weights + self.terms * self.rows) * ROW_BYTES
     }
 
     /// Buffers, as many as there is room for, rows of a piece of results, of elements of so many bytes, and shared memory in
     /// all; none if there is too little.
-    fn memory(&self, product: &Product, terms: u64, bytes: u64) -> Option<(u64, u64, u64)> {
+    fn memory(&self, product: &Product, bytes: u64) -> Option<(u64, u64, u64)> {
         let groups = if matches!(product.form, Form::Grouped { .. }) { product.experts + 1 } else { 1 };
         let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
-        let stage = self.stage_bytes(terms) + 16;
+        let stage = self.stage_bytes() + 16;
         let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
         pieces.into_iter().find_map(|piece| {
             let buffers = if self.apart { 1 } else { 2 };
@@ -160,8 +166,8 @@ impl Shape {
     }
 
     /// Warps that copy, and that finish.
-    fn warps(&self, gathers: bool, terms: u64) -> (u64, u64) {
-        match (self.apart, gathers || terms > 1) {
+    fn warps(&self, gathers: bool) -> (u64, u64) {
+        match (self.apart, gathers || self.terms > 1) {
             (true, true) => (3, 1),
             (true, false) => (1, 3),
             (false, true) => (4, 0),
@@ -171,22 +177,22 @@ impl Shape {
 
     /// Registers of copying and of multiplying threads, where a multiplying one needs more than there are for each: together no
     /// more than a block begins with.
-    fn registers(&self, gathers: bool, terms: u64) -> Option<(u64, u64)> {
+    fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
         match (self.groups, self.resident, sums) {
             // Those who multiply have every sum twice, and the weight if they hold it; those who copy have rows on their way.
             (2, 1, 64..) if self.held => Some(if self.rows > 64 { (136, 184) } else { (104, 200) }),
-            _ if terms > 1 => None,
+            _ if self.terms > 1 => None,
             (2, 1, 64..) if self.apart => Some((104, 200)),
             (2, 1, 64..) => Some(if gathers && sums <= 128 { (72, 216) } else { (40, 232) }),
             _ => None,
         }
     }
 
-    fn specialise(&self, problem: &Problem, product: &Product, terms: u64) -> Option<Specialised> {
+    fn specialise(&self, problem: &Problem, product: &Product) -> Option<Specialised> {
         let semantic = problem.semantic;
         let made = dtype(semantic, *semantic.body.first()?.2.first()?);
-        let (stages, piece, shared) = self.memory(product, terms, made.bytes())?;
+        let (stages, piece, shared) = self.memory(product, made.bytes())?;
         let tiles = product.row_tiles(self.rows) * product.n.div_ceil(self.weights);
         // A tile taller than the weight or the rows, where a lower one does, is work for nothing.
         let wasteful = (self.weights > 64 && self.weights / 2 >= product.n)
@@ -194,7 +200,7 @@ impl Shape {
         if wasteful || tiles > i32::MAX as u64 {
             return None;
         }
-        let (copiers, finishers) = self.warps(product.gathers(), terms);
+        let (copiers, finishers) = self.warps(product.gathers());
         let once = rows_together(product) <= self.rows as f64;
         let mut builder = Builder::new(problem);
         let constants = [
@@ -203,7 +209,7 @@ impl Shape {
             ("BM", self.weights),
             ("BN", self.rows),
             ("UNIT", self.unit()),
-            ("TERMS", terms),
+            ("TERMS", self.terms),
             ("BOX", self.rows.min(BOX)),
             ("STAGES", stages),
             ("RESIDENT", self.resident),
@@ -216,15 +222,15 @@ impl Shape {
             builder.constant(name, value);
         }
         builder.line(format_args!("constexpr bool W_ONCE = {once};"));
-        builder.line(format_args!("#define SPLIT {}", u8::from(terms > 1)));
+        builder.line(format_args!("#define SPLIT {}", u8::from(self.terms > 1)));
         builder.line(format_args!("#define HELD {}", u8::from(self.held)));
-        let registers = self.registers(product.gathers(), terms);
+        let registers = self.registers(product.gathers());
         builder.line(format_args!("#define MANY_REGISTERS {}", u8::from(registers.is_some())));
         if let Some((copy, multiply)) = registers {
             builder.constant("COPY_REGISTERS", copy).constant("PRODUCT_REGISTERS", multiply);
         }
         builder.alias("P", made);
-        for name in ["product", "first_product"].into_iter().take(if terms > 1 { 2 } else { 1 }) {
+        for name in ["product", "first_product"].into_iter().take(if self.terms > 1 { 2 } else { 1 }) {
             let weight = weight_parameter(self.held);
             builder.line(format_args!(
                 "template <int COUNT> __device__ void {name}(float (&d)[BN / 2], {weight}, u64 x);"
@@ -232,12 +238,12 @@ impl Shape {
         }
         for count in (self.unit()..=self.rows).step_by(self.unit() as usize) {
             builder.line(instruction(dtype(semantic, product.w), count, self.held, true));
-            if terms > 1 {
+            if self.terms > 1 {
                 builder.line(instruction(dtype(semantic, product.w), count, self.held, false));
             }
         }
         builder.map("w_map", product.w, self.weights as u32);
-        match product.gathers() || terms > 1 {
+        match product.gathers() || self.terms > 1 {
             true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
             false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
         };
@@ -246,14 +252,14 @@ impl Shape {
         let blocks = tiles.min(PROCESSORS * self.resident);
         let apart = if self.apart { " apart" } else { "" };
         let held = if self.held { " held" } else { "" };
-        let terms = if terms > 1 { format!("terms={terms} ") } else { String::new() };
+        let terms = if self.terms > 1 { format!("terms={} ", self.terms) } else { String::new() };
         let (weights, rows, resident) = (self.weights, self.rows, self.resident);
         let config = format!("{terms}tile={weights}x{rows} stages={stages} blocks={resident}{apart}{held}");
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
     /// A guess at the time: of arithmetic, of the caches, or of memory, whichever is longest.
-    fn seconds(&self, product: &Product, terms: u64) -> f64 {
+    fn seconds(&self, product: &Product) -> f64 {
         let (weights, k) = (self.weights as f64, product.k.next_multiple_of(64) as f64);
         let columns = product.n.div_ceil(self.weights) as f64;
         // Rows that a tile computes, and tiles.
@@ -266,20 +272,20 @@ impl Shape {
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
         // An instruction reads the weight's 64 rows and those of x while it multiplies. With terms, those of each row are stored
         // before a step of 64 columns, and sums are added up after it.
-        let step = |rate: f64| 128.0 * weights * rows * terms as f64 / rate;
-        let step = match terms {
+        let step = |rate: f64| 128.0 * weights * rows * self.terms as f64 / rate;
+        let step = match self.terms {
             1 => step(5.8e12 * (rows / (rows + 30.0))),
             _ => step(5.3e12) + rows * 3.75e-9 + 6e-8,
         };
         let arithmetic = each * self.resident as f64 * k / 64.0 * step / if self.groups == 1 { 0.85 } else { 1.0 };
         // A copying warp begins the copies of four gathered rows in some 50 cycles, and takes a row apart in some 20.
-        let row = if terms > 1 { 12e-9 } else { 7.5e-9 };
-        let copies = match self.warps(true, terms).0 {
-            copiers if product.gathers() || terms > 1 => each * k / 64.0 * rows / copiers as f64 * row,
+        let row = if self.terms > 1 { 12e-9 } else { 7.5e-9 };
+        let copies = match self.warps(true).0 {
+            copiers if product.gathers() || self.terms > 1 => each * k / 64.0 * rows / copiers as f64 * row,
             _ => 0.0,
         };
         let arithmetic = arithmetic.max(copies);
-        let x_bytes = if terms > 1 { 4.0 } else { 2.0 };
+        let x_bytes = if self.terms > 1 { 4.0 } else { 2.0 };
         let cache = tiles * (weights * 2.0 + rows * x_bytes) * k / 5.5e12;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
         let fill = (tiles / PROCESSORS as f64).min(1.0);

@@ -24,6 +24,8 @@ const AHEAD: usize = 2;
 pub enum Mode {
     /// One replica.
     Deal,
+    /// One of the first so many replicas; the others have nothing to do.
+    DealTo(usize),
     /// Every replica, as to warm up; results are those of rank 0.
     Copy,
 }
@@ -172,7 +174,11 @@ impl<'r, W: Work> Lead<'r, W> {
     fn deal(&mut self) -> Result<()> {
         while !self.dry {
             let capacity = self.rules.capacity();
-            let with_room = self.replicas.iter().enumerate().filter(|(_, replica)| replica.has_room(capacity));
+            let taking = match self.mode {
+                Mode::DealTo(replicas) => &self.replicas[..replicas.clamp(1, self.replicas.len())],
+                Mode::Deal | Mode::Copy => &self.replicas[..],
+            };
+            let with_room = taking.iter().enumerate().filter(|(_, replica)| replica.has_room(capacity));
             let all = with_room.clone().count() == self.replicas.len();
             let Some((to, _)) = with_room.min_by_key(|(_, replica)| replica.remaining()) else { return Ok(()) };
             if self.mode == Mode::Copy && !all {
@@ -189,7 +195,7 @@ impl<'r, W: Work> Lead<'r, W> {
                 continue;
             }
             match self.mode {
-                Mode::Deal => self.give(to, number, request)?,
+                Mode::Deal | Mode::DealTo(_) => self.give(to, number, request)?,
                 Mode::Copy => (0..self.replicas.len()).try_for_each(|to| self.give(to, number, request.clone()))?,
             }
         }

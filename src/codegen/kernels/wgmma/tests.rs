@@ -110,14 +110,14 @@ fn blocks_on_a_multiprocessor_have_room_and_large_products_large_tiles() {
         let problem = Problem { semantic, phase: Phase::Prefill };
         let product = twin.matched(&problem).expect("a product");
         for shape in twin.shapes {
-            let Some((stages, piece, shared)) = shape.memory(&product, twin.terms, y.bytes()) else {
+            let Some((stages, piece, shared)) = shape.memory(&product, y.bytes()) else {
                 assert!(y == DType::F32 && shape.apart, "{shape:?}");
                 continue;
             };
             assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
             assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
             let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
-            let registers = [true, false].into_iter().filter_map(|gathers| shape.registers(gathers, twin.terms));
+            let registers = [true, false].into_iter().filter_map(|gathers| shape.registers(gathers));
             for (copy, multiply) in registers {
                 assert!((copy + multiply * shape.groups) * 128 <= first * shape.threads(), "{shape:?}");
             }
@@ -165,7 +165,7 @@ fn texts() {
 fn write_shapes(twin: &Wgmma, case: &str, problem: &Problem) {
     let product = twin.matched(problem).expect("a product");
     for (i, shape) in twin.shapes.iter().enumerate() {
-        let Some(found) = shape.specialise(problem, &product, twin.terms) else { continue };
+        let Some(found) = shape.specialise(problem, &product) else { continue };
         write_all(&format!("wgmma.{case}.{i}"), format!("{}\n{}", found.prelude(), twin.source()), &found);
     }
 }
