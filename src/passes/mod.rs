@@ -7,6 +7,7 @@ mod dce;
 pub mod driver;
 mod expert_parallel;
 mod fuse_attention;
+mod fuse_combine_norm;
 mod fuse_norm_matmul;
 mod fuse_pointwise;
 mod fuse_residual;
@@ -75,6 +76,7 @@ pub static PIPELINE: &[Pass] = &[
     Pass::per_bucket("fuse-swiglu", "silu and product into the gate/up epilogue", &fuse_swiglu::FuseSwiglu),
     Pass::per_bucket("fuse-attention", "head norms, RoPE, cache write, attention", &fuse_attention::FuseAttention),
     Pass::per_bucket("fuse-residual", "additions into the epilogue of the addend", &fuse_residual::FuseResidual),
+    Pass::per_bucket("fuse-combine-norm", "norms behind the sum over experts", &fuse_combine_norm::FuseCombineNorm),
     Pass::per_bucket("fuse-pointwise", "elementwise operators as one generated kernel", &fuse_pointwise::FusePointwise),
     Pass::per_bucket("sweep", "removes what fusion left unused", &dce::Dce),
 ];

@@ -101,6 +101,13 @@ impl Patch {
         Some(patch)
     }
 
+    /// The same with what it inserts in that scope, where members are of several.
+    #[must_use]
+    pub fn in_scope(mut self, scope: &str) -> Patch {
+        self.insert.iter_mut().for_each(|op| scope.clone_into(&mut op.scope));
+        self
+    }
+
     /// The operator that the patch makes of others, if it does nothing else.
     pub fn fused(&self) -> Option<&Op> {
         match &self.insert[..] {

@@ -1,11 +1,11 @@
-//! `kernels/weighted_sum.cu`: the sum over a token's experts, grouped or not, and what follows it elementwise.
+//! `kernels/weighted_sum.cu`: the sum over a token's experts, grouped or not, what follows it elementwise, and the RMSNorm of that.
 
 use super::builder::{Builder, Specialised};
 use super::expression::Epilogue;
 use super::hopper::PROCESSORS;
-use super::pattern::{args, dims, dtype, results, rows_and_last};
+use super::pattern::{args, dims, dtype, results, rows_and_last, ty};
 use super::{Problem, Twin};
-use crate::plan::{DType, Op};
+use crate::plan::{DType, Instr, Op, Semantic, Slot};
 
 /// The twin.
 pub struct WeightedSum;
@@ -13,6 +13,8 @@ pub struct WeightedSum;
 const THREADS: u32 = 256;
 /// Blocks beyond which a block does several parts.
 const MOST_BLOCKS: u64 = PROCESSORS * 64;
+/// Threads of a block that normalises.
+const MOST_THREADS: u64 = 1024;
 
 impl Twin for WeightedSum {
     fn name(&self) -> &'static str {
@@ -34,10 +36,39 @@ impl Twin for WeightedSum {
     }
 }
 
+/// The RMSNorm of what a body makes, at its end.
+struct Norm {
+    weight: Slot,
+    normed: Slot,
+    eps: f64,
+}
+
+impl Norm {
+    /// The norm and what is before it; none if the body ends otherwise.
+    fn split(body: &[Instr]) -> Option<(Slot, Norm, &[Instr])> {
+        let (last, before) = body.split_last()?;
+        let (Op::RmsNorm { eps }, [x, weight], [normed]) = (&last.0, &last.1[..], &last.2[..]) else { return None };
+        Some((*x, Norm { weight: *weight, normed: *normed, eps: *eps }, before))
+    }
+
+    /// Whether rows of so many columns, stored in `sum`, can be normalised while they are made.
+    fn fits(&self, semantic: &Semantic, sum: Slot, columns: u64) -> bool {
+        let whole =
+            dims(semantic, self.weight) == Some([columns]) && ty(semantic, self.normed).1 == ty(semantic, sum).1;
+        let places = matches!(self.weight, Slot::In(_)) && matches!((sum, self.normed), (Slot::Out(_), Slot::Out(_)));
+        let types = [self.weight, self.normed].map(|slot| dtype(semantic, slot));
+        whole && places && !types.contains(&DType::I32)
+    }
+}
+
 /// With the number of threads that have something to do.
 fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     let semantic = problem.semantic;
-    let (sum, rest) = semantic.body.split_first()?;
+    let (norm, body) = match Norm::split(&semantic.body) {
+        Some((x, norm, before)) => (Some((x, norm)), before),
+        None => (None, &semantic.body[..]),
+    };
+    let (sum, rest) = body.split_first()?;
     let grouped = match sum.0 {
         Op::WeightedSum => false,
         Op::GroupedWeightedSum => true,
@@ -59,17 +90,33 @@ fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     let mut builder = Builder::new(problem);
     builder.constant("VECTOR", vector).constant("COLUMNS", columns).constant("CHOSEN", k);
     builder.constant("GROUPED", u64::from(grouped)).alias("X", dtype(semantic, source));
-    builder.pointer("source", source).pointer("weights", weights).pointer("places", places).int("count", count);
+    builder.line(format_args!("#define NORM {}", u8::from(norm.is_some())));
+    builder.pointer("source", source).pointer("weights", weights).pointer("places", places);
+    let (units, blocks, threads) = match &norm {
+        None => (count, count.div_ceil(u64::from(THREADS)), THREADS),
+        Some((x, norm)) => {
+            let threads = (columns / vector).next_multiple_of(32);
+            let widest = vector * dtype(semantic, norm.weight).bytes().max(dtype(semantic, norm.normed).bytes());
+            let inside = *x == epilogue.output && norm.fits(semantic, *x, columns);
+            if !inside || threads > MOST_THREADS || widest > 16 {
+                return None;
+            }
+            builder.number("EPS", norm.eps as f32);
+            builder.alias("W", dtype(semantic, norm.weight)).alias("N", dtype(semantic, norm.normed));
+            builder.pointer("normed", norm.normed).pointer("norm_weight", norm.weight);
+            (tokens, tokens, threads as u32)
+        }
+    };
+    builder.int("count", units);
     epilogue.declare(&mut builder);
-    let blocks = count.div_ceil(u64::from(THREADS)).min(MOST_BLOCKS);
-    Some((count, builder.finish(format!("vector={vector}"), [blocks, 1, 1], THREADS, 0)))
+    Some((count, builder.finish(format!("vector={vector}"), [blocks.min(MOST_BLOCKS), 1, 1], threads, 0)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{BinaryFn, Expr, Instr, Semantic, Slot};
+    use crate::plan::{BinaryFn, Expr, TensorType};
 
     fn combine(tokens: u64, k: u64, n: u64, dtype: DType, grouped: bool, residual: bool) -> Semantic {
         let source = if grouped { vec![tokens * k, n] } else { vec![tokens, k, n] };
@@ -98,6 +145,41 @@ mod tests {
         write_text(&WeightedSum, &combine(500, 4, 2048, DType::BF16, true, true), 0, "residual");
         write_text(&WeightedSum, &combine(500, 4, 2048, DType::F32, false, false), 0, "plain");
         write_text(&WeightedSum, &combine(5, 11, 7, DType::F16, true, true), 0, "odd");
+    }
+
+    /// The same, and the norm of its result.
+    fn normed(tokens: u64, n: u64, dtype: DType, weight: DType) -> Semantic {
+        let mut semantic = combine(tokens, 4, n, dtype, true, true);
+        semantic.inputs.push(TensorType(weight, vec![n]));
+        semantic.outputs.push(TensorType(dtype, vec![tokens, n]));
+        semantic.body.push(Instr(Op::RmsNorm { eps: 1e-5 }, vec![Slot::Out(0), Slot::In(4)], vec![Slot::Out(1)]));
+        semantic
+    }
+
+    #[test]
+    fn a_norm_takes_whole_rows() {
+        let found = candidates(&WeightedSum, &normed(500, 2048, DType::BF16, DType::BF16));
+        let first = &found[0];
+        assert_eq!((first.config.as_str(), first.launch.grid[0], first.launch.block), ("vector=8", 500, 256));
+        assert_eq!(
+            first.prelude(),
+            candidates(&WeightedSum, &normed(8192, 2048, DType::BF16, DType::BF16))[0].prelude()
+        );
+        // Rows of a weight of f32 are as wide as a thread can load, and rows of odd lengths have idle threads.
+        let shapes = |semantic| -> Vec<u32> {
+            candidates(&WeightedSum, &semantic).iter().map(|found| found.launch.block).collect()
+        };
+        assert_eq!(shapes(normed(500, 2048, DType::BF16, DType::F32)), [512, 1024]);
+        assert_eq!(shapes(normed(500, 7, DType::F32, DType::F32)), [32]);
+        assert!(shapes(normed(500, 1 << 14, DType::BF16, DType::BF16)).is_empty(), "more columns than threads have");
+        let mut heads = normed(500, 64, DType::BF16, DType::BF16);
+        heads.inputs[4].1 = vec![16];
+        assert!(candidates(&WeightedSum, &heads).is_empty(), "norms of parts of a row");
+        let mut before = normed(500, 64, DType::BF16, DType::BF16);
+        before.body[2].1[0] = Slot::In(3);
+        assert!(candidates(&WeightedSum, &before).is_empty(), "the norm of something else");
+        write_text(&WeightedSum, &normed(500, 2048, DType::BF16, DType::BF16), 0, "norm");
+        write_text(&WeightedSum, &normed(5, 7, DType::F32, DType::BF16), 0, "odd_norm");
     }
 
     #[test]
