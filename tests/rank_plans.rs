@@ -25,15 +25,18 @@ fn project(path: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().expect("UTF-8").to_owned()
 }
 
+/// A plan in f32 of a small model.
+fn compile(folder: &Path, model: &str, name: &str, more: &[&str]) -> String {
+    let compile = ["compile", "--model", model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
+    done(folder, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
+}
+
 #[test]
 fn commands_take_plans_of_several_ranks() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
     let model = project("tests/goldens/moe-base");
-    let compile = |name: &str, more: &[&str]| {
-        let compile = ["compile", "--model", &model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
-        done(at, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
-    };
+    let compile = |name: &str, more: &[&str]| compile(at, &model, name, more);
     compile("one.plan", &[]);
     let report = compile("two.plan", &["--ranks", "expert=2"]);
     assert!(report.contains("expert-parallel") && report.contains("sent by each rank"), "{report}");
@@ -63,10 +66,7 @@ fn experts_are_placed_by_counts() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
     let model = project("tests/goldens/moe-base");
-    let compile = |name: &str, more: &[&str]| {
-        let compile = ["compile", "--model", &model, "--target", "cpu", "--dtype", "f32", "--max-context", "256"];
-        done(at, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
-    };
+    let compile = |name: &str, more: &[&str]| compile(at, &model, name, more);
     compile("one.plan", &[]);
     compile("two.plan", &["--ranks", "expert=2"]);
     let prompts = ["--tokens", "5,17,3,80,41,7", "--tokens", "9,2", "--max-new-tokens", "6", "--ignore-eos"];

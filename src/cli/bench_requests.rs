@@ -125,14 +125,17 @@ fn on_ranks(arguments: &Arguments, count: usize, world: &mut World) -> Result<()
     world.wait_until_ready()?;
     let warm = requests.iter().take(WARM).cloned().collect();
     run(world, &mut *executor, warm, Mode::Copy)?;
-    let mut rows: Vec<Row> = vec![];
-    let mut expected: Option<Vec<Finished>> = None;
-    for ranks in
-        counts(world.peers().len().max(1), if world.peers().is_empty() { 1 } else { file.manifest.ranks.len() })
-    {
+    let (mut rows, mut expected): (Vec<Row>, Option<Vec<Finished>>) = (vec![], None);
+    // Alone, all ranks of a plan are in this process.
+    let (all, least) = match world.peers().len() {
+        0 => (1, 1),
+        all => (all, file.manifest.ranks.len()),
+    };
+    for ranks in counts(all, least) {
         let begun = Instant::now();
         let (found, summaries) = run(world, &mut *executor, requests.clone(), Mode::DealTo(ranks))?;
-        let row = row(ranks, begun.elapsed().as_secs_f64(), &requests, &found, &summaries, &rows, expected.as_ref());
+        let first = rows.first().zip(expected.as_deref());
+        let row = row(ranks, begun.elapsed().as_secs_f64(), &requests, &found, &summaries, first);
         expected.get_or_insert(found);
         rows.push(row);
     }
@@ -208,15 +211,14 @@ fn row(
     requests: &[Request],
     found: &[Finished],
     summaries: &[Summary],
-    before: &[Row],
-    expected: Option<&Vec<Finished>>,
+    first: Option<(&Row, &[Finished])>,
 ) -> Row {
     let rate = |number: usize| number as f64 / seconds;
     let new_tokens_per_second = rate(found.iter().map(|finished| finished.tokens.len()).sum());
-    let (one, of) = before.first().map_or((new_tokens_per_second, ranks), |row| (row.new_tokens_per_second, row.ranks));
+    let (one, of) = first.map_or((new_tokens_per_second, ranks), |(row, _)| (row.new_tokens_per_second, row.ranks));
     let times = new_tokens_per_second / one;
     let busy = summaries.iter().take(ranks).map(|summary| summary.busy_seconds() / seconds);
-    let same = expected.map_or(found.len(), |expected| {
+    let same = first.map_or(found.len(), |(_, expected)| {
         expected.iter().zip(found).filter(|(expected, found)| expected.tokens == found.tokens).count()
     });
     Row {

@@ -85,6 +85,19 @@ impl Device {
     /// # Errors
     /// No driver, no such device, or the driver failed.
     pub fn open(ordinal: usize) -> Result<Arc<Device>, DeviceError> {
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = open.get(&ordinal) {
+            device.bind()?;
+            return Ok(Arc::clone(device));
+        }
+        let device = Arc::new(Self::first(ordinal)?);
+        device.bind()?;
+        open.insert(ordinal, Arc::clone(&device));
+        Ok(device)
+    }
+
+    /// A device that nobody has opened yet.
+    fn first(ordinal: usize) -> Result<Device, DeviceError> {
         // SAFETY: opens a library.
         if !unsafe { sys::is_culib_present() } {
             return Err(DeviceError::NoDriver);
@@ -101,19 +114,6 @@ impl Device {
         }
         let handle = during("opening the device", result::device::get(ordinal as i32))?;
         let name = during("reading the device's name", result::device::get_name(handle))?;
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = open.get(&ordinal) {
-            device.bind()?;
-            return Ok(Arc::clone(device));
-        }
-        let device = Arc::new(Self::first(ordinal, handle, name)?);
-        device.bind()?;
-        open.insert(ordinal, Arc::clone(&device));
-        Ok(device)
-    }
-
-    /// A device that nobody has opened yet.
-    fn first(ordinal: usize, handle: sys::CUdevice, name: String) -> Result<Device, DeviceError> {
         use sys::CUdevice_attribute as A;
         // SAFETY: the handle is a device's; the context is never released.
         unsafe {

@@ -7,17 +7,16 @@ use super::tiles::{BAND_ROWS, Form, Product};
 use super::{Problem, Twin};
 use crate::plan::DType;
 
-/// The twin, for rows that are multiplied as sums of so many terms.
+/// The twin, for shapes whose rows are all sums of as many terms.
 #[derive(Clone, Copy, Debug)]
 pub struct Wgmma {
-    terms: u64,
     shapes: &'static [Shape],
 }
 
 /// Rows of 16 bits, with a weight of their type.
-pub static WHOLE: Wgmma = Wgmma { terms: 1, shapes: &SHAPES };
+pub static WHOLE: Wgmma = Wgmma { shapes: &SHAPES };
 /// Rows of f32, with a weight of bf16: three terms of bf16 are a number of f32.
-pub static SPLIT: Wgmma = Wgmma { terms: 3, shapes: &SPLIT_SHAPES };
+pub static SPLIT: Wgmma = Wgmma { shapes: &SPLIT_SHAPES };
 
 /// Bytes of a row in a buffer, which is 64 columns of K.
 const ROW_BYTES: u64 = 128;
@@ -110,14 +109,19 @@ impl Twin for Wgmma {
     }
 
     fn exact(&self) -> bool {
-        self.terms == 1
+        self.terms() == 1
     }
 }
 
 impl Wgmma {
+    /// Terms of a row.
+    fn terms(&self) -> u64 {
+        self.shapes[0].terms
+    }
+
     /// The product, if warpgroups can compute it.
     fn matched(&self, problem: &Problem) -> Option<Product> {
-        let product = match self.terms {
+        let product = match self.terms() {
             1 => Product::of_tensor_cores(problem.semantic)?,
             _ => Product::of_terms(problem.semantic).filter(|product| rows_together(product) > FEW_ROWS as f64)?,
         };
