@@ -35,7 +35,7 @@ fn norm(view: View, at: usize, context: &PassContext) -> Option<Patch> {
     let mut stages = if gather.is_some() { vec![Stage::Gather, Stage::Norm] } else { vec![Stage::Norm] };
     let mut products = view.users.of(normed).iter().filter_map(|&user| Some((user, view.prologue_of(user, normed)?)));
     match (products.next(), products.next()) {
-        (Some((product, rest)), None) if tactics::norm_in_prologue(context, &rest) => {
+        (Some((product, rest)), None) if tactics::norm_in_prologue(context) => {
             positions.push(product);
             stages.extend(rest);
         }

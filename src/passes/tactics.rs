@@ -3,7 +3,6 @@
 //! No answer is a threshold on the number of rows. Some follow from the kind of kernel that a phase gets, the others from
 //! modelled traffic: bytes that must cross memory, with a step's fixed cost as the bytes that could have crossed meanwhile.
 
-use crate::ir::Stage;
 use crate::passes::{PassContext, Phase, Target};
 
 /// Bytes a second of a read-only reduction; measured on one H200.
@@ -28,10 +27,9 @@ fn rows_staged(context: &PassContext) -> bool {
     context.target == Target::Cpu || context.bucket.phase == Phase::Decode
 }
 
-/// Whether an RMSNorm goes into the prologue of the product that reads it, or is a step of its own. A router's product is so narrow
-/// that one cluster has all its columns, and so computes the norm of each row once, however many rows there are.
-pub fn norm_in_prologue(context: &PassContext, product: &[Stage]) -> bool {
-    rows_staged(context) || product.first() == Some(&Stage::Router)
+/// Whether an RMSNorm goes into the prologue of the product that reads it, or is a step of its own.
+pub fn norm_in_prologue(context: &PassContext) -> bool {
+    rows_staged(context)
 }
 
 /// Whether the gated convolution goes into the prologue of the product that reads it. Alone it is one pass over memory,
