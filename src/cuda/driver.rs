@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_void};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -64,6 +64,8 @@ pub struct Device {
     pub multiprocessors: u32,
     /// The newest CUDA version that its driver supports.
     pub driver: (u32, u32),
+    /// Read by those who capture, written by those who wait for the whole device, which would make every capture fail.
+    pub(super) captures: RwLock<()>,
 }
 
 // SAFETY: the driver's handles may be used by any thread, which makes the context current first.
@@ -130,7 +132,16 @@ impl Device {
             during("reading the driver's version", sys::cuDriverGetVersion(&mut version).result())?;
             let driver = ((version / 1000) as u32, (version % 1000 / 10) as u32);
             let context = during("making a context", result::primary_ctx::retain(handle))?;
-            Ok(Device { handle, context, ordinal, name, capability, multiprocessors, driver })
+            Ok(Device {
+                handle,
+                context,
+                ordinal,
+                name,
+                capability,
+                multiprocessors,
+                driver,
+                captures: RwLock::new(()),
+            })
         }
     }
 
@@ -160,11 +171,12 @@ impl Device {
         (clock(A::CU_DEVICE_ATTRIBUTE_CLOCK_RATE), clock(A::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE))
     }
 
-    /// Waits until everything is done.
+    /// Waits until everything is done, captures by other threads included. Not to be called within one.
     ///
     /// # Errors
     /// Something that ran has failed.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
+        let _nobody_captures = self.captures.write().unwrap_or_else(PoisonError::into_inner);
         during("waiting for the device", result::ctx::synchronize())
     }
 }
