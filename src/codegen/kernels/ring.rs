@@ -7,7 +7,7 @@
 
 mod shape;
 
-use self::shape::{Engine, SHAPES, Shape, TILE};
+use self::shape::{Engine, PACKED_SHAPES, SHAPES, Shape, TILE};
 use super::builder::{Builder, Specialised};
 use super::frame::{self, List};
 use super::hopper::PROCESSORS;
@@ -35,21 +35,25 @@ impl Twin for Ring {
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
         let Some(product) = Product::of(problem) else { return vec![] };
-        let Some(engine) = Engine::of(problem, &product) else { return vec![] };
-        // Shapes that give each warp as much as the others, if there are any.
-        let mut found: Vec<(bool, Specialised)> = vec![];
-        for shape in SHAPES {
-            if let Some(specialised) = specialise(problem, &product, engine, shape)
-                && found.iter().all(|(_, known)| known.config != specialised.config)
-            {
-                let chunk = shape.chunk(product.k, engine);
-                found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
-            }
-        }
-        let some_even = found.iter().any(|(even, _)| *even);
-        found.retain(|(even, _)| *even || !some_even);
-        found.into_iter().map(|(_, specialised)| specialised).collect()
+        let engines = Engine::all(problem, &product).into_iter();
+        engines.flat_map(|engine| shapes(problem, &product, engine)).collect()
     }
+}
+
+/// The shapes that give each warp as much as the others, or all if none does.
+fn shapes(problem: &Problem, product: &Product, engine: Engine) -> Vec<Specialised> {
+    let mut found: Vec<(bool, Specialised)> = vec![];
+    for shape in if engine.packed { PACKED_SHAPES } else { SHAPES } {
+        if let Some(specialised) = specialise(problem, product, engine, shape)
+            && found.iter().all(|(_, known)| known.config != specialised.config)
+        {
+            let chunk = shape.chunk(product.k, engine);
+            found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
+        }
+    }
+    let some_even = found.iter().any(|(even, _)| *even);
+    found.retain(|(even, _)| *even || !some_even);
+    found.into_iter().map(|(_, specialised)| specialised).collect()
 }
 
 fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shape) -> Option<Specialised> {
@@ -65,8 +69,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         Some(block) if block % (TILE / 2) == 0 => TILE / 2,
         Some(_) => 1,
     };
-    // Copies of whole lines of the cache.
-    let line = if run > 1 { engine.weight * k } else { (engine.weight * chunk).next_multiple_of(128) };
+    let line = if run > 1 { engine.bytes(k) + engine.header() } else { engine.line(chunk) };
     if shape.apart && run == 1 {
         return None;
     }
@@ -90,7 +93,8 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     let sums = products * shape.warps * width * TILE;
     let room = list.room.min((list.groups * list.subs).next_multiple_of(32));
     let pitch = engine.pitch(k);
-    let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
+    let headers = products * TILE * engine.header();
+    let beside = (slots * TILE * line + room * 16 + sums * 8 + headers * 2 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
     let with_rows = |rows| beside + rows * pitch * engine.staged.bytes();
     let shared = with_rows(list.staged_rows);
     if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * units > i32::MAX as u64 {
@@ -107,6 +111,11 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     product.declare(&mut builder);
     builder.alias("S", engine.staged);
     builder.line(format_args!("#define FMA {}", u8::from(engine.fma)));
+    builder.line(format_args!("#define PACKED {}", u8::from(engine.packed)));
+    builder.line(format_args!("#define WEIGHT {}", if engine.packed { "packed" } else { "w" }));
+    if engine.packed {
+        builder.packed("packed", product.weight);
+    }
     let constants = [
         ("COLUMNS", columns),
         ("WIDTH", width),
@@ -151,6 +160,9 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         builder.releases_late();
     }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
+    if engine.packed {
+        config += " packed";
+    }
     if shape.apart {
         config += " apart";
     }
