@@ -133,7 +133,17 @@ impl Lock {
     /// Its choices.
     pub fn tactics(&self) -> Tactics {
         let chosen = self.problems.iter().map(|(key, measured)| (key.clone(), measured.chosen.clone()));
-        Tactics { chosen: chosen.collect(), nth: None }
+        let ranked = |measured: &Measured| {
+            let us = |(name, time): (&String, &Time)| match time {
+                Time::Us(us) => Some((*us, name.clone())),
+                Time::Failed(_) => None,
+            };
+            let mut times: Vec<(f64, String)> = measured.candidates.iter().filter_map(us).collect();
+            times.sort_by(|a, b| a.0.total_cmp(&b.0));
+            times.into_iter().map(|(_, name)| name).collect()
+        };
+        let measured = self.problems.iter().map(|(key, measured)| (key.clone(), ranked(measured)));
+        Tactics { chosen: chosen.collect(), measured: measured.collect(), nth: None }
     }
 
     /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
@@ -160,6 +170,7 @@ impl Lock {
 pub(super) mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
+    use crate::codegen::select::Pack;
     use crate::codegen::{CompileOptions, Compiled, Recipe, Source, Tuning, compile};
     use crate::passes::Target;
 
@@ -272,7 +283,7 @@ pub(super) mod tests {
     #[test]
     fn a_plan_has_the_choices_of_a_lock() {
         let default = compiled(Tactics::default());
-        let tuning = Tuning::of(&default.file.manifest);
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
         let before = kernels(&default);
         let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
         let mut last = tuning.problems().filter_map(last);
@@ -293,7 +304,7 @@ pub(super) mod tests {
         let default = compiled(Tactics::default());
         assert_eq!(default.known.chosen, 0);
         let mut lock = lock();
-        let tuning = Tuning::of(&default.file.manifest);
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
         for (key, _) in tuning.problems() {
             let measured = Measured { chosen: "wish speed=11".into(), candidates: BTreeMap::new() };
             lock.problems.insert(key.to_owned(), measured);

@@ -1,6 +1,7 @@
 //! Weights into a pool on a device. Threads of the host copy tensors as they are into pinned memory, and while they fill the next
 //! part of it, the device takes the last: what lies in a weight as in the checkpoint is copied there, the rest goes through a
-//! staging area, from which a kernel puts it in its places. That area is the arena, which nothing else uses yet.
+//! staging area, from which a kernel puts it in its places. That area is the arena, which nothing else uses yet. Packed forms are
+//! made when all weights are in place.
 
 use anyhow::Result;
 
@@ -18,10 +19,10 @@ const PART_BYTES: usize = 32 << 20;
 const LEAST_STAGING_BYTES: u64 = 1 << 20;
 
 impl CudaExecutor {
-    /// Fills the weights region; `progress` hears the bytes of weights done so far. The arena's contents are lost.
+    /// Fills the weights region, packed forms included; `progress` hears the bytes of weights done so far. The arena's contents are lost.
     ///
     /// # Errors
-    /// The checkpoint does not fit the plan, or the device failed.
+    /// The checkpoint does not fit the plan, a weight does not pack, or the device failed.
     pub fn load(&mut self, origin: Origin, progress: &dyn Fn(u64)) -> Result<()> {
         if let Origin::Synthetic(seed) = origin
             && matches!(self.manifest.model.weights, WeightSource::Synthetic(_))
@@ -55,6 +56,7 @@ impl CudaExecutor {
             taken.record(stream)?;
             progress(done);
         }
+        self.pack()?;
         Ok(stream.synchronize()?)
     }
 
@@ -110,6 +112,7 @@ impl CudaExecutor {
             done += weight.ty.bytes().unwrap_or(0);
             progress(done);
         }
+        self.pack()?;
         Ok(self.streams.main().synchronize()?)
     }
 }

@@ -7,6 +7,7 @@
 mod capture;
 mod load;
 pub mod measure;
+mod pack;
 mod program;
 mod run;
 
