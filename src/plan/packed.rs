@@ -48,13 +48,17 @@ pub fn packed_row_bytes(columns: u64) -> u64 {
     columns / SPAN_COLUMNS * SPAN_BYTES + HEADER_BYTES
 }
 
+/// Whether rows of so many columns can be packed.
+pub fn packs(columns: u64) -> bool {
+    columns > 0 && columns.is_multiple_of(SPAN_COLUMNS) && columns <= MAX_COLUMNS
+}
+
 impl Weight {
     /// Its rows and columns, if it is one that can have a packed form.
     pub fn packed_rows(&self) -> Option<(u64, u64)> {
         let (&columns, rows) = self.ty.1.split_last().filter(|(_, rows)| !rows.is_empty())?;
-        let whole = columns > 0 && columns.is_multiple_of(SPAN_COLUMNS) && columns <= MAX_COLUMNS;
         let rows = rows.iter().try_fold(1u64, |product, &size| product.checked_mul(size))?;
-        (whole && self.ty.0 == DType::BF16).then_some((rows, columns))
+        (packs(columns) && self.ty.0 == DType::BF16).then_some((rows, columns))
     }
 
     /// Bytes of its packed form, if it can have one: of bf16, with at least two axes, of which the last is one of whole spans.

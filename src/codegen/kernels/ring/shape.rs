@@ -111,8 +111,8 @@ impl Engine {
     /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type, which may be packed.
     pub fn all(problem: &Problem, product: &Product) -> Vec<Engine> {
         let Some(engine) = Engine::of(problem, product) else { return vec![] };
-        let packed = Engine { packed: true, span: packed::SPAN, ..engine };
-        let packs = engine.staged == DType::BF16 && !engine.fma && packed::row_bytes(product.k).is_some();
+        let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
+        let packs = engine.staged == DType::BF16 && !engine.fma && packed::packs(product.k);
         packs.then_some(packed).into_iter().chain([engine]).collect()
     }
 
@@ -141,7 +141,7 @@ impl Engine {
 
     /// Bytes of so many columns of a row of the weight, without a header.
     pub fn bytes(&self, columns: u64) -> u64 {
-        if self.packed { columns / packed::SPAN * packed::SPAN_BYTES } else { columns * self.weight }
+        if self.packed { columns / packed::SPAN_COLUMNS * packed::SPAN_BYTES } else { columns * self.weight }
     }
 
     /// Bytes behind the last column of a row.
