@@ -58,24 +58,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) pack(PARAMS) {
             u32 octet = begin + lane, mine = 0, outside = 0;
             Quad quad = {};
             if (octet < octets) quad = numbers[octet];
-            u32 bytes[2] = {}, codes = 0;
+            // Signs, codes and mantissas, two numbers a word.
+            u32 pairs[4] = {};
 #pragma unroll
             for (u32 e = 0; e < EIGHT; e++) {
                 u32 bits = element(quad, e), code = exponent(bits) - base;
                 bool coded = code - 1 < CODES;
                 if (coded || (bits & 0x7fff) == 0) {
-                    bytes[e / 4] |= (bits >> 8 & 0x80 | bits & 0x7f) << e % 4 * 8;
-                    codes |= (coded ? code : 0) << (e % 2 * 16 + e / 2 * 4);
+                    pairs[e / 2] |= ((bits & 0x807f) | (coded ? code : 0) << 7) << e % 2 * 16;
                 } else {
                     outside |= 1u << e;
                     mine++;
                 }
             }
             if (octet < octets) {
-                u32 t = octet % 4, i = octet / 4 % 4;
-                u8* span = spans + octet / 16 * SPAN_BYTES;
-                *(Pack<u32, 2>*)(span + i / 2 * 64 + t * 16 + i % 2 * 8) = {bytes[0], bytes[1]};
-                *(u32*)(span + 128 + (t * 4 + i) * 4) = codes;
+                u32* to = (u32*)(spans + octet / 16 * SPAN_BYTES) + octet % 4 * 4 + octet / 4 % 4;
+                to[0] = pairs[0] | (pairs[3] & 0x07800780) << 4;
+                to[16] = pairs[1] | (pairs[3] & 0x00780078) << 8;
+                u32 rest = pairs[3] & 0x80078007;
+                to[32] = pairs[2] | rest >> 4 | rest << 28;
             }
             if (__ballot_sync(ALL_LANES, mine > 0) == 0) continue;
             // The columns ascend with the lane.

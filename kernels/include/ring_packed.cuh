@@ -1,9 +1,8 @@
 // How warps of ring.cu multiply rows of bf16 and weights of bf16 that are packed (plan/packed.rs): on tensor cores.
 //
-// A span of 128 columns of a row of the weight has 192 bytes, its signs and mantissas and then its codes, the lower four bits of its
-// exponents. Lane (g, t) reads sixteen bytes of each third of row g, and takes them for columns 8t.. of four parts of 32
-// columns: the weights as they are but for their exponents, which lack the row's base. That is a factor of the row, in its header.
-// Numbers that no code stands for are in the header, too, and zeros here.
+// A span of 128 columns of a row of the weight has 192 bytes. Lane (g, t) reads sixteen bytes of each third of row g, which are columns
+// 8t.. of four parts of 32 columns: the weights as they are but for their exponents, which lack the row's base. That is a factor of
+// the row, in its header. Numbers whose exponents lie elsewhere are in the header, too, and zeros here.
 //
 // Weights lie near the smallest number that is not subnormal, so rows of x are staged times 2^96; the header takes that back.
 #pragma once
@@ -34,35 +33,33 @@ struct Multiply : MmaSums<4> {
         *(Eight<S>*)at = eight;
     }
 
-    // Two numbers of two bytes, in the lower or the upper half of a word, and their codes, shifted to where exponents end.
-    template <int SELECT> static __device__ __forceinline__ u32 two(u32 bytes, u32 codes) {
-        u32 spread;
-        // Each byte, and its sign eight times.
-        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(spread) : "r"(bytes), "n"(SELECT));
-        return (spread & 0x807f807fu) | (codes & 0x07800780u);
+    // Four pairs of numbers that three words have: bf16 but for the rows' bases.
+    static __device__ __forceinline__ void unfold(u32 (&pairs)[4], u32 first, u32 second, u32 third) {
+        pairs[0] = first & 0x87ff87ffu;
+        pairs[1] = second & 0x87ff87ffu;
+        pairs[2] = third & 0x87ff87ffu;
+        pairs[3] = ((first >> 4) & 0x07800780u) | ((second >> 8) & 0x00780078u) |
+            (__funnelshift_l(third, third, 4) & 0x80078007u);
     }
 
     // Adds the products of the slot's columns, of which there are `live`, with `count` rows of x. Rows of x beyond them are any
     // other row: no row's sums depend on another row.
     __device__ __forceinline__ void multiply(const u8* slot, const S* x, int count, int live) {
-        const int first = warp_id() * (STEPS * SPAN), row = lane_row();
-        const u8* from = slot + row * LINE + first / 2 * 3 + lane_id() % 4 * 16;
-        const S* lower = x + (row < count ? row : 0) * PITCH + first + lane_k();
-        const S* upper = x + (row + 8 < count ? row + 8 : 0) * PITCH + first + lane_k();
+        const int begin = warp_id() * (STEPS * SPAN), row = lane_row();
+        const u8* from = slot + row * LINE + begin / 2 * 3 + lane_id() % 4 * 16;
+        const S* lower = x + (row < count ? row : 0) * PITCH + begin + lane_k();
+        const S* upper = x + (row + 8 < count ? row + 8 : 0) * PITCH + begin + lane_k();
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
-            if (!EXACT && first + i * SPAN >= live) break;
+            if (!EXACT && begin + i * SPAN >= live) break;
             const Quad* line = (const Quad*)(from + i * (SPAN / 2 * 3));
-            const Quad bytes[2] = {line[0], line[4]}, codes = line[8];
+            const Quad first = line[0], second = line[4], third = line[8];
 #pragma unroll
             for (int p = 0; p < 4; p++) {
                 Quad a = *(const Quad*)(lower + i * SPAN + p * 32), below = {};
                 if (COLUMNS > 8) below = *(const Quad*)(upper + i * SPAN + p * 32);
-                const u32 early = bytes[p / 2].at[p % 2 * 2], late = bytes[p / 2].at[p % 2 * 2 + 1], code = codes.at[p];
-                u32 b[4] = {
-                    two<0x9180>(early, code << 7), two<0xb3a2>(early, code << 3), two<0x9180>(late, code >> 1),
-                    two<0xb3a2>(late, code >> 5)
-                };
+                u32 b[4];
+                unfold(b, first.at[p], second.at[p], third.at[p]);
                 mma<S>(sums[p % 2 * 2], {a.at[0], below.at[0], a.at[1], below.at[1]}, {b[0], b[1]});
                 mma<S>(sums[p % 2 * 2 + 1], {a.at[2], below.at[2], a.at[3], below.at[3]}, {b[2], b[3]});
             }

@@ -4,16 +4,17 @@
 //! A packed weight is its rows, one after the other: all axes but the last, flattened. A row of K numbers, a multiple of
 //! [`SPAN_COLUMNS`], has `K / 2 * 3` bytes of spans and a header, numbers little-endian:
 //!
-//! - Span s at `s * 192`, of the columns from `s * 128` on. Byte `t * 16 + i * 8 + e` of the first 64, t < 4, i < 2, e < 8, has the sign
-//!   (bit 7) and the mantissa of column `i * 32 + t * 8 + e`; the next 64 have the same for i of 2 and 3. The last 64 are words of 32 bits:
-//!   word `t * 4 + i` has the codes of the eight columns from `i * 32 + t * 8` on, that of an even e at bit `4 * (e / 2)`, of an odd one
-//!   at bit `16 + 4 * (e / 2)`. So eight columns are eight adjacent bytes and a word, and pairs of them lie as products want them.
+//! - Span s at `s * 192`, of the columns from `s * 128` on. A number is a sign (bit 15), a code (bits 7 to 10) and a mantissa (bits 0 to
+//!   6), and two adjacent columns are a word, the even one below. Of the eight columns from `i * 32 + t * 8` on, i and t < 4, the first
+//!   three words lie at the words `t * 4 + i`, 16 and 32 further. What is left free there, bits 11 to 14 and 27 to 30, has the
+//!   fourth word: the first one has its bits 7 to 10 and 23 to 26, four higher; the second its bits 3 to 6 and 19 to 22, eight higher; the
+//!   third the others, rotated down by four. So a product has three words of four by one operation each.
 //! - The header of 64 bytes: a word with the bits of `2^(base - 96)` in f32; then 15 words with exceptions, the column in the low half, the
 //!   number's bits in the high half, by ascending column. No exception is zero, so the first word whose high half is 0 ends the list; all
 //!   unused words are 0.
 //!
-//! A code from 1 on says that the exponent's field is `base + code`. Code 0 with a mantissa of 0 is a zero, or an exception, whose byte is
-//! 0. The base is the smallest, from 0 to [`MAX_BASE`], that leaves the fewest exceptions. A row with more than 15 of them does not pack.
+//! A code from 1 on says that the exponent's field is `base + code`. Code 0 with a mantissa of 0 is a zero, or an exception, whose sign is
+//! 0, too. The base is the smallest, from 0 to [`MAX_BASE`], that leaves the fewest exceptions. A row with more than 15 of them does not pack.
 //! `runtime::weights` has the same as code, `kernels/pack.cu` for a device.
 
 use serde::{Deserialize, Serialize};

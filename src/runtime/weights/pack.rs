@@ -12,6 +12,9 @@ use crate::plan::{Packed, Program};
 /// Exponents that have codes.
 const CODES: usize = 15;
 
+/// Columns that are packed together.
+const EIGHT: usize = 8;
+
 /// A row of bf16, packed; none if too many numbers are outside of its binades.
 ///
 /// # Panics
@@ -23,16 +26,19 @@ pub fn pack_row(row: &[u16]) -> Option<Vec<u8>> {
     let mut packed = vec![0; packed_row_bytes(columns) as usize];
     // The bits of 2^(base - 96).
     let mut words = vec![(base as u32 + 127 - 96) << 23];
-    for (column, &bits) in row.iter().enumerate() {
-        let (byte, word, shift) = places(column);
-        let code = exponent(bits).checked_sub(base).filter(|code| (1..=CODES).contains(code));
-        if code.is_none() && bits & 0x7fff != 0 {
-            words.push(column as u32 | u32::from(bits) << 16);
-            continue;
+    for (octet, numbers) in row.as_chunks::<EIGHT>().0.iter().enumerate() {
+        let short = std::array::from_fn(|e| {
+            let bits = numbers[e];
+            let code = exponent(bits).checked_sub(base).filter(|code| (1..=CODES).contains(code));
+            if code.is_none() && bits & 0x7fff != 0 {
+                words.push((octet * EIGHT + e) as u32 | u32::from(bits) << 16);
+                return 0;
+            }
+            u32::from(bits & 0x807f) | (code.unwrap_or(0) as u32) << 7
+        });
+        for (place, word) in places(octet).zip(fold(short)) {
+            packed[place..place + 4].copy_from_slice(&word.to_le_bytes());
         }
-        packed[byte] = (bits >> 8 & 0x80 | bits & 0x7f) as u8;
-        let codes = number(&packed, word) | (code.unwrap_or(0) as u32) << shift;
-        packed[word..word + 4].copy_from_slice(&codes.to_le_bytes());
     }
     if words.len() > 1 + MAX_EXCEPTIONS {
         return None;
@@ -51,13 +57,16 @@ pub fn pack_row(row: &[u16]) -> Option<Vec<u8>> {
 pub fn unpack_row(packed: &[u8], columns: usize) -> Vec<u16> {
     let header = columns / SPAN_COLUMNS as usize * SPAN_BYTES as usize;
     let base = (number(packed, header) >> 23) + 96 - 127;
-    let of = |column: usize| {
-        let (byte, word, shift) = places(column);
-        let (byte, code) = (u32::from(packed[byte]), number(packed, word) >> shift & 15);
-        let exponent = if code == 0 { 0 } else { base + code };
-        ((byte & 0x80) << 8 | exponent << 7 | byte & 0x7f) as u16
+    let octet = |octet: usize| {
+        let mut words = places(octet).map(|place| number(packed, place));
+        let words = std::array::from_fn(|_| words.next().unwrap_or(0));
+        unfold(words).map(|short| {
+            let code = short >> 7 & 15;
+            let exponent = if code == 0 { 0 } else { base + code };
+            (short & 0x807f | exponent << 7) as u16
+        })
     };
-    let mut row: Vec<u16> = (0..columns).map(of).collect();
+    let mut row: Vec<u16> = (0..columns / EIGHT).flat_map(octet).collect();
     let exceptions = (1..=MAX_EXCEPTIONS).map(|i| number(packed, header + 4 * i));
     for exception in exceptions.take_while(|exception| exception >> 16 != 0) {
         row[(exception & 0xffff) as usize] = (exception >> 16) as u16;
@@ -106,13 +115,29 @@ fn exponent(bits: u16) -> usize {
     usize::from(bits >> 7 & 0xff)
 }
 
-/// Where a column's byte lies in a packed row, the word with its code, and the code in that word.
-fn places(column: usize) -> (usize, usize, u32) {
-    let (span, within) = (column / SPAN_COLUMNS as usize, column % SPAN_COLUMNS as usize);
-    let (i, t, e) = (within / 32, within / 8 % 4, within % 8);
-    let at = span * SPAN_BYTES as usize;
-    let byte = at + i / 2 * 64 + t * 16 + i % 2 * 8 + e;
-    (byte, at + 128 + 4 * (4 * t + i), (16 * (e % 2) + 4 * (e / 2)) as u32)
+/// Where the words of eight columns lie in a packed row.
+fn places(octet: usize) -> impl Iterator<Item = usize> {
+    let (span, i, t) = (octet / 16, octet / 4 % 4, octet % 4);
+    (0..3).map(move |word| span * SPAN_BYTES as usize + word * 64 + 4 * (4 * t + i))
+}
+
+/// Bits of a fourth word of two numbers that the first, the second and the third one take.
+const FOURTH: [u32; 3] = [0x0780_0780, 0x0078_0078, 0x8007_8007];
+
+/// Three words of eight numbers, of twelve bits each.
+fn fold(short: [u32; EIGHT]) -> [u32; 3] {
+    let [first, second, third, fourth] = std::array::from_fn(|i| short[2 * i] | short[2 * i + 1] << 16);
+    let part = |i: usize| fourth & FOURTH[i];
+    [first | part(0) << 4, second | part(1) << 8, third | part(2).rotate_right(4)]
+}
+
+/// The numbers of three words.
+fn unfold(words: [u32; 3]) -> [u32; EIGHT] {
+    let [first, second, third] = words.map(|word| word & 0x87ff_87ff);
+    let fourth = [words[0] >> 4, words[1] >> 8, words[2].rotate_left(4)];
+    let fourth = fourth.into_iter().zip(FOURTH).map(|(word, mask)| word & mask).sum();
+    let pairs = [first, second, third, fourth];
+    std::array::from_fn(|e| pairs[e / 2] >> (e % 2 * 16) & 0xffff)
 }
 
 fn number(bytes: &[u8], at: usize) -> u32 {
@@ -134,27 +159,34 @@ mod tests {
         assert_eq!(number(&packed, 384), (112 + 31) << 23, "2^16");
         assert_eq!((number(&packed, 388), number(&packed, 392)), (7 | 0x7f80 << 16, 200 | 0x8001 << 16));
         assert!(packed[396..].iter().all(|&byte| byte == 0) && packed.len() == 448);
-        // Column 138 of the second span: i = 0, t = 1, e = 2.
-        assert_eq!(packed[192 + 16 + 2], 0x40);
-        assert_eq!((packed[0], packed[1]), (0, 0x80));
-        // Columns 0, 1 and 7 have no code: bits 0, 16 and 28.
-        assert_eq!(number(&packed, 128), 0x0ff0_fff0);
-        // Column 200: i = 2, t = 1, e = 0, in word 6 of the second span.
-        assert_eq!(number(&packed, 192 + 128 + 4 * 6), 0xffff_fff0);
+        // The first eight columns: a zero, a negative zero, ones; the last of them, in the upper half of the fourth word, an exception.
+        let one = 15u32 << 7;
+        assert_eq!(number(&packed, 0), 0x8000_0000 | (one << 4), "the fourth word's codes, of the lower half");
+        assert_eq!(number(&packed, 64), one | one << 16);
+        assert_eq!(number(&packed, 128), one | one << 16);
+        // Column 138 of the second span: i = 0, t = 1, e = 2, which is the lower half of the second word.
+        assert_eq!(number(&packed, 192 + 64 + 16), 0x40 | one | one << 16);
+        // Column 200 begins eight columns, of which all others are ones: i = 2, t = 1.
+        assert_eq!(number(&packed, 192 + 4 * 6), one << 16 | one << 4 | one << 20);
         assert_eq!(unpack_row(&packed, 256), row);
     }
 
     #[test]
-    fn each_column_has_places_of_its_own() {
-        let found: std::collections::BTreeSet<(usize, usize)> = (0..384)
-            .flat_map(|column| {
-                let (byte, word, shift) = places(column);
-                // The code's byte, in halves.
-                [(byte, 2), (word + shift as usize / 8, shift as usize / 4 % 2)]
-            })
-            .collect();
-        assert_eq!(found.len(), 2 * 384);
-        assert!(found.iter().all(|&(at, _)| at < 3 * 192));
+    fn each_word_has_a_place_of_its_own() {
+        let mut found: Vec<usize> = (0..48).flat_map(places).collect();
+        found.sort_unstable();
+        assert!(found.into_iter().eq((0..144).map(|word| word * 4)));
+    }
+
+    #[test]
+    fn numbers_of_twelve_bits_are_folded_without_loss() {
+        for bit in 0..EIGHT * 16 {
+            let mut short = [0u32; EIGHT];
+            short[bit / 16] = (1 << (bit % 16)) & 0x87ff;
+            assert_eq!(unfold(fold(short)), short);
+            let others = short.map(|number| !number & 0x87ff);
+            assert_eq!(unfold(fold(others)), others);
+        }
     }
 
     #[test]

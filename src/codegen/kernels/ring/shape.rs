@@ -76,6 +76,8 @@ pub const PACKED_SHAPES: &[Shape] = &[
     claiming(Shape { apart: true, ..shape(8, 2, 4096, 2) }),
     claiming(Shape { apart: true, ..shape(8, 3, 4096, 2) }),
     claiming(shape(8, 2, 4096, 3)),
+    claiming(Shape { apart: true, ..shape(8, 2, 4096, 3) }),
+    claiming(shape(7, 2, 4096, 3)),
     shape(8, 3, 4096, 2),
     shape(7, 3, 4096, 2),
     shape(8, 2, 4096, 3),
