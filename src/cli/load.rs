@@ -130,10 +130,7 @@ impl Choices {
                 DTypeChoice::Bf16 => DType::BF16,
                 DTypeChoice::F16 => DType::F16,
             }),
-            f32: match self.f32 {
-                F32Choice::Exact => F32::Exact,
-                F32Choice::Split => F32::Split,
-            },
+            f32: if self.f32 == F32Choice::Split { F32::Split } else { F32::Exact },
             pack: if self.no_pack { Pack::Never } else { Pack::Asked },
             prefill: self.prefill.clone(),
             decode: self.decode.clone(),

@@ -2,7 +2,8 @@
 //! a GPU compiles the tuned plan.
 //!
 //! A lock is advice: a plan is right with any of a problem's candidates. So problems and candidates that this version does not
-//! have are ignored, and problems that the lock does not have take the registry's default.
+//! have are ignored: the next fastest candidate that there is stands in, or the registry's default, as for problems that the lock does not
+//! have.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -297,6 +298,26 @@ pub(super) mod tests {
         let again = compiled(lock.tactics());
         assert_eq!(tuned.file.hash(), again.file.hash(), "the same lock, the same plan");
         assert_ne!(tuned.file.hash(), default.file.hash());
+    }
+
+    #[test]
+    fn the_fastest_that_there_is_stands_in_for_what_is_chosen() {
+        let default = compiled(Tactics::default());
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
+        let mut problems = tuning.problems().filter(|(_, names)| names.len() > 2);
+        let (key, names) = problems.next().expect("there is a choice");
+        let (fast, slow) = (names[2].to_owned(), names[1].to_owned());
+        let mut lock = lock();
+        let times = [("wish speed=11", Time::Us(1.0)), (&fast, Time::Us(2.0)), (&slow, Time::Us(3.0))];
+        let times = times.map(|(name, time)| (name.to_owned(), time));
+        let failed = (names[0].to_owned(), Time::Failed("too much".into()));
+        let candidates = times.into_iter().chain([failed]).collect();
+        lock.problems.insert(key.to_owned(), Measured { chosen: "wish speed=11".into(), candidates });
+        let tactics = lock.tactics();
+        assert_eq!(tactics.measured[key], ["wish speed=11", &fast, &slow]);
+        let tuned = compiled(tactics);
+        assert!(kernels(&tuned).contains(&fast), "{fast} in {:?}", kernels(&tuned));
+        assert_eq!(tuned.known.chosen, 1);
     }
 
     #[test]

@@ -15,7 +15,7 @@ pub const APART: &str = "apart";
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
     /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
-    /// are ignored. A problem in f16 without an entry goes by that of the same problem in bf16.
+    /// are ignored; see [`Tactics::measured`]. A problem in f16 without an entry goes by that of the same problem in bf16.
     pub chosen: BTreeMap<String, String>,
     /// What was measured of a problem's candidates, fastest first: where there is no such candidate as is chosen, the first that there is
     /// is taken.

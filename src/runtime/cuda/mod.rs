@@ -7,7 +7,6 @@
 mod capture;
 mod load;
 pub mod measure;
-mod pack;
 mod program;
 mod run;
 
