@@ -402,7 +402,7 @@ fn drawn_weights_take_the_place_of_a_checkpoint() {
     done(at, &["compile", demo.to_str().expect("UTF-8"), "--synthetic", "1", "-o", "drawn.plan"]);
     assert_eq!(done(at, &["run", "drawn.plan", "--tokens", "5,6,7", "--max-new-tokens", "8"]), tokens("1"));
     let errors = fails(at, 2, &["run", "drawn.plan", "--synthetic", "2"]);
-    assert!(errors.contains("is compiled already: --target, --dtype, --synthetic"), "{errors}");
+    assert!(errors.contains("is compiled already: --target, --dtype, --no-pack, --synthetic"), "{errors}");
 }
 
 /// `-o` may name a device: renaming a file onto it would take it from the whole machine.
