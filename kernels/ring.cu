@@ -1,5 +1,6 @@
 // y = epilogue(x w^T) for few rows x: weights pass through a ring of slots in shared memory, which bulk copies fill. Rows and weights
-// of one 16-bit type are multiplied on tensor cores (ring_mma.cuh), any others in f32 (ring_fma.cuh).
+// of one 16-bit type are multiplied on tensor cores (ring_mma.cuh), packed weights too (ring_packed.cuh), any others in f32
+// (ring_fma.cuh).
 //
 // Work is divided into items: a tile of eight rows of a weight [N, K] for a group of at most COLUMNS rows of x, which lie in
 // shared memory. Where the result has HALVES, a tile is four rows of the first and the four that belong to them of the second.
@@ -7,6 +8,9 @@
 // the same tile of all of them. A block has a run of items, and an item is UNITS units: for each of SUBS matrices, or of BANDS,
 // CHUNKS parts of CHUNK columns. Unit u of the run is copied into slot u % SLOTS, RUN adjacent rows at once; each row is a line
 // of LINE bytes there.
+//
+// A row of a packed weight ends with a header, which comes with its last columns; a warp keeps it for the end of the item, because
+// the slot is filled again by then.
 //
 // A warp multiplies its STEPS steps, of SPAN columns, of every unit. After the last chunk of a matrix each warp leaves its sums; one
 // barrier for each item later, one thread for each element of y adds them up, by warp, then over SUBS, and finishes it while the
@@ -28,7 +32,7 @@
 // element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
 // sums depends on constants only: not on other rows, nor on their number.
 //
-// Generated: FMA, whether in f32; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT,
+// Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT,
 // DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED
 // (claims that a block remembers), OWN, for weighted sums the type P of the products, and CONVOLUTION if the product is the
 // columns of one.
@@ -53,9 +57,21 @@ constexpr int SUMS = PRODUCTS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 // `Multiply` has a warp's sums: `clear`, `multiply` for each unit of a matrix, `store`.
 #if FMA
 #include "ring_fma.cuh"
+#elif PACKED
+#include "ring_packed.cuh"
 #else
 #include "ring_mma.cuh"
 #endif
+#if !PACKED
+constexpr int HEADER_WORDS = 0;
+#endif
+
+// Bytes of so many columns of a row of the weight, and of a whole row.
+__device__ __forceinline__ int bytes_of(int columns) { return PACKED ? columns / 2 * 3 : columns * (int)sizeof(W); }
+constexpr int HEADER = HEADER_WORDS * 4;
+constexpr i64 ROW = (PACKED ? K / 2 * 3 : K * (i64)sizeof(W)) + HEADER;
+// Words of the headers of an item.
+constexpr int HEADERS = PRODUCTS * TILE * HEADER_WORDS;
 
 // The row of the weight that is row r of a tile of a band.
 __device__ __forceinline__ int row_of(int tile, int band, int r) {
@@ -70,10 +86,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     u8* const slots = (u8*)dynamic_shared;
     Group* const groups = (Group*)(slots + SLOTS * SLOT);
     float* const partial = (float*)(groups + GROUP_ROOM);
-    u64* const full = (u64*)(partial + 2 * SUMS);
+    u32* const headers = (u32*)(partial + 2 * SUMS);
+    u64* const full = (u64*)(headers + 2 * HEADERS);
     u64* const empty = full + SLOTS;
     int* const claimed = (int*)(empty + SLOTS);
-    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + SUMS * 8 + SLOTS * 16 + CLAIMED * 4 + 15) / 16);
+    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + (SUMS + HEADERS) * 8 + SLOTS * 16 + CLAIMED * 4 + 15) / 16);
 
     auto row = [&](int r) -> i64 { return X_ROW(r); };
     auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };
@@ -112,14 +129,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         }
         if (ROUTED) expert = groups[item / TILES * SUBS + part / CHUNKS].expert;
         u64* barrier = full + unit % SLOTS;
-        u32 bytes = expert < 0 ? 0 : min(CHUNK, K - column) * sizeof(W);
+        const int end = min(column + CHUNK, K);
+        u32 bytes = expert < 0 ? 0 : bytes_of(end - column) + (end == K ? HEADER : 0);
         barrier_expect(barrier, TILE * bytes);
         if (expert < 0) return;
         u8* to = slots + unit % SLOTS * SLOT;
-        const W* from = w + (i64)expert * N * K + column;
+        const u8* from = (const u8*)WEIGHT + (i64)expert * N * ROW + bytes_of(column);
 #pragma unroll
         for (int r = 0; r < TILE; r += RUN)
-            copy_bulk<ONCE>(to + r * LINE, from + (i64)row_of(item % TILES, band, r) * K, RUN * bytes, barrier);
+            copy_bulk<ONCE>(to + r * LINE, from + row_of(item % TILES, band, r) * ROW, RUN * bytes, barrier);
     };
     auto start = [&](int count) {
         items = count * TILES;
@@ -190,7 +208,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             for (int from = 0; from < K; from += CHUNK) {
                 if (!filler) {
                     barrier_wait(full + at, odd);
-                    if (live) product.multiply(slots + at * SLOT, x + from, count, min(CHUNK, K - from));
+                    const u8* slot = slots + at * SLOT;
+                    const int columns = min(CHUNK, K - from);
+                    if (live) product.multiply(slot, x + from, count, columns);
+#if PACKED
+                    if (from + CHUNK >= K && warp_id() == 0)
+                        product.keep(headers + (buffer * PRODUCTS + sub) * (TILE * HEADER_WORDS), slot, columns);
+#endif
                     if (UNITS > 1) barrier_arrive(empty + at);
                 } else if (UNITS > 1) {
                     barrier_wait(empty + at, odd);
@@ -212,14 +236,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
             float sum = 0;
 #pragma unroll
             for (int g = 0; g < MULTIPLIERS; g++) sum += sums[((sub * MULTIPLIERS + g) * WIDTH + column) * TILE + row];
+#if PACKED
+            sum = Multiply::whole(
+                sum, headers + ((buffer * PRODUCTS + sub) * TILE + row) * HEADER_WORDS,
+                Multiply::at(staged + sub % STAGED_SUBS * PITCH, column, 0)
+            );
+#endif
             return sum;
         };
         if ((int)threadIdx.x < outs) {
             float v0 = 0, v1 = 0, v2 = 0;
             if (WEIGHTED) {
                 for (int sub = 0; sub < SUBS; sub++) {
-                    float part = rounded<P>(total(sub, 0, out));
-                    if (entry[sub].expert >= 0) v0 = __fadd_rn(v0, __fmul_rn(entry[sub].weight, part));
+                    if (entry[sub].expert < 0) continue;
+                    v0 = __fadd_rn(v0, __fmul_rn(entry[sub].weight, rounded<P>(total(sub, 0, out))));
                 }
             } else if (!ROUTED || entry->expert >= 0) {
                 v0 = total(0, column, out);

@@ -300,6 +300,7 @@ fn kernels(folder: &Path, plan: &str) -> Vec<String> {
 #[test]
 fn a_lock_file_beside_a_recipe_chooses_kernels() {
     use lfm2c::codegen::lock::{LOCK_VERSION, Measured};
+    use lfm2c::codegen::select::Pack;
     use lfm2c::codegen::{Lock, Tuning};
 
     let folder = tempfile::tempdir().expect("a folder can be made");
@@ -311,7 +312,7 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
     let read = |name: &str| std::fs::read(at.join(name)).expect("the plan was written");
     assert!(!compile("default.plan", &[]).contains("demo.lock.ron"));
     let file = lfm2c::plan::PlanFile::read(&at.join("default.plan")).expect("it is a plan");
-    let tuning = Tuning::of(&file.manifest);
+    let tuning = Tuning::of(&file.manifest, Pack::default());
     let before = kernels(at, "default.plan");
     let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
     let mut last = tuning.problems().filter_map(last);
@@ -401,7 +402,7 @@ fn drawn_weights_take_the_place_of_a_checkpoint() {
     done(at, &["compile", demo.to_str().expect("UTF-8"), "--synthetic", "1", "-o", "drawn.plan"]);
     assert_eq!(done(at, &["run", "drawn.plan", "--tokens", "5,6,7", "--max-new-tokens", "8"]), tokens("1"));
     let errors = fails(at, 2, &["run", "drawn.plan", "--synthetic", "2"]);
-    assert!(errors.contains("is compiled already: --target, --dtype, --synthetic"), "{errors}");
+    assert!(errors.contains("is compiled already: --target, --dtype, --no-pack, --synthetic"), "{errors}");
 }
 
 /// `-o` may name a device: renaming a file onto it would take it from the whole machine.

@@ -93,6 +93,13 @@ fn wrong_launches_are_named() {
         let found = fault(change);
         assert!(found.contains(expected), "expected `{expected}`, found {found}");
     }
+    let without_form = fault(|m| {
+        let kernel = launch(m).kernel as usize;
+        let argument = launch(m).args.iter().position(|arg| matches!(arg, Arg::Read(_))).expect("it reads");
+        launch(m).args[argument] = Arg::Packed(1);
+        m.kernels[kernel].params[argument].1 = ParamType::In(plan::DType::I32);
+    });
+    assert!(without_form.contains("Packed(1): expected a weight with a packed form, found"), "{without_form}");
     let other_type = fault(|m| {
         let kernel = launch(m).kernel as usize;
         let Param(_, ty) = &mut m.kernels[kernel].params[0];

@@ -14,6 +14,10 @@
 
 constexpr int WARPS = THREADS / 32;
 
+// What a layout does to eight elements that were copied as they are, if anything.
+template <class Layout> __device__ __forceinline__ auto adjust(S* at, int) -> decltype(Layout::adjust(at)) { Layout::adjust(at); }
+template <class Layout> __device__ __forceinline__ void adjust(S*, long) {}
+
 // The rows as they are.
 template <class Layout, class Row>
 __device__ __forceinline__ void stage_plain(S* to, const X* x, int first, int count, int k0, Row row) {
@@ -28,6 +32,8 @@ __device__ __forceinline__ void stage_plain(S* to, const X* x, int first, int co
         }
         copies_end_group();
         copies_wait<0>();
+        for (int r = 0; r < count; r++)
+            for (int k = threadIdx.x * 8; k < PART; k += THREADS * 8) adjust<Layout>(Layout::at(to, r, k), 0);
     } else {
         for (int i = threadIdx.x; i < count * VECTORS; i += THREADS * ROUND) {
             Eight<X> found[ROUND] = {};

@@ -9,7 +9,7 @@ use crate::cli::load::{self, find_bucket};
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
-use crate::plan::{Bucket, Manifest, Phase, PlanFile, WeightSource};
+use crate::plan::{Bucket, Manifest, Phase, PlanFile, Weight, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, kernel_name};
 
@@ -128,6 +128,12 @@ fn summary(manifest: &Manifest, hash: &str) -> String {
             ]
         })
         .collect();
+    if !program.packed.is_empty() {
+        let weights = program.packed.iter().filter_map(|packed| program.weights.get(packed.weight as usize));
+        let bytes = |of: fn(&Weight) -> Option<u64>| size(weights.clone().filter_map(of).sum());
+        let (packed, raw) = (bytes(Weight::packed_bytes), bytes(|weight| weight.ty.bytes()));
+        text += &format!("{} weights also packed: {packed} for {raw}\n\n", program.packed.len());
+    }
     text += &ranks(manifest);
     text += &table(&["bucket", "T", "S", "R", "steps", "arena", "lower bound", "over", "mean padding", "worst"], &rows);
     text + "\narena: largest sum of live bytes is the lower bound; padding: share of rows unused, over the row counts that\n\

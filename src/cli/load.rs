@@ -13,7 +13,7 @@ use crate::cli::output::{note, note_once};
 use crate::cli::{lock, progress, usage};
 use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
-use crate::codegen::select::F32;
+use crate::codegen::select::{F32, Pack};
 use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
 use crate::cuda;
 use crate::ir::{DType, Graph};
@@ -38,6 +38,10 @@ pub struct Choices {
     /// as three of bf16 that are together the number itself. What a lock file chooses goes before
     #[arg(long, value_enum, default_value_t = F32Choice::Exact)]
     pub f32: F32Choice,
+    /// Reads no weight of bf16 in the packed form, 12 bits a number without loss, that some kernels for few rows take: for weights that
+    /// do not pack, or where the room for both forms lacks
+    #[arg(long)]
+    pub no_pack: bool,
     /// Rows of the prefill buckets [default: the recipe's, else 16 to 8192]
     #[arg(long, value_delimiter = ',', value_name = "ROWS,...")]
     pub prefill: Option<Vec<u64>>,
@@ -126,10 +130,8 @@ impl Choices {
                 DTypeChoice::Bf16 => DType::BF16,
                 DTypeChoice::F16 => DType::F16,
             }),
-            f32: match self.f32 {
-                F32Choice::Exact => F32::Exact,
-                F32Choice::Split => F32::Split,
-            },
+            f32: if self.f32 == F32Choice::Split { F32::Split } else { F32::Exact },
+            pack: if self.no_pack { Pack::Never } else { Pack::Asked },
             prefill: self.prefill.clone(),
             decode: self.decode.clone(),
             synthetic: self.synthetic,
@@ -272,7 +274,7 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     }
     if *options != Choices::default().options() {
         return usage(format!(
-            "{} is compiled already: --target, --dtype, --synthetic, --ranks, bucket sizes, limits and passes are choices of \
+            "{} is compiled already: --target, --dtype, --no-pack, --synthetic, --ranks, bucket sizes, limits and passes are choices of \
              `lfm2c compile`",
             path.display()
         ));

@@ -30,7 +30,9 @@ pub fn apply(mut options: CompileOptions, path: &Path) -> Result<CompileOptions>
             env!("CARGO_PKG_VERSION")
         ));
     }
-    options.tactics.chosen.extend(lock.tactics().chosen);
+    let own = lock.tactics();
+    options.tactics.chosen.extend(own.chosen);
+    options.tactics.measured.extend(own.measured);
     Ok(options)
 }
 

@@ -9,7 +9,7 @@ use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
 use crate::codegen::refine::{Entry, Refined, Refinement, last_fused};
-use crate::codegen::select::{APART, Tactics};
+use crate::codegen::select::{APART, Pack, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -30,12 +30,14 @@ pub fn measure(
     keep: &mut dyn FnMut(Lock) -> Result<()>,
 ) -> Result<()> {
     let gpu = gpu()?;
-    let options = &CompileOptions { tactics: Tactics::default(), ..options.clone() };
+    // All that can be packed, so that weights stay while kernels change.
+    let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
+    let options = &CompileOptions { tactics: Tactics::default(), pack, ..options.clone() };
     let problems = CompileOptions { without_cubins: true, ..options.clone() };
     let compiled = load::compile_source(source, &problems)?;
     let manifest = compiled.file.manifest;
     let mut bench = Bench { source, model, held: None };
-    let mut tuning = Tuning::of(&manifest);
+    let mut tuning = Tuning::of(&manifest, pack);
     let rounds = tuning.rounds();
     let mut toolkit = (0, 0);
     for (i, &round) in rounds.iter().enumerate() {
@@ -186,11 +188,11 @@ impl Bench<'_> {
             }
             apart.extend(last);
             let chosen = apart.iter().map(|key| (key.clone(), APART.to_owned())).collect();
-            let tactics = Tactics { chosen, nth: None };
+            let tactics = Tactics { chosen, ..Tactics::default() };
             let some = CompileOptions { tactics, ..alone.clone() };
             let without = CompileOptions { without_cubins: true, ..some.clone() };
             let compiled = load::compile_source(self.source, &without)?;
-            let mut parts = Tuning::of(&compiled.file.manifest);
+            let mut parts = Tuning::of(&compiled.file.manifest, alone.pack);
             parts.learn(tuning);
             for round in parts.rounds() {
                 if !parts.measured(round).is_empty() {

@@ -9,7 +9,7 @@ use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::expert_ranks::{Balance, expert_ranks};
 use crate::codegen::lower;
 use crate::codegen::pipeline::Pipeline;
-use crate::codegen::select::{F32, Known, Selector, Tactics};
+use crate::codegen::select::{F32, Known, Pack, Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
@@ -67,6 +67,8 @@ pub struct CompileOptions {
     pub expert_counts: Option<PathBuf>,
     /// How products of f32 are computed that tactics do not choose a kernel for.
     pub f32: F32,
+    /// Which weights get a packed form.
+    pub pack: Pack,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
     pub without_cubins: bool,
 }
@@ -89,6 +91,7 @@ impl Default for CompileOptions {
             expert_counts: None,
             tactics: Tactics::default(),
             f32: F32::default(),
+            pack: Pack::default(),
             without_cubins: false,
         }
     }
@@ -168,7 +171,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (experts, balance) = expert_ranks(source, options)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
-    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32));
+    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32, options.pack));
     let pipeline =
         Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);

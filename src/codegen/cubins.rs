@@ -31,13 +31,29 @@ impl Source {
         };
         add(&self.name);
         add(&self.text);
-        HEADERS.iter().for_each(|(name, text)| {
+        for (name, text) in included(&self.text) {
             add(name);
             add(text);
-        });
+        }
         options(target).iter().for_each(|option| add(option));
         hasher.finalize().to_hex().to_string()
     }
+}
+
+/// The headers that a text includes, and those that these include, in the order of [`HEADERS`].
+fn included(text: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let names = |text: &str| -> Vec<usize> {
+        let quoted = text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'));
+        quoted.filter_map(|name| HEADERS.iter().position(|header| header.0 == name)).collect()
+    };
+    let mut found = [false; HEADERS.len()];
+    let mut left = names(text);
+    while let Some(header) = left.pop() {
+        if !std::mem::replace(&mut found[header], true) {
+            left.extend(names(HEADERS[header].1));
+        }
+    }
+    HEADERS.iter().zip(found).filter_map(|(header, found)| found.then_some(*header))
 }
 
 /// What compiling did.
@@ -140,4 +156,18 @@ fn store(place: &Path, bytes: &[u8]) -> Result<()> {
         let _ = fs::remove_file(&temporary);
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hash_covers_what_is_included_and_no_more() {
+        let names = |text: &str| -> Vec<&str> { included(text).map(|header| header.0).collect() };
+        assert_eq!(names("// \"wgmma.cuh\"\nint x;"), [""; 0]);
+        let found = names("#include \"ring_packed.cuh\"\nint x;");
+        let expected = ["bulk.cuh", "eight.cuh", "mma.cuh", "ring_packed.cuh", "ring_sums.cuh", "types.cuh"];
+        assert_eq!(found, expected);
+    }
 }

@@ -2,7 +2,8 @@
 //! a GPU compiles the tuned plan.
 //!
 //! A lock is advice: a plan is right with any of a problem's candidates. So problems and candidates that this version does not
-//! have are ignored, and problems that the lock does not have take the registry's default.
+//! have are ignored: the next fastest candidate that there is stands in, or the registry's default, as for problems that the lock does not
+//! have.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -133,7 +134,17 @@ impl Lock {
     /// Its choices.
     pub fn tactics(&self) -> Tactics {
         let chosen = self.problems.iter().map(|(key, measured)| (key.clone(), measured.chosen.clone()));
-        Tactics { chosen: chosen.collect(), nth: None }
+        let ranked = |measured: &Measured| {
+            let us = |(name, time): (&String, &Time)| match time {
+                Time::Us(us) => Some((*us, name.clone())),
+                Time::Failed(_) => None,
+            };
+            let mut times: Vec<(f64, String)> = measured.candidates.iter().filter_map(us).collect();
+            times.sort_by(|a, b| a.0.total_cmp(&b.0));
+            times.into_iter().map(|(_, name)| name).collect()
+        };
+        let measured = self.problems.iter().map(|(key, measured)| (key.clone(), ranked(measured)));
+        Tactics { chosen: chosen.collect(), measured: measured.collect(), nth: None }
     }
 
     /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
@@ -160,6 +171,7 @@ impl Lock {
 pub(super) mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
+    use crate::codegen::select::Pack;
     use crate::codegen::{CompileOptions, Compiled, Recipe, Source, Tuning, compile};
     use crate::passes::Target;
 
@@ -272,7 +284,7 @@ pub(super) mod tests {
     #[test]
     fn a_plan_has_the_choices_of_a_lock() {
         let default = compiled(Tactics::default());
-        let tuning = Tuning::of(&default.file.manifest);
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
         let before = kernels(&default);
         let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
         let mut last = tuning.problems().filter_map(last);
@@ -289,11 +301,31 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn the_fastest_that_there_is_stands_in_for_what_is_chosen() {
+        let default = compiled(Tactics::default());
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
+        let mut problems = tuning.problems().filter(|(_, names)| names.len() > 2);
+        let (key, names) = problems.next().expect("there is a choice");
+        let (fast, slow) = (names[2].to_owned(), names[1].to_owned());
+        let mut lock = lock();
+        let times = [("wish speed=11", Time::Us(1.0)), (&fast, Time::Us(2.0)), (&slow, Time::Us(3.0))];
+        let times = times.map(|(name, time)| (name.to_owned(), time));
+        let failed = (names[0].to_owned(), Time::Failed("too much".into()));
+        let candidates = times.into_iter().chain([failed]).collect();
+        lock.problems.insert(key.to_owned(), Measured { chosen: "wish speed=11".into(), candidates });
+        let tactics = lock.tactics();
+        assert_eq!(tactics.measured[key], ["wish speed=11", &fast, &slow]);
+        let tuned = compiled(tactics);
+        assert!(kernels(&tuned).contains(&fast), "{fast} in {:?}", kernels(&tuned));
+        assert_eq!(tuned.known.chosen, 1);
+    }
+
+    #[test]
     fn what_a_lock_says_of_unknown_things_is_ignored() {
         let default = compiled(Tactics::default());
         assert_eq!(default.known.chosen, 0);
         let mut lock = lock();
-        let tuning = Tuning::of(&default.file.manifest);
+        let tuning = Tuning::of(&default.file.manifest, Pack::default());
         for (key, _) in tuning.problems() {
             let measured = Measured { chosen: "wish speed=11".into(), candidates: BTreeMap::new() };
             lock.problems.insert(key.to_owned(), measured);

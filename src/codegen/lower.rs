@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use crate::codegen::cost::cost;
 use crate::codegen::cubins::Source;
 use crate::codegen::kernels::is_weight;
-use crate::codegen::select::Selector;
+use crate::codegen::select::{Pack, Selector};
 use crate::codegen::types::tensor_type;
-use crate::codegen::{semantic, tensors};
+use crate::codegen::{packed, semantic, tensors};
 use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
 use crate::passes::plan_memory::Placement;
 use crate::passes::schedule::{Schedule, Storage, storage};
@@ -59,15 +59,13 @@ pub fn lower(
         let longest = lowered.iter().map(|bucket| bucket.steps.len()).max().unwrap_or(0);
         tables.device_states(longest as u64);
     }
+    let mut weights_end = tables.weights.last().map_or(Some(0), |weight| end(weight.offset, &weight.ty)).unwrap_or(0);
+    let pack = selector.map_or(Pack::Never, Selector::pack);
+    let packed = packed::forms(&tables.weights, &lowered, pack, &mut weights_end)?;
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
     let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
     let last = |offset: u64, ty: &plan::TensorType| ty.bytes().map(|bytes| offset + bytes);
-    let sizes = [
-        end(tables.weights.last().and_then(|w| last(w.offset, &w.ty))),
-        end(tables.states.last().and_then(|s| last(s.offset, &s.ty))),
-        end(Some(arena)),
-        0,
-    ];
+    let sizes = [weights_end, end(tables.states.last().and_then(|s| last(s.offset, &s.ty))), end(Some(arena)), 0];
     let mut offset = 0u64;
     for io in &mut tables.io {
         io.offset = offset;
@@ -88,6 +86,7 @@ pub fn lower(
     let program = Program {
         pool,
         weights: tables.weights,
+        packed,
         states: tables.states,
         io: tables.io,
         semantics: tables.semantics,
@@ -156,7 +155,7 @@ impl Tables<'_> {
             let collective = Collective::of(&lowered.semantic);
             let launch = match collective {
                 Some(_) => Ok(None),
-                None => self.launch(&lowered.semantic, plan_phase(spec.phase)),
+                None => self.launch(&lowered.semantic, plan_phase(spec.phase), &reads),
             };
             let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
             if let Some(launch) = &mut launch {
@@ -207,9 +206,21 @@ impl Tables<'_> {
     }
 
     /// How a step runs on the device, if it is lowered for one.
-    fn launch(&mut self, semantic: &Semantic, phase: plan::Phase) -> Result<Option<plan::Launch>, String> {
+    fn launch(
+        &mut self,
+        semantic: &Semantic,
+        phase: plan::Phase,
+        reads: &[Ref],
+    ) -> Result<Option<plan::Launch>, String> {
         let Some(selector) = self.selector else { return Ok(None) };
-        let candidate = selector.choose(semantic, phase).ok_or("no kernel can run it")?;
+        let chosen = selector.choose(semantic, phase);
+        let chosen = match chosen {
+            Some(found) if !packed::fits(&found.specialised.launch, reads, &self.weights) => {
+                selector.choose_unpacked(semantic, phase)
+            }
+            chosen => chosen,
+        };
+        let candidate = chosen.ok_or("no kernel can run it")?;
         let source = Source { name: candidate.twin.name().to_owned(), text: candidate.text() };
         let hash = source.hash(plan::Target::Sm_90a);
         let next = self.kernels.len() as u32;

@@ -7,6 +7,7 @@ mod expert_ranks;
 pub mod kernels;
 pub mod lock;
 mod lower;
+mod packed;
 mod pipeline;
 pub mod recipe;
 pub mod refine;

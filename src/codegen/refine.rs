@@ -205,7 +205,7 @@ impl Refinement {
         }
         // Fused is what an operator is where nothing is said.
         chosen.retain(|_, name| name != TOGETHER);
-        Some(Tactics { chosen, nth: None })
+        Some(Tactics { chosen, ..Tactics::default() })
     }
 
     /// Takes in what that took: the graph's time in microseconds, or none if it does not run.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{self, DType, Instr, Phase, Program, Semantic, Slot};
+use crate::plan::{self, Arg, DType, Instr, Phase, Program, Semantic, Slot};
 
 /// What tactics say of a problem that is better left as the steps that it was made of.
 pub const APART: &str = "apart";
@@ -15,8 +15,11 @@ pub const APART: &str = "apart";
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct Tactics {
     /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
-    /// are ignored. A problem in f16 without an entry goes by that of the same problem in bf16.
+    /// are ignored; see [`Tactics::measured`]. A problem in f16 without an entry goes by that of the same problem in bf16.
     pub chosen: BTreeMap<String, String>,
+    /// What was measured of a problem's candidates, fastest first: where there is no such candidate as is chosen, the first that there is
+    /// is taken.
+    pub measured: BTreeMap<String, Vec<String>>,
     /// Takes the candidate of this position, modulo their number, of each problem that none is chosen for: to run all of them.
     pub nth: Option<usize>,
 }
@@ -29,6 +32,18 @@ pub enum F32 {
     Exact,
     /// On tensor cores, as sums of terms, where a kernel can: the first candidate of a twin that is not exact.
     Split,
+}
+
+/// Which weights get a packed form (see [`crate::plan::packed`]), and whether kernels may read it.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum Pack {
+    /// None: kernels that read one are no candidates.
+    Never,
+    /// Those of which a step's kernel reads it.
+    #[default]
+    Asked,
+    /// All that can have one, so that plans with other kernels have the same pool: for measurements.
+    All,
 }
 
 /// How many of a program's problems tactics know.
@@ -120,28 +135,57 @@ fn may_be_apart(semantic: &Semantic) -> bool {
     }
 }
 
+/// The candidates for a step that may be chosen, the default first.
+pub fn admitted(problem: &Problem, pack: Pack) -> Vec<Candidate> {
+    let mut list = candidates(problem);
+    if pack == Pack::Never {
+        list.retain(|found| !reads_packed(found));
+    }
+    list
+}
+
+/// Whether a candidate reads the packed form of a weight.
+fn reads_packed(candidate: &Candidate) -> bool {
+    candidate.specialised.launch.args.iter().any(|arg| matches!(arg, Arg::Packed(_)))
+}
+
 /// Chooses, and remembers what it chose.
 pub struct Selector<'a> {
     tactics: &'a Tactics,
     f32: F32,
+    pack: Pack,
     known: Mutex<HashMap<String, Option<Arc<Candidate>>>>,
 }
 
 impl<'a> Selector<'a> {
     /// A selector that goes by these tactics.
-    pub fn new(tactics: &'a Tactics, f32: F32) -> Self {
-        Selector { tactics, f32, known: Mutex::default() }
+    pub fn new(tactics: &'a Tactics, f32: F32, pack: Pack) -> Self {
+        Selector { tactics, f32, pack, known: Mutex::default() }
+    }
+
+    /// Which weights get a packed form.
+    pub fn pack(&self) -> Pack {
+        self.pack
     }
 
     /// The candidate for a step, if any kernel can run it.
     pub fn choose(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Candidate>> {
-        let key = format!("{phase:?} {semantic:?}");
+        self.choose_by(semantic, phase, self.pack)
+    }
+
+    /// The candidate for a step whose operands have no packed form.
+    pub fn choose_unpacked(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Candidate>> {
+        self.choose_by(semantic, phase, Pack::Never)
+    }
+
+    fn choose_by(&self, semantic: &Semantic, phase: Phase, pack: Pack) -> Option<Arc<Candidate>> {
+        let key = format!("{pack:?} {phase:?} {semantic:?}");
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known().get(&key) {
             return found.clone();
         }
         let problem = Problem { semantic, phase };
-        let mut list = candidates(&problem);
+        let mut list = admitted(&problem, pack);
         // Whatever candidate tactics name, there is a choice if there is one: what is fused must not depend on that.
         let nth = || self.tactics.nth.and_then(|nth| nth.checked_rem(list.len()));
         let split = || match self.f32 {
@@ -156,17 +200,20 @@ impl<'a> Selector<'a> {
 
     /// Position of the candidate that tactics name, if there is such a one.
     fn chosen(&self, problem: &Problem, list: &[Candidate]) -> Option<usize> {
-        let wanted = self.wanted(problem)?;
-        list.iter().position(|found| found.name() == *wanted)
+        let (key, wanted) = self.wanted(problem)?;
+        let measured = self.tactics.measured.get(&key).into_iter().flatten();
+        let mut names = std::iter::once(wanted).chain(measured);
+        names.find_map(|name| list.iter().position(|found| found.name() == *name))
     }
 
-    /// What tactics say of a problem.
-    fn wanted(&self, problem: &Problem) -> Option<&String> {
+    /// What tactics say of a problem, and under which name.
+    fn wanted(&self, problem: &Problem) -> Option<(String, &String)> {
         let chosen = &self.tactics.chosen;
         if chosen.is_empty() {
             return None;
         }
-        chosen.get(&problem_key(problem)).or_else(|| chosen.get(&key_in_bf16(problem)))
+        let keys = [problem_key, key_in_bf16].into_iter().map(|key| key(problem));
+        keys.filter_map(|key| chosen.get(&key).map(|wanted| (key, wanted))).next()
     }
 
     /// Counts the problems of a program, and those that tactics know.
@@ -175,7 +222,7 @@ impl<'a> Selector<'a> {
         for (_, problem) in step_problems(program) {
             problems
                 .entry(problem_key(&problem))
-                .or_insert_with(|| self.chosen(&problem, &candidates(&problem)).is_some());
+                .or_insert_with(|| self.chosen(&problem, &admitted(&problem, self.pack)).is_some());
         }
         Known { problems: problems.len(), chosen: problems.values().filter(|&&chosen| chosen).count() }
     }
@@ -199,7 +246,7 @@ impl<'a> Selector<'a> {
             return true;
         }
         let problem = Problem { semantic: &semantic, phase };
-        let apart = self.wanted(&problem).is_some_and(|wanted| wanted == APART);
+        let apart = self.wanted(&problem).is_some_and(|(_, wanted)| wanted == APART);
         optional.insert(problem_key(&problem));
         !apart
     }
@@ -260,7 +307,7 @@ mod tests {
     }
 
     fn chosen_by(tactics: &Tactics, problem: &Problem) -> String {
-        let found = Selector::new(tactics, F32::Exact).choose(problem.semantic, problem.phase);
+        let found = Selector::new(tactics, F32::Exact, Pack::default()).choose(problem.semantic, problem.phase);
         found.expect("there is a candidate").name()
     }
 
@@ -275,7 +322,7 @@ mod tests {
         let keys = fused(&default);
         let (key, others) = (keys.first().expect("there are some"), keys.len() - 1);
         let chosen = BTreeMap::from([(key.clone(), APART.to_owned())]);
-        let other = program(Tactics { chosen, nth: None });
+        let other = program(Tactics { chosen, ..Tactics::default() });
         assert!(fused(&other).len() >= others && !fused(&other).contains(key), "{key}");
         let steps = |program: &Program| program.buckets.iter().map(|bucket| bucket.steps.len()).sum::<usize>();
         assert!(steps(&other) > steps(&default));
@@ -286,7 +333,7 @@ mod tests {
         // The steps of the first layer's convolution in decode buckets.
         let steps = |dtype, rows, apart: &[String]| -> Vec<(String, String)> {
             let chosen = apart.iter().map(|key| (key.clone(), APART.to_owned())).collect();
-            let program = program_of(dtype, vec![rows], Tactics { chosen, nth: None });
+            let program = program_of(dtype, vec![rows], Tactics { chosen, ..Tactics::default() });
             let bucket =
                 program.buckets.iter().position(|bucket| bucket.phase == Phase::Decode).expect("one of decode");
             let keys =
@@ -360,7 +407,7 @@ mod tests {
         for (_, problem) in step_problems(&program) {
             let list = candidates(&problem);
             let choose = |tactics: &Tactics, f32| {
-                let found = Selector::new(tactics, f32).choose(problem.semantic, problem.phase);
+                let found = Selector::new(tactics, f32, Pack::default()).choose(problem.semantic, problem.phase);
                 found.expect("there is a candidate")
             };
             assert!(choose(&tactics, F32::Exact).twin.exact());
@@ -368,7 +415,8 @@ mod tests {
             let can = list.iter().any(|found| !found.twin.exact());
             assert_eq!(split.twin.exact(), !can);
             products += usize::from(can);
-            let named = Tactics { chosen: BTreeMap::from([(problem_key(&problem), list[0].name())]), nth: None };
+            let named =
+                Tactics { chosen: BTreeMap::from([(problem_key(&problem), list[0].name())]), ..Tactics::default() };
             assert_eq!(choose(&named, F32::Split).name(), list[0].name(), "a name goes before");
         }
         assert!(products > 0);
@@ -386,7 +434,7 @@ mod tests {
         for (_, problem) in step_problems(&program) {
             let list = candidates(&problem);
             let [first, last] = [0, list.len() - 1].map(|at| list[at].name());
-            let choose = |chosen| chosen_by(&Tactics { chosen, nth: None }, &problem);
+            let choose = |chosen| chosen_by(&Tactics { chosen, ..Tactics::default() }, &problem);
             let mut chosen = BTreeMap::from([(key_in_bf16(&problem), last.clone())]);
             assert_eq!(choose(chosen.clone()), last);
             // A problem without numbers of 16 bits has one key.
@@ -405,7 +453,10 @@ mod tests {
             let list = candidates(&problem);
             let last = list.last().expect("a step has a candidate").name();
             let name = |chosen: &str, nth| {
-                chosen_by(&Tactics { chosen: [(problem_key(&problem), chosen.to_owned())].into(), nth }, &problem)
+                chosen_by(
+                    &Tactics { chosen: [(problem_key(&problem), chosen.to_owned())].into(), nth, ..Tactics::default() },
+                    &problem,
+                )
             };
             assert_eq!(name(&last, None), last);
             assert_eq!(name(&last, Some(0)), last, "a name goes before a position");

@@ -10,10 +10,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::codegen::kernels::candidates;
 use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
-use crate::codegen::select::{APART, Tactics, problem_key, step_problems};
+use crate::codegen::select::{APART, Pack, Tactics, admitted, problem_key, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
 
 /// How much faster than the default another candidate must be: less is noise, and the default needs no lock.
@@ -118,8 +117,8 @@ pub struct Total<'a> {
 }
 
 impl Tuning {
-    /// Nothing measured yet of the problems of a plan's first rank, which need not have machine code.
-    pub fn of(manifest: &Manifest) -> Tuning {
+    /// Nothing measured yet of the problems of a plan's first rank, which need not have machine code, and was compiled with this choice.
+    pub fn of(manifest: &Manifest, pack: Pack) -> Tuning {
         let Some(program) = manifest.ranks.first() else {
             return Tuning::default();
         };
@@ -129,7 +128,7 @@ impl Tuning {
         for (bucket, problem) in step_problems(program) {
             let key = problem_key(&problem);
             problems.entry(key.clone()).or_insert_with(|| {
-                let list = candidates(&problem);
+                let list = admitted(&problem, pack);
                 let list = list.iter().map(|candidate| Trial { name: candidate.name(), time: None }).collect();
                 Trials { phase: problem.phase, list }
             });
@@ -251,7 +250,7 @@ impl Tuning {
                 chosen.insert(key.clone(), trials.list[at].name.clone());
             }
         }
-        Ok(Tactics { chosen, nth: Some(round.nth) })
+        Ok(Tactics { chosen, nth: Some(round.nth), ..Tactics::default() })
     }
 
     /// Takes in the times of a round, in microseconds, for buckets by position and each of their steps. The median over a

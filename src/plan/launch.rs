@@ -80,6 +80,9 @@ pub enum ServiceRole {
     /// (address of a u64, zero at first), `count Int` (rows of `next` and `rows`), `moves Int` (0: leaves the inputs as they are),
     /// `depth Int`, `width Int`. What they mean is told in `kernels/advance.cu`.
     Advance,
+    /// Packs a weight of bf16 (see [`super::packed`]): `to Out(I32)` (its packed form), `from In(BF16)` (the weight), `rows Long`,
+    /// `columns Long`, `failed Out(I32)` (rows that do not pack are added to it).
+    Pack,
     /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
     /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
@@ -101,6 +104,7 @@ impl ServiceRole {
                 let rows = [In(I32), Out(I32), Out(I32), Out(I32), In(I32), Out(I32), In(I32)];
                 [&rows[..], &[Long, Long, Int, Int, Int, Int]].concat()
             }
+            ServiceRole::Pack => vec![Out(I32), In(DType::BF16), Long, Long, Out(I32)],
             ServiceRole::Feed => vec![Out(I32), Out(I32), Out(I32), In(I32), Int],
         }
     }
@@ -143,6 +147,8 @@ pub enum Arg {
     Read(u32),
     /// The address of the step's write of this position.
     Write(u32),
+    /// The address of the packed form of the weight that is the step's read of this position: see [`super::packed`].
+    Packed(u32),
     /// A 32-bit integer.
     Int(i32),
     /// A 64-bit integer.

@@ -5,10 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Collective, Kernel, Launch, Semantic, Service, Weight};
+use crate::plan::{Collective, Kernel, Launch, Packed, Semantic, Service, Weight};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 7;
+pub const FORMAT_VERSION: u32 = 8;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -227,6 +227,9 @@ pub struct Program {
     pub pool: Pool,
     /// Weights, in the weights region.
     pub weights: Vec<Weight>,
+    /// Packed forms of some of them, by ascending weight, behind all weights in the same region.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub packed: Vec<Packed>,
     /// Persistent state, in the state region.
     pub states: Vec<State>,
     /// Inputs, and results that the host reads, in the io region; shared by all buckets and sized for the largest.

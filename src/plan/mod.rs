@@ -7,6 +7,7 @@ pub mod launch;
 pub mod layout;
 pub mod manifest;
 pub mod operators;
+pub mod packed;
 pub mod validate;
 
 pub use collective::{Collective, CollectiveKind};
@@ -16,4 +17,5 @@ pub use launch::*;
 pub use layout::*;
 pub use manifest::*;
 pub use operators::*;
+pub use packed::Packed;
 pub use validate::{Fault, validate};

@@ -41,7 +41,8 @@ pub fn manifest(
         temps: vec![],
         body: vec![Instr(Op::Conv1dCausal, (0..5).map(Slot::In).collect(), vec![Slot::Out(0)])],
     };
-    let program = Program { pool, weights: vec![], states: vec![], io: vec![], semantics: vec![conv], buckets };
+    let program =
+        Program { pool, weights: vec![], packed: vec![], states: vec![], io: vec![], semantics: vec![conv], buckets };
     Manifest {
         compiler: "test".into(),
         model: Model {

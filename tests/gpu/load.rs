@@ -6,6 +6,7 @@ mod checkpoint;
 use std::cell::RefCell;
 
 use lfm2c::codegen::CompileOptions;
+use lfm2c::codegen::select::Pack;
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
 use lfm2c::passes::Target;
@@ -19,7 +20,7 @@ use crate::models::{SHAPES, fail, recipe, small};
 
 /// Bytes of the arena: too few for a staging area, of which kernels read pinned memory; a staging area for pieces that end within
 /// runs; one for all that goes at a time.
-const ARENAS: [u64; 4] = [0, 4096, (1 << 20) + ALIGNMENT, 40 << 20];
+const ARENAS: [u64; 4] = [ALIGNMENT, 4096, (1 << 20) + ALIGNMENT, 40 << 20];
 
 /// A byte that stays where no weight lies.
 const UNTOUCHED: u8 = 0x5a;
@@ -29,7 +30,7 @@ pub fn trials() -> Vec<Trial> {
     for shape in SHAPES {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             for stored in [Stored::Bf16, Stored::F32, Stored::Mixed] {
-                let options = CompileOptions { target: Target::Sm90a, ..small(&[16], &[1], dtype) };
+                let options = CompileOptions { target: Target::Sm90a, pack: Pack::All, ..small(&[16], &[1], dtype) };
                 let run = move || check(plan(recipe(shape), stored, &options), stored);
                 trials.push(Trial::test(format!("load {} {dtype} from {stored:?}", shape.name), run));
             }
@@ -48,11 +49,13 @@ fn check(file: PlanFile, stored: Stored) -> Result<(), Failed> {
     let checkpoint = Checkpoint::open(directory.path())?;
     let mut expected = vec![UNTOUCHED; program.pool.weights.bytes as usize];
     weights::load(manifest, program, &checkpoint, &mut expected, &|_| ())?;
+    weights::pack(program, &mut expected)?;
 
     for arena in ARENAS {
         let file = with_arena(&file, arena);
         same(&file, Origin::Checkpoint(&checkpoint), &expected, &format!("checkpoint, arena of {arena}"))?;
     }
+    no_room(&file)?;
     // The numbers of a checkpoint of two types were rounded by the narrower one.
     if stored != Stored::Mixed {
         same(&file, Origin::Synthetic(SEED), &expected, "made on the device")?;
@@ -61,6 +64,17 @@ fn check(file: PlanFile, stored: Stored) -> Result<(), Failed> {
         same(&given, Origin::Synthetic(SEED), &expected, "made on the host")?;
     }
     Ok(())
+}
+
+/// Packing needs room for its counters.
+fn no_room(file: &PlanFile) -> Result<(), Failed> {
+    let mut executor = CudaExecutor::new(&with_arena(file, 0), 0, &Device::open(0)?, Graphs::Off).map_err(fail)?;
+    let packs = !file.manifest.ranks[0].packed.is_empty();
+    match executor.load(Origin::Synthetic(SEED), &|_| ()) {
+        Ok(()) if !packs => Ok(()),
+        Err(error) if packs && error.to_string().contains("for counters") => Ok(()),
+        other => Err(format!("no arena, packed: {packs}, found {other:?}").into()),
+    }
 }
 
 /// The plan with another arena, for loading alone.

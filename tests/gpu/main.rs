@@ -6,6 +6,7 @@
 mod bits;
 mod load;
 mod models;
+mod pack;
 mod precision;
 mod sessions;
 mod steps;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let arguments = Arguments { test_threads: Some(1), ..arguments };
     let mut trials: Vec<Trial> = vec![];
     trials.extend(load::trials());
+    trials.extend(pack::trials());
     trials.extend(steps::trials());
     trials.extend(precision::trials());
     trials.extend(bits::trials());

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use lfm2c::codegen::select::Tactics;
+use lfm2c::codegen::select::{Pack, Tactics};
 use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
@@ -11,6 +11,7 @@ use lfm2c::passes;
 use lfm2c::plan::{Bucket, Kernel, PlanFile, Step};
 use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name};
+use lfm2c::runtime::weights;
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
@@ -127,6 +128,7 @@ fn begun(file: &PlanFile, history: History) -> anyhow::Result<(Examples, CudaExe
         History::Run => gpu(file, Graphs::Off),
         History::Held => {
             // A sanitizer takes seconds to watch weights being made.
+            weights::pack(program, cpu.pool_mut().weights_mut())?;
             let bare = CudaExecutor::new(&with_kernels(file, &[]), 0, &Device::open(0)?, Graphs::Off)?;
             bare.pool().write(program.pool.weights.offset as usize, cpu.pool_mut().weights_mut(), bare.stream())?;
             bare
@@ -249,8 +251,10 @@ fn with_kernels(file: &PlanFile, chosen: &[(usize, usize)]) -> PlanFile {
 
 /// Runs every candidate of every problem.
 fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
-    let options = CompileOptions { prefill: Some(vec![80]), decode: Some(vec![3, 33]), ..options(dtype) };
-    let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
+    let options =
+        CompileOptions { prefill: Some(vec![80]), decode: Some(vec![3, 33]), pack: Pack::All, ..options(dtype) };
+    let problems =
+        Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest, options.pack);
     let most = problems.problems().map(|(_, candidates)| candidates.len()).max().unwrap_or(0);
     let mut once = Once::new()?;
     for nth in 1..=most {
@@ -263,8 +267,10 @@ fn candidates(shape: &Shape, dtype: DType) -> Result<(), Failed> {
 
 /// Runs every candidate of the kernels with the largest tiles, and of those that are for many rows, with more rows than tiles have.
 fn many_rows(shape: &Shape, dtype: DType) -> Result<(), Failed> {
-    let options = CompileOptions { prefill: Some(vec![600]), decode: Some(vec![100]), ..options(dtype) };
-    let problems = Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest);
+    let options =
+        CompileOptions { prefill: Some(vec![600]), decode: Some(vec![100]), pack: Pack::All, ..options(dtype) };
+    let problems =
+        Tuning::of(&plan(shape, &CompileOptions { without_cubins: true, ..options.clone() }).manifest, options.pack);
     let large = |name: &str| ["wgmma ", "flash ", "attention_tile_fma "].iter().any(|kernel| name.starts_with(kernel));
     let own =
         |names: Vec<&str>| -> Vec<String> { names.into_iter().filter(|name| large(name)).map(str::to_owned).collect() };

@@ -17,7 +17,8 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
     let region = |bytes| Region { offset: 0, bytes };
     let end = weights.iter().map(|w| w.offset + w.ty.bytes().unwrap_or(0)).max().unwrap_or(0);
     let pool = Pool { weights: region(end), state: region(0), arena: region(0), io: region(0) };
-    let program = Program { pool, weights, states: vec![], io: vec![], semantics: vec![], buckets: vec![] };
+    let program =
+        Program { pool, weights, packed: vec![], states: vec![], io: vec![], semantics: vec![], buckets: vec![] };
     Manifest {
         compiler: String::new(),
         model: Model {

@@ -106,6 +106,17 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// A pointer to the packed form of an input that is a weight, as words: see [`crate::plan::packed`].
+    pub fn packed(&mut self, name: &str, slot: Slot) -> &mut Self {
+        let Slot::In(i) = slot else { unreachable!("a weight is an input") };
+        self.param(name, ParamType::In(DType::I32), Arg::Packed(i));
+        // Lowering gives such an argument to weights alone.
+        if let Some(last) = self.constant.last_mut() {
+            *last = true;
+        }
+        self
+    }
+
     /// A pointer to a state that the kernel writes.
     pub fn state(&mut self, name: &str, slot: Slot) -> &mut Self {
         let dtype = self.ty(slot).0;

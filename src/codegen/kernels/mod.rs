@@ -129,6 +129,8 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("ring_fma.cuh", include_str!("../../../kernels/include/ring_fma.cuh")),
     ("ring_mma.cuh", include_str!("../../../kernels/include/ring_mma.cuh")),
+    ("ring_packed.cuh", include_str!("../../../kernels/include/ring_packed.cuh")),
+    ("ring_sums.cuh", include_str!("../../../kernels/include/ring_sums.cuh")),
     ("rope.cuh", include_str!("../../../kernels/include/rope.cuh")),
     ("route.cuh", include_str!("../../../kernels/include/route.cuh")),
     ("runs.cuh", include_str!("../../../kernels/include/runs.cuh")),

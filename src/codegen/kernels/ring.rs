@@ -7,7 +7,7 @@
 
 mod shape;
 
-use self::shape::{Engine, SHAPES, Shape, TILE};
+use self::shape::{Engine, PACKED_SHAPES, SHAPES, Shape, TILE};
 use super::builder::{Builder, Specialised};
 use super::frame::{self, List};
 use super::hopper::PROCESSORS;
@@ -35,21 +35,25 @@ impl Twin for Ring {
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
         let Some(product) = Product::of(problem) else { return vec![] };
-        let Some(engine) = Engine::of(problem, &product) else { return vec![] };
-        // Shapes that give each warp as much as the others, if there are any.
-        let mut found: Vec<(bool, Specialised)> = vec![];
-        for shape in SHAPES {
-            if let Some(specialised) = specialise(problem, &product, engine, shape)
-                && found.iter().all(|(_, known)| known.config != specialised.config)
-            {
-                let chunk = shape.chunk(product.k, engine);
-                found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
-            }
-        }
-        let some_even = found.iter().any(|(even, _)| *even);
-        found.retain(|(even, _)| *even || !some_even);
-        found.into_iter().map(|(_, specialised)| specialised).collect()
+        let engines = Engine::all(problem, &product).into_iter();
+        engines.flat_map(|engine| shapes(problem, &product, engine)).collect()
     }
+}
+
+/// The shapes that give each warp as much as the others, or all if none does.
+fn shapes(problem: &Problem, product: &Product, engine: Engine) -> Vec<Specialised> {
+    let mut found: Vec<(bool, Specialised)> = vec![];
+    for shape in if engine.packed { PACKED_SHAPES } else { SHAPES } {
+        if let Some(specialised) = specialise(problem, product, engine, shape)
+            && found.iter().all(|(_, known)| known.config != specialised.config)
+        {
+            let chunk = shape.chunk(product.k, engine);
+            found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
+        }
+    }
+    let some_even = found.iter().any(|(even, _)| *even);
+    found.retain(|(even, _)| *even || !some_even);
+    found.into_iter().map(|(_, specialised)| specialised).collect()
 }
 
 fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shape) -> Option<Specialised> {
@@ -65,8 +69,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         Some(block) if block % (TILE / 2) == 0 => TILE / 2,
         Some(_) => 1,
     };
-    // Copies of whole lines of the cache.
-    let line = if run > 1 { engine.weight * k } else { (engine.weight * chunk).next_multiple_of(128) };
+    let line = if run > 1 { engine.bytes(k) + engine.header() } else { engine.line(chunk) };
     if shape.apart && run == 1 {
         return None;
     }
@@ -90,7 +93,9 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     let sums = products * shape.warps * width * TILE;
     let room = list.room.min((list.groups * list.subs).next_multiple_of(32));
     let pitch = engine.pitch(k);
-    let beside = (slots * TILE * line + room * 16 + sums * 8 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
+    let headers = products * TILE * engine.header();
+    let beside =
+        (slots * TILE * line + room * 16 + sums * 8 + headers * 2 + slots * 16 + CLAIMED * 4).next_multiple_of(16);
     let with_rows = |rows| beside + rows * pitch * engine.staged.bytes();
     let shared = with_rows(list.staged_rows);
     if shape.per_sm * (shared + SHARED_BESIDE) > SHARED_OF_SM || items * units > i32::MAX as u64 {
@@ -107,6 +112,11 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     product.declare(&mut builder);
     builder.alias("S", engine.staged);
     builder.line(format_args!("#define FMA {}", u8::from(engine.fma)));
+    builder.line(format_args!("#define PACKED {}", u8::from(engine.packed)));
+    builder.line(format_args!("#define WEIGHT {}", if engine.packed { "packed" } else { "w" }));
+    if engine.packed {
+        builder.packed("packed", product.weight);
+    }
     let constants = [
         ("COLUMNS", columns),
         ("WIDTH", width),
@@ -151,6 +161,9 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         builder.releases_late();
     }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
+    if engine.packed {
+        config += " packed";
+    }
     if shape.apart {
         config += " apart";
     }
@@ -175,6 +188,11 @@ mod tests {
     fn found(sample: &Sample) -> Vec<Specialised> {
         let problem = Problem { semantic: &sample.semantic, phase: sample.phase };
         Ring.candidates(&problem)
+    }
+
+    /// Those that read weights as they are.
+    fn plain(sample: &Sample) -> Vec<Specialised> {
+        found(sample).into_iter().filter(|one| !one.config.contains("packed")).collect()
     }
 
     #[test]
@@ -231,7 +249,7 @@ mod tests {
 
     #[test]
     fn units_of_any_weight_have_as_many_bytes() {
-        let of = |x, w| found(&samples::residual(x, w, 1, 2048, 4096))[0].clone();
+        let of = |x, w| plain(&samples::residual(x, w, 1, 2048, 4096))[0].clone();
         let (half, mixed, whole) =
             (of(DType::BF16, DType::BF16), of(DType::F32, DType::F16), of(DType::F32, DType::F32));
         assert_eq!([&half, &mixed].map(|found| found.config.as_str()), ["warps=8 slots=2 chunk=2048 blocks=256"; 2]);
@@ -254,10 +272,34 @@ mod tests {
     }
 
     #[test]
+    fn packed_weights_are_read_in_spans_and_with_their_headers() {
+        let half = DType::BF16;
+        let of = |sample: &Sample| found(sample).into_iter().find(|one| one.config.contains("packed"));
+        let has =
+            |found: &Specialised, text: &str| assert!(found.prelude().contains(text), "{text}: {}", found.prelude());
+        let first = of(&samples::norm(half, half, 1, 6144, 2048)).expect("a candidate");
+        assert_eq!(first.config, "warps=8 slots=2 chunk=2048 blocks=256 packed");
+        // 16 spans of 192 bytes, and 64 bytes more.
+        ["#define PACKED 1", "#define WEIGHT packed", "SPAN = 128;", "LINE = 3136;", "const int* __restrict__ packed"]
+            .into_iter()
+            .for_each(|text| has(&first, text));
+        assert_eq!(first.launch.args.iter().filter(|arg| matches!(arg, crate::plan::Arg::Packed(_))).count(), 1);
+        // Fourteen spans: two for each of seven warps.
+        let second = of(&samples::combine(half, half, 1, [32, 4], 2048, 1792)).expect("a candidate");
+        assert_eq!(second.config, "warps=7 slots=2 chunk=1792 blocks=256 packed");
+        // A chunk's last rows are an odd number of 64 bytes apart.
+        let parts = of(&samples::residual(half, half, 1, 2048, 7168)).expect("a candidate");
+        ["CHUNK = 1792;", "LINE = 2752;"].into_iter().for_each(|text| has(&parts, text));
+        for (x, w, k) in [(half, half, 2112), (DType::F16, DType::F16, 2048), (DType::F32, half, 2048)] {
+            assert!(of(&samples::norm(x, w, 1, 6144, k)).is_none(), "{x:?} {w:?} {k}");
+        }
+    }
+
+    #[test]
     fn candidates_differ_and_fit() {
         for sample in samples::all(DType::BF16, DType::BF16).into_iter().chain(samples::all(DType::F32, DType::F32)) {
             let candidates = found(&sample);
-            assert!(candidates.len() <= SHAPES.len(), "{}", sample.name);
+            assert!(candidates.len() <= SHAPES.len() + PACKED_SHAPES.len(), "{}", sample.name);
             for (i, one) in candidates.iter().enumerate() {
                 assert!(one.launch.shared <= 231_936 && one.launch.cluster == 1, "{}", sample.name);
                 assert!(candidates[..i].iter().all(|other| other.config != one.config), "{}", one.config);
@@ -294,7 +336,7 @@ mod tests {
     fn blocks_claim_what_is_not_theirs_for_sure() {
         let half = DType::BF16;
         let claiming = |sample: &Sample| -> Vec<Specialised> {
-            found(sample).into_iter().filter(|one| one.config.ends_with(" claims")).collect()
+            plain(sample).into_iter().filter(|one| one.config.ends_with(" claims")).collect()
         };
         let experts = claiming(&samples::pairs(half, half, 1, [32, 4], 3584, 2048));
         let first = &experts[0];

@@ -25,8 +25,8 @@ impl ServiceKernel {
 }
 
 /// The kernels that a plan's runtime needs: one for each pair of types that elements of a checkpoint are not just copied between,
-/// if weights may be synthetic one for each pair of types of tensors and weights, and for a language model the two that lead from
-/// step to step. A plan with synthetic weights can be given a checkpoint.
+/// if weights may be synthetic one for each pair of types of tensors and weights, one that packs if there are packed weights, and for a
+/// language model the two that lead from step to step. A plan with synthetic weights can be given a checkpoint.
 pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     let mut found = vec![];
     if let WeightSource::Synthetic(_) = manifest.model.weights {
@@ -36,6 +36,9 @@ pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     let placed =
         |weight: &Weight, tensor: &Tensor| tensor.dtypes().filter(|&dtype| !weight.is_copy_of(dtype)).collect();
     found.extend(pairs(manifest, placed).into_iter().map(|(tensor, weight)| place(tensor, weight)));
+    if manifest.ranks.iter().any(|rank| !rank.packed.is_empty()) {
+        found.push(pack());
+    }
     let has = |name: &&str| manifest.ranks.iter().flat_map(|rank| &rank.io).any(|io| io.name == **name);
     if ["tokens", "pos", "slot", "rows", "next"].iter().all(has) {
         found.extend([advance(), feed()]);
@@ -75,6 +78,11 @@ fn place(tensor: DType, weight: DType) -> ServiceKernel {
     let source = include_str!("../../../kernels/place.cu");
     let builder = with_layout(tensor, weight);
     service(ServiceRole::Place(tensor, weight), "place", source, &names, builder)
+}
+
+fn pack() -> ServiceKernel {
+    let source = include_str!("../../../kernels/pack.cu");
+    service(ServiceRole::Pack, "pack", source, &["to", "from", "rows", "columns", "failed"], Builder::service())
 }
 
 fn advance() -> ServiceKernel {
@@ -118,6 +126,7 @@ mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
     use crate::codegen::{CompileOptions, Recipe, Source, compile};
+    use crate::plan::Packed;
 
     fn demo() -> Manifest {
         let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
@@ -139,6 +148,9 @@ mod tests {
         let mixed = manifest.tensors.iter_mut().find(|tensor| tensor.name.contains("experts")).expect("it has experts");
         mixed.index_dtypes = vec![bf16, DType::F16];
         assert_eq!(roles(&manifest)[..2], [ServiceRole::Place(DType::F16, bf16), placed[0]]);
+        manifest.ranks[0].packed = vec![Packed { weight: 0, offset: 0 }];
+        assert_eq!(roles(&manifest)[2], ServiceRole::Pack);
+        manifest.ranks[0].packed.clear();
         manifest.ranks[0].io.pop();
         manifest.ranks[0].weights.retain(|weight| weight.layout.tensors().len() == 1);
         manifest.tensors.iter_mut().for_each(|tensor| tensor.index_dtypes.clear());
@@ -148,7 +160,7 @@ mod tests {
     #[test]
     fn parameters_are_what_the_source_takes() {
         let (bf16, f16) = (DType::BF16, DType::F16);
-        let all = [synthesize(bf16, f16), place(bf16, f16), advance(), feed()];
+        let all = [synthesize(bf16, f16), place(bf16, f16), pack(), advance(), feed()];
         for service in all {
             let text = service.text();
             write(service.name, &text);

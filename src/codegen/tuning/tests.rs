@@ -26,7 +26,7 @@ fn the_default_stays_unless_another_is_clearly_faster() {
 }
 
 fn tuning() -> Tuning {
-    Tuning::of(&compiled(Tactics::default()).file.manifest)
+    Tuning::of(&compiled(Tactics::default()).file.manifest, Pack::default())
 }
 
 /// Times of a round in which each problem's candidate takes what `us` says of its position.

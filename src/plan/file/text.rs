@@ -20,7 +20,7 @@ const ONE_LINE: [&str; 9] = [
     "io: (",
 ];
 /// ... and the items of lists.
-const ONE_LINE_ITEMS: [&str; 4] = ["tensors: [", "weights: [", "states: [", "io: ["];
+const ONE_LINE_ITEMS: [&str; 5] = ["tensors: [", "weights: [", "packed: [", "states: [", "io: ["];
 
 /// The text of a manifest.
 pub(super) fn print(manifest: &Manifest) -> String {

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::Faults;
 use super::bucket::Context;
 use crate::plan::{
-    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Program, Semantic, StateRole, Step, Target, TensorMap,
+    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Program, Ref, Semantic, StateRole, Step, Target, TensorMap,
     TensorType, settled,
 };
 
@@ -81,6 +81,7 @@ pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
             }
             let at = format_args!("{at}, bucket {}, step {}", bucket.name, step.name);
             let checked = check_step(context, step).and_then(|()| check_early(&bucket.steps[..=i]));
+            let checked = checked.and_then(|()| check_packed(context.program, step));
             faults.note(at, checked.and_then(|()| check_claims(context.program, step, &mut claimed)));
         }
     }
@@ -126,6 +127,21 @@ fn check_claims(program: &Program, step: &Step, claimed: &mut HashSet<u32>) -> R
                 return Err(format!(
                     "{arg:?}: expected a counter of the step's own, found one that a step before it has"
                 ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that what a step wants packed are weights that have a packed form.
+fn check_packed(program: &Program, step: &Step) -> Result<(), String> {
+    for arg in step.launch.iter().flat_map(|launch| &launch.args) {
+        if let Arg::Packed(i) = *arg {
+            let place = step.reads.get(i as usize);
+            let place = place.ok_or_else(|| format!("{arg:?}: the step has {} reads", step.reads.len()))?;
+            let is_packed = |weight: u32| program.packed.iter().any(|packed| packed.weight == weight);
+            if !matches!(place, Ref::Weight(weight) if is_packed(*weight)) {
+                return Err(format!("{arg:?}: expected a weight with a packed form, found {place:?}"));
             }
         }
     }
@@ -180,7 +196,7 @@ fn check_arg(arg: Arg, ty: ParamType, semantic: &Semantic) -> Result<(), String>
             check_map(&map, ty)?;
             ty.0 == dtype
         }
-        (Arg::Claim(_), ParamType::Out(dtype)) => dtype == DType::I32,
+        (Arg::Claim(_), ParamType::Out(dtype)) | (Arg::Packed(_), ParamType::In(dtype)) => dtype == DType::I32,
         (Arg::Int(_) | Arg::Early, ParamType::Int)
         | (Arg::Long(_), ParamType::Long)
         | (Arg::Float(_), ParamType::Float) => true,

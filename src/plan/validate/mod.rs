@@ -3,6 +3,7 @@
 //!
 //! - Limits are positive and whole pages; regions are ordered, aligned and disjoint; weights, states, io and buffers lie
 //!   inside their regions, aligned, and those that live for ever do not overlap.
+//! - Packed forms are of weights that can have one, listed by weight, behind all weights; what a launch wants packed has one.
 //! - A weight's layout takes existing tensors whose shapes add up to its own; a tensor's sources can hold it.
 //! - A semantic's body takes what is written, writes each output and temporary once, and follows the shape rules of
 //!   `ops`; integers are used only as what they are made for (`meaning`).

@@ -1,9 +1,10 @@
 //! The pool of one rank: regions, weights, states, io.
 
 use super::{Faults, MAX_BYTES, Show, type_bytes};
+use crate::plan::packed::{MAX_COLUMNS, SPAN_COLUMNS};
 use crate::plan::{
-    ALIGNMENT, DType, Io, Layout, Limits, Manifest, Program, Region, SAMPLING_COLUMNS, STOP_COLUMNS, State, StateRole,
-    Tensor, TensorType, Weight,
+    ALIGNMENT, DType, Io, Layout, Limits, Manifest, Packed, Program, Region, SAMPLING_COLUMNS, STOP_COLUMNS, State,
+    StateRole, Tensor, TensorType, Weight,
 };
 
 /// Inputs of a language model, each with one element a row.
@@ -31,6 +32,7 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         }
         faults.note(at, layout(manifest, weight));
     }
+    places.extend(packed(program, at, faults));
     inside("weights", pool.weights, places, at, faults);
 
     faults.unique(format_args!("{at}, states"), program.states.iter().map(|state| state.name.as_str()));
@@ -65,6 +67,36 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
     if language {
         language_io(&program.io, at, faults);
     }
+}
+
+/// Offset, bytes and name of the packed forms of weights, which are listed by weight and lie behind all weights.
+fn packed<'a>(program: &'a Program, at: &str, faults: &mut Faults) -> Vec<(u64, u64, &'a str)> {
+    let ends = program.weights.iter().filter_map(|weight| weight.offset.checked_add(weight.ty.bytes()?));
+    let end = ends.max().unwrap_or(0);
+    let mut places = vec![];
+    let mut before = None;
+    for &Packed { weight: id, offset } in &program.packed {
+        let at = format_args!("{at}, packed form of weight {id}");
+        if before >= Some(id) {
+            faults.add(at, "expected packed forms by ascending weight");
+        }
+        before = Some(id);
+        let Some(weight) = program.weights.get(id as usize) else {
+            faults.add(at, format!("expected one of {} weights", program.weights.len()));
+            continue;
+        };
+        let Some(bytes) = weight.packed_bytes() else {
+            let what = "expected bf16 with two axes or more, of which the last is a multiple of";
+            let found = Show(&weight.ty);
+            faults.add(at, format!("{what} {SPAN_COLUMNS} up to {MAX_COLUMNS}, found {found}"));
+            continue;
+        };
+        if offset < end {
+            faults.add(at, format!("expected an offset from {end} on, behind all weights, found {offset}"));
+        }
+        places.push((offset, bytes, weight.name.as_str()));
+    }
+    places
 }
 
 fn region_end(region: Region, start: u64) -> Result<u64, String> {

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::plan::{
-    Bucket, Buffer, Collective, CollectiveKind, DType, Expr, Instr, Layout, Op, PlanFile, Ref, Region, Slot, StateRole,
-    Step, TensorSource, TensorType,
+    Bucket, Buffer, Collective, CollectiveKind, DType, Expr, Instr, Layout, Op, Packed, PlanFile, Ref, Region, Slot,
+    StateRole, Step, TensorSource, TensorType,
 };
 
 fn small() -> Manifest {
@@ -95,6 +95,59 @@ fn pool() {
         ("io: expected the input `rows`", |m| m.ranks[0].io[3].name = "lines".into()),
         ("io `slot`: expected an input", |m| m.ranks[0].io[2].input = false),
     ]);
+}
+
+#[test]
+fn packed_forms() {
+    // The second weight, and the last, of bf16 with rows of a span.
+    fn packable(m: &mut Manifest) -> u64 {
+        let program = &mut m.ranks[0];
+        let end = program.pool.weights.bytes;
+        for id in [1, 5] {
+            let ty = TensorType(DType::BF16, vec![2, 128]);
+            program.weights[id].ty = ty.clone();
+            m.tensors[0].shape.clone_from(&ty.1);
+            program.weights[id].layout = Layout::Copy(0);
+            program.weights[id].indices.clear();
+            program.weights[id].offset = end + if id == 5 { 512 } else { 0 };
+        }
+        program.packed = vec![Packed { weight: 1, offset: end + 1024 }, Packed { weight: 5, offset: end + 1536 }];
+        program.pool.weights.bytes += 1024 + 1024;
+        for region in [&mut program.pool.state, &mut program.pool.arena, &mut program.pool.io] {
+            region.offset += 2048;
+        }
+        end
+    }
+    fn faults(change: impl FnOnce(&mut Manifest, u64)) -> Vec<String> {
+        let mut manifest = small();
+        let end = packable(&mut manifest);
+        change(&mut manifest, end);
+        let mut faults = Faults::default();
+        pool::check(&manifest, &manifest.ranks[0], true, "rank 0", &mut faults);
+        // Tensors are shared: other weights that are made of the first are no matter here.
+        let of_forms = faults.0.iter().map(ToString::to_string).filter(|text| !text.contains("the shape of"));
+        of_forms.collect()
+    }
+    assert_eq!(faults(|_, _| ()), Vec::<String>::new());
+    type Change = fn(&mut Manifest, u64);
+    let cases: [(&str, Change); 7] = [
+        ("packed form of weight 1: expected packed forms by ascending weight", |m, _| m.ranks[0].packed.swap(0, 1)),
+        ("packed form of weight 5: expected packed forms by ascending weight", |m, _| m.ranks[0].packed[0].weight = 5),
+        ("packed form of weight 99: expected one of 6 weights", |m, _| m.ranks[0].packed[1].weight = 99),
+        (
+            "packed form of weight 2: expected bf16 with two axes or more, of which the last is a multiple of 128",
+            |m, _| {
+                m.ranks[0].packed[1].weight = 2;
+            },
+        ),
+        ("packed form of weight 1: expected an offset from", |m, end| m.ranks[0].packed[0].offset = end),
+        ("behind `norm`, found", |m, end| m.ranks[0].packed[1].offset = end + 1024 + ALIGN),
+        ("expected a place inside of", |m, _| m.ranks[0].packed[1].offset += ALIGN),
+    ];
+    for (expected, change) in cases {
+        let found = faults(change);
+        assert!(found.iter().any(|fault| fault.contains(expected)), "expected `{expected}`, found {found:#?}");
+    }
 }
 
 const ALIGN: u64 = crate::plan::ALIGNMENT;

@@ -142,6 +142,14 @@ impl Kernels {
         let args = launch.args.iter().map(|arg| match *arg {
             Arg::Read(i) => address(&step.reads, i).map(Argument::Bits),
             Arg::Write(i) => address(&step.writes, i).map(Argument::Bits),
+            Arg::Packed(i) => {
+                let packed = step.reads.get(i as usize).and_then(|place| {
+                    let Ref::Weight(weight) = *place else { return None };
+                    program.packed.iter().find(|packed| packed.weight == weight)
+                });
+                let packed = packed.with_context(|| format!("step {} has no packed weight at {i}", step.name))?;
+                Ok(Argument::Bits(pool + program.pool.weights.offset + packed.offset))
+            }
             Arg::Claim(i) => {
                 let start = offset(program, bucket, state(program, StateRole::Claims)?)?;
                 Ok(Argument::Bits(pool + start + u64::from(i) * DType::I32.bytes()))

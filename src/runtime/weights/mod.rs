@@ -1,9 +1,10 @@
 //! Weights: from a checkpoint, or from a counter, into the weights region of the pool, in the layout that the plan states. On the
-//! host that is [`load`] and [`fill_synthetic`]; a device takes what a [`Transfer`] gives it.
+//! host that is [`load`] and [`fill_synthetic`], with [`pack`] for packed forms; a device takes what a [`Transfer`] gives it.
 
 mod checkpoint;
 mod header;
 mod layout;
+mod pack;
 mod resolve;
 pub mod synthetic;
 mod transfer;
@@ -11,9 +12,11 @@ mod transfer;
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
 pub use header::{HeaderEntry, HeaderError, parse_header};
 pub use layout::{Places, places};
+pub use pack::{pack, pack_row, unpack_row};
 pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
 pub use transfer::{Room, Span, Transfer};
 
+use crate::plan::packed::MAX_EXCEPTIONS;
 use crate::plan::{Manifest, Program};
 
 /// Called from worker threads, one call at a time, with the bytes of weights done so far: ascending, at last all of them.
@@ -25,6 +28,19 @@ pub enum WeightError {
     /// The checkpoint is not one that the plan was made for.
     #[error(transparent)]
     Mismatch(#[from] CheckpointMismatch),
+    /// A weight that a plan wants packed does not pack.
+    #[error(
+        "weight {weight}: {failed} of {rows} rows do not pack, because more than {MAX_EXCEPTIONS} of their numbers lie outside of the 15 \
+         binades that hold most; compile the plan again with --no-pack"
+    )]
+    Unpackable {
+        /// Its name.
+        weight: String,
+        /// Rows that do not pack.
+        failed: u64,
+        /// All rows.
+        rows: u64,
+    },
     /// The plan's tensors or weights contradict each other.
     #[error("{entity} of the plan: {what}; the plan is damaged, compile it again")]
     Plan {

@@ -3,7 +3,7 @@
 use crate::codegen::kernels::pattern::{dtype, is_half};
 use crate::codegen::kernels::product::{Product, Prologue, Routing};
 use crate::codegen::kernels::{Problem, frame};
-use crate::plan::DType;
+use crate::plan::{DType, packed};
 
 /// Rows of a weight in a tile.
 pub const TILE: u64 = 8;
@@ -64,11 +64,41 @@ pub const SHAPES: &[Shape] = &[
     shape(8, 3, 4096, 2),
 ];
 
+/// The same for packed weights: 4096 bytes of a row are 3072 there. Steps are long: eight warps have as much as each other of 2048
+/// columns, seven of 1792.
+pub const PACKED_SHAPES: &[Shape] = &[
+    shape(8, 2, 4096, 2),
+    shape(7, 2, 4096, 2),
+    claiming(shape(8, 2, 4096, 2)),
+    claiming(shape(7, 2, 4096, 2)),
+    claiming(shape(8, 3, 4096, 2)),
+    claiming(shape(7, 3, 4096, 2)),
+    claiming(Shape { apart: true, ..shape(8, 2, 4096, 2) }),
+    claiming(Shape { apart: true, ..shape(8, 3, 4096, 2) }),
+    claiming(shape(8, 2, 4096, 3)),
+    claiming(Shape { apart: true, ..shape(8, 2, 4096, 3) }),
+    claiming(shape(7, 2, 4096, 3)),
+    shape(8, 3, 4096, 2),
+    shape(7, 3, 4096, 2),
+    shape(8, 2, 4096, 3),
+    shape(7, 2, 4096, 3),
+    shape(8, 4, 4096, 2),
+    Shape { apart: true, ..shape(8, 2, 4096, 2) },
+    Shape { apart: true, ..shape(7, 2, 4096, 2) },
+    claiming(shape(8, 4, 2048, 2)),
+    shape(8, 4, 2048, 2),
+    shape(7, 4, 2048, 2),
+    shape(4, 2, 4096, 3),
+    shape(4, 4, 2048, 2),
+];
+
 /// How warps multiply.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Engine {
     /// Whether by FMA in f32, not on tensor cores.
     pub fma: bool,
+    /// Whether weights are read in their packed form.
+    pub packed: bool,
     /// Bytes of an element of the weight.
     pub weight: u64,
     /// The type that rows of x are staged in.
@@ -80,19 +110,26 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The one for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type.
-    pub fn of(problem: &Problem, product: &Product) -> Option<Engine> {
+    /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type, which may be packed.
+    pub fn all(problem: &Problem, product: &Product) -> Vec<Engine> {
+        let Some(engine) = Engine::of(problem, product) else { return vec![] };
+        let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
+        let packs = engine.staged == DType::BF16 && !engine.fma && packed::packs(product.k);
+        packs.then_some(packed).into_iter().chain([engine]).collect()
+    }
+
+    fn of(problem: &Problem, product: &Product) -> Option<Engine> {
         let weight = dtype(problem.semantic, product.weight);
         let whole = product.n.is_multiple_of(TILE * product.bands())
             && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
         let together = frame::rows_together(product);
         let engine = if is_half(weight) && weight == product.rows_dtype {
             let columns = together.next_multiple_of(8);
-            Engine { fma: false, weight: 2, staged: weight, span: 32, columns }
+            Engine { fma: false, packed: false, weight: 2, staged: weight, span: 32, columns }
         } else {
             // Sixteen lanes read sixteen bytes each. Sums of all rows are in registers.
             let (weight, columns) = (weight.bytes(), together.next_power_of_two());
-            Engine { fma: true, weight, staged: DType::F32, span: 256 / weight, columns }
+            Engine { fma: true, packed: false, weight, staged: DType::F32, span: 256 / weight, columns }
         };
         let (rows, most) = match product.routing {
             // Of more rows in f32, the reads from shared memory would take longer than the weight from memory.
@@ -102,6 +139,23 @@ impl Engine {
             Routing::Grouped { .. } => (together, if engine.fma { 8 } else { 16 }),
         };
         (whole && frame::holds(product) && rows <= most).then_some(engine)
+    }
+
+    /// Bytes of so many columns of a row of the weight, without a header.
+    pub fn bytes(&self, columns: u64) -> u64 {
+        if self.packed { columns / packed::SPAN_COLUMNS * packed::SPAN_BYTES } else { columns * self.weight }
+    }
+
+    /// Bytes behind the last column of a row.
+    pub fn header(&self) -> u64 {
+        if self.packed { packed::HEADER_BYTES } else { 0 }
+    }
+
+    /// Bytes from a row of a tile to the next where each is copied by itself: whole lines of the cache, or an odd number of 64 bytes
+    /// where lanes read spans of two rows together.
+    pub fn line(&self, columns: u64) -> u64 {
+        let bytes = self.bytes(columns) + self.header();
+        if self.packed { bytes.next_multiple_of(64) | 64 } else { bytes.next_multiple_of(128) }
     }
 
     /// Elements of shared memory from a row of x to the next: an odd number of 64 bytes where lanes of two rows read together.

@@ -121,6 +121,7 @@ fn manifest() -> Manifest {
             weight("taps", 512, &[WIDTH, 3]),
             weight("square", 768, &[WIDTH, WIDTH]),
         ],
+        packed: vec![],
         states: vec![
             state("ring", 0, ty(DType::F32, &[SLOTS, 4, WIDTH]), StateRole::ConvRing),
             state("sampling", 384, ty(DType::I32, &[SLOTS, 8]), StateRole::Sampling),

@@ -137,7 +137,7 @@ mod tests {
         ];
         let region = Region { offset: 0, bytes: 0 };
         let pool = Pool { weights: region, state: region, arena: region, io: region };
-        Program { pool, weights: vec![], states: vec![], io: vec![], semantics, buckets: vec![] }
+        Program { pool, weights: vec![], packed: vec![], states: vec![], io: vec![], semantics, buckets: vec![] }
     }
 
     fn load(distinct: usize) -> Load {
