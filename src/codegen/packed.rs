@@ -104,6 +104,26 @@ mod tests {
     }
 
     #[test]
+    fn kernels_of_few_rows_ask_for_packed_weights_unless_told_not_to() {
+        let asks = |file: &PlanFile| -> BTreeSet<u32> {
+            let steps = file.manifest.ranks[0].buckets.iter().flat_map(|bucket| &bucket.steps);
+            let asked = |step: &crate::plan::Step| -> Vec<u32> {
+                let args = step.launch.iter().flat_map(|launch| &launch.args);
+                let weight = |i: u32| match step.reads[i as usize] {
+                    Ref::Weight(weight) => weight,
+                    place => panic!("{place:?} is packed"),
+                };
+                args.filter_map(|arg| if let Arg::Packed(i) = *arg { Some(weight(i)) } else { None }).collect()
+            };
+            steps.flat_map(asked).collect()
+        };
+        let (file, bare) = (plan(Pack::Asked), plan(Pack::Never));
+        let forms: BTreeSet<u32> = file.manifest.ranks[0].packed.iter().map(|form| form.weight).collect();
+        assert!(forms.len() > 3 && asks(&file) == forms, "{forms:?}");
+        assert!(asks(&bare).is_empty() && bare.manifest.ranks[0].packed.is_empty());
+    }
+
+    #[test]
     fn all_that_can_be_packed_is_where_that_is_asked_for() {
         let (file, bare) = (plan(Pack::All), plan(Pack::Never));
         let (all, none) = (&file.manifest.ranks[0], &bare.manifest.ranks[0]);
