@@ -17,6 +17,8 @@ pub struct Tactics {
     /// For a problem (see [`problem_key`]) the candidate's name, or [`APART`]. Names of problems and candidates that there are not
     /// are ignored; see [`Tactics::measured`]. A problem in f16 without an entry goes by that of the same problem in bf16.
     pub chosen: BTreeMap<String, String>,
+    /// The candidate that goes before that where kernels may read packed weights, and there is such a one.
+    pub packed: BTreeMap<String, String>,
     /// What was measured of a problem's candidates, fastest first: where there is no such candidate as is chosen, the first that there is
     /// is taken.
     pub measured: BTreeMap<String, Vec<String>>,
@@ -38,9 +40,9 @@ pub enum F32 {
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub enum Pack {
     /// None: kernels that read one are no candidates.
+    #[default]
     Never,
     /// Those of which a step's kernel reads it.
-    #[default]
     Asked,
     /// All that can have one, so that plans with other kernels have the same pool: for measurements.
     All,
@@ -145,7 +147,7 @@ pub fn admitted(problem: &Problem, pack: Pack) -> Vec<Candidate> {
 }
 
 /// Whether a candidate reads the packed form of a weight.
-fn reads_packed(candidate: &Candidate) -> bool {
+pub fn reads_packed(candidate: &Candidate) -> bool {
     candidate.specialised.launch.args.iter().any(|arg| matches!(arg, Arg::Packed(_)))
 }
 
@@ -202,7 +204,7 @@ impl<'a> Selector<'a> {
     fn chosen(&self, problem: &Problem, list: &[Candidate]) -> Option<usize> {
         let (key, wanted) = self.wanted(problem)?;
         let measured = self.tactics.measured.get(&key).into_iter().flatten();
-        let mut names = std::iter::once(wanted).chain(measured);
+        let mut names = self.tactics.packed.get(&key).into_iter().chain([wanted]).chain(measured);
         names.find_map(|name| list.iter().position(|found| found.name() == *name))
     }
 
@@ -246,7 +248,11 @@ impl<'a> Selector<'a> {
             return true;
         }
         let problem = Problem { semantic: &semantic, phase };
-        let apart = self.wanted(&problem).is_some_and(|(_, wanted)| wanted == APART);
+        let packed = |key: &str| {
+            let name = self.tactics.packed.get(key);
+            name.is_some_and(|name| admitted(&problem, self.pack).iter().any(|found| found.name() == *name))
+        };
+        let apart = self.wanted(&problem).is_some_and(|(key, wanted)| wanted == APART && !packed(&key));
         optional.insert(problem_key(&problem));
         !apart
     }
@@ -309,6 +315,33 @@ mod tests {
     fn chosen_by(tactics: &Tactics, problem: &Problem) -> String {
         let found = Selector::new(tactics, F32::Exact, Pack::default()).choose(problem.semantic, problem.phase);
         found.expect("there is a candidate").name()
+    }
+
+    #[test]
+    fn a_packed_choice_goes_first_where_packed_weights_may_be_read() {
+        let program = program(Tactics::default());
+        let mut found = 0;
+        for (_, problem) in step_problems(&program) {
+            let list = admitted(&problem, Pack::Asked);
+            let (packed, plain): (Vec<_>, Vec<_>) = list.iter().partition(|candidate| reads_packed(candidate));
+            let (Some(packed), Some(plain)) = (packed.last(), plain.last()) else { continue };
+            let key = problem_key(&problem);
+            for wanted in [plain.name(), APART.to_owned()] {
+                let tactics = Tactics {
+                    chosen: BTreeMap::from([(key.clone(), wanted)]),
+                    packed: BTreeMap::from([(key.clone(), packed.name())]),
+                    measured: BTreeMap::from([(key.clone(), vec![plain.name()])]),
+                    nth: None,
+                };
+                let by = |pack| {
+                    let selector = Selector::new(&tactics, F32::Exact, pack);
+                    selector.choose(problem.semantic, problem.phase).expect("there is a candidate").name()
+                };
+                assert_eq!((by(Pack::Asked), by(Pack::Never)), (packed.name(), plain.name()));
+            }
+            found += 1;
+        }
+        assert!(found > 2, "{found} problems have packed candidates");
     }
 
     #[test]
@@ -405,7 +438,7 @@ mod tests {
         let program = program_of(DType::F32, vec![1, 16], Tactics::default());
         let (mut products, tactics) = (0, Tactics::default());
         for (_, problem) in step_problems(&program) {
-            let list = candidates(&problem);
+            let list = admitted(&problem, Pack::default());
             let choose = |tactics: &Tactics, f32| {
                 let found = Selector::new(tactics, f32, Pack::default()).choose(problem.semantic, problem.phase);
                 found.expect("there is a candidate")
@@ -432,7 +465,7 @@ mod tests {
         assert_eq!(keys(DType::F16), keys(DType::BF16));
         let mut by_another = 0;
         for (_, problem) in step_problems(&program) {
-            let list = candidates(&problem);
+            let list = admitted(&problem, Pack::default());
             let [first, last] = [0, list.len() - 1].map(|at| list[at].name());
             let choose = |chosen| chosen_by(&Tactics { chosen, ..Tactics::default() }, &problem);
             let mut chosen = BTreeMap::from([(key_in_bf16(&problem), last.clone())]);
@@ -450,7 +483,7 @@ mod tests {
     fn there_is_a_choice_whatever_tactics_say() {
         let program = program(Tactics::default());
         for (_, problem) in step_problems(&program) {
-            let list = candidates(&problem);
+            let list = admitted(&problem, Pack::default());
             let last = list.last().expect("a step has a candidate").name();
             let name = |chosen: &str, nth| {
                 chosen_by(

@@ -10,9 +10,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::codegen::kernels::Candidate;
 use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
-use crate::codegen::select::{APART, Pack, Tactics, admitted, problem_key, step_problems};
+use crate::codegen::select::{APART, Pack, Tactics, admitted, problem_key, reads_packed, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
 
 /// How much faster than the default another candidate must be: less is noise, and the default needs no lock.
@@ -59,10 +60,16 @@ struct Steps {
 #[derive(Clone, PartialEq, Debug)]
 struct Trial {
     name: String,
+    /// Whether it reads packed weights.
+    packed: bool,
     time: Option<Time>,
 }
 
 impl Trial {
+    fn of(candidate: &Candidate) -> Trial {
+        Trial { name: candidate.name(), packed: reads_packed(candidate), time: None }
+    }
+
     fn us(&self) -> Option<f64> {
         match self.time {
             Some(Time::Us(us)) => Some(us),
@@ -129,7 +136,7 @@ impl Tuning {
             let key = problem_key(&problem);
             problems.entry(key.clone()).or_insert_with(|| {
                 let list = admitted(&problem, pack);
-                let list = list.iter().map(|candidate| Trial { name: candidate.name(), time: None }).collect();
+                let list = list.iter().map(Trial::of).collect();
                 Trials { phase: problem.phase, list }
             });
             buckets[bucket].keys.push(key);
@@ -306,7 +313,11 @@ impl Tuning {
     pub fn lock(&self, gpu: &str, toolkit: (u32, u32)) -> Lock {
         let measured = |key: &str, trials: &Trials| {
             let times = trials.list.iter().map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
-            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen: self.chosen(key)?.name.clone() })
+            let best = self.chosen(key)?;
+            let plain: Vec<Trial> = trials.list.iter().filter(|trial| !trial.packed).cloned().collect();
+            let chosen = if best.packed { choose(&plain)? } else { best }.name.clone();
+            let packed = best.packed.then(|| best.name.clone());
+            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen, packed })
         };
         let apart = |key: &String| self.refined.get(key).is_some_and(|chosen| chosen == APART);
         let mut problems: BTreeMap<String, Measured> = BTreeMap::new();
@@ -314,7 +325,7 @@ impl Tuning {
             problems.extend(measured(key, trials).map(|measured| (key.clone(), measured)));
         }
         for key in self.refined.keys().filter(|key| apart(key)) {
-            let none = Measured { chosen: String::new(), candidates: BTreeMap::new() };
+            let none = Measured { chosen: String::new(), packed: None, candidates: BTreeMap::new() };
             APART.clone_into(&mut problems.entry(key.clone()).or_insert(none).chosen);
         }
         Lock {

@@ -41,7 +41,7 @@ fn check(file: &PlanFile) -> Result<(), Failed> {
     fill(&program, &mut region, 3, 40);
     executor.pool().write(start, &region, executor.stream())?;
     let expected = weights::pack(&program, &mut region).expect_err("rows do not pack").to_string();
-    assert!(expected.contains("rows do not pack") && expected.contains("--no-pack"), "{expected}");
+    assert!(expected.contains("rows do not pack") && expected.contains("without --pack"), "{expected}");
     let found = executor.pack().expect_err("rows do not pack").to_string();
     if found == expected { Ok(()) } else { Err(format!("expected `{expected}`, found `{found}`").into()) }
 }

@@ -6,6 +6,7 @@ use crate::codegen::lock::tests::compiled;
 fn trials(times: &[Option<f64>]) -> Vec<Trial> {
     let trial = |(i, us): (usize, &Option<f64>)| Trial {
         name: format!("stream n={i}"),
+        packed: false,
         time: Some(us.map_or_else(|| Time::Failed("no".into()), Time::Us)),
     };
     times.iter().enumerate().map(trial).collect()

@@ -133,7 +133,7 @@ impl CudaExecutor {
         ensure!(
             needed as u64 <= room,
             "the plan's arena: expected {needed} bytes for counters of its {} packed weights, found {room}; compile it with larger \
-             buckets or with --no-pack",
+             buckets or without --pack",
             program.packed.len()
         );
         let at = pool.arena.offset as usize;

@@ -31,7 +31,7 @@ pub enum WeightError {
     /// A weight that a plan wants packed does not pack.
     #[error(
         "weight {weight}: {failed} of {rows} rows do not pack, because more than {MAX_EXCEPTIONS} of their numbers lie outside of the 15 \
-         binades that hold most; compile the plan again with --no-pack"
+         binades that hold most; compile the plan again without --pack"
     )]
     Unpackable {
         /// Its name.
