@@ -32,10 +32,10 @@
 // element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
 // sums depends on constants only: not on other rows, nor on their number.
 //
-// Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK, CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT,
-// DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED
-// (claims that a block remembers), OWN, for weighted sums the type P of the products, and CONVOLUTION if the product is the
-// columns of one.
+// Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK,
+// CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED,
+// HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block remembers), OWN, for weighted sums the type P of
+// the products, and CONVOLUTION if the product is the columns of one.
 
 #include "bulk.cuh"
 #include "convolution.cuh"
@@ -90,7 +90,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
     u64* const full = (u64*)(headers + 2 * HEADERS);
     u64* const empty = full + SLOTS;
     int* const claimed = (int*)(empty + SLOTS);
-    S* const staged = (S*)(dynamic_shared + (SLOTS * SLOT + GROUP_ROOM * 16 + (SUMS + HEADERS) * 8 + SLOTS * 16 + CLAIMED * 4 + 15) / 16);
+    constexpr int BEFORE = SLOTS * SLOT + GROUP_ROOM * 16 + (SUMS + HEADERS) * 8 + SLOTS * 16 + CLAIMED * 4;
+    S* const staged = (S*)(dynamic_shared + (BEFORE + 15) / 16);
 
     auto row = [&](int r) -> i64 { return X_ROW(r); };
     auto stage = [&](S* to, int first, int count, int k0, bool writes) { STAGE; };

@@ -4,7 +4,8 @@
 // 8t.. of four parts of 32 columns: the weights as they are but for their exponents, which lack the row's base. That is a factor of
 // the row, in its header. Numbers whose exponents lie elsewhere are in the header, too, and zeros here.
 //
-// Weights lie near the smallest number that is not subnormal, so rows of x are staged times 2^96; the header takes that back.
+// Weights lie near the smallest number that is not subnormal, so rows of x are staged times 2^96; the header takes that back. Numbers
+// of x from 2^32 on are infinite by that.
 #pragma once
 
 #include "ring_sums.cuh"

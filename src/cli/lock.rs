@@ -30,9 +30,7 @@ pub fn apply(mut options: CompileOptions, path: &Path) -> Result<CompileOptions>
             env!("CARGO_PKG_VERSION")
         ));
     }
-    let own = lock.tactics();
-    options.tactics.chosen.extend(own.chosen);
-    options.tactics.measured.extend(own.measured);
+    options.tactics.overlay(lock.tactics());
     Ok(options)
 }
 

@@ -26,6 +26,19 @@ pub struct Tactics {
     pub nth: Option<usize>,
 }
 
+impl Tactics {
+    /// Of the problems that others speak of, what they say.
+    pub fn overlay(&mut self, others: Tactics) {
+        for key in others.chosen.keys() {
+            self.packed.remove(key);
+            self.measured.remove(key);
+        }
+        self.chosen.extend(others.chosen);
+        self.packed.extend(others.packed);
+        self.measured.extend(others.measured);
+    }
+}
+
 /// How products of f32 are computed where tactics name no candidate.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub enum F32 {
@@ -315,6 +328,17 @@ mod tests {
     fn chosen_by(tactics: &Tactics, problem: &Problem) -> String {
         let found = Selector::new(tactics, F32::Exact, Pack::default()).choose(problem.semantic, problem.phase);
         found.expect("there is a candidate").name()
+    }
+
+    #[test]
+    fn what_lies_above_is_all_that_counts_of_its_problems() {
+        fn map(entries: &[(&str, &str)]) -> BTreeMap<String, String> {
+            entries.iter().map(|(key, name)| (key.to_string(), name.to_string())).collect()
+        }
+        let tactics = |chosen, packed| Tactics { chosen: map(chosen), packed: map(packed), ..Tactics::default() };
+        let mut known = tactics(&[("a", "1"), ("b", "1"), ("c", "1")], &[("a", "2"), ("b", "2")]);
+        known.overlay(tactics(&[("b", "3"), ("c", "3")], &[("c", "4")]));
+        assert_eq!(known, tactics(&[("a", "1"), ("b", "3"), ("c", "3")], &[("a", "2"), ("c", "4")]));
     }
 
     #[test]
