@@ -4,5 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo test --release --locked --test gpu
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-    LFM2C_TEST_DEVICE=cuda cargo test --release --locked --test models -- --test-threads 1
+    # Kernels of few rows with packed weights.
+    LFM2C_TEST_PACK=1 cargo test --release --locked --test gpu -- bf16 --skip candidates --skip load
+    LFM2C_TEST_DEVICE=cuda cargo test --release --locked --test models -- --test-threads 4
 fi

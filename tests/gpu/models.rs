@@ -2,6 +2,7 @@
 
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::recipe::ModelSource;
+use lfm2c::codegen::select::Pack;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
@@ -103,6 +104,8 @@ pub fn small(prefill: &[u64], decode: &[u64], dtype: DType) -> CompileOptions {
         max_sequences: Some(8),
         max_context: Some(256),
         kv_tokens: Some(2048),
+        // `LFM2C_TEST_PACK`: kernels of few rows read packed weights.
+        pack: if std::env::var_os("LFM2C_TEST_PACK").is_some() { Pack::Asked } else { Pack::default() },
         ..CompileOptions::default()
     }
 }
