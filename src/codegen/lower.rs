@@ -59,7 +59,10 @@ pub fn lower(
         let longest = lowered.iter().map(|bucket| bucket.steps.len()).max().unwrap_or(0);
         tables.device_states(longest as u64);
     }
-    let mut weights_end = tables.weights.last().map_or(Some(0), |weight| end(weight.offset, &weight.ty)).unwrap_or(0);
+    let mut weights_end = match tables.weights.last() {
+        Some(last) => end(last.offset, &last.ty).ok_or_else(|| too_large(&last.name))?,
+        None => 0,
+    };
     let pack = selector.map_or(Pack::Never, Selector::pack);
     let packed = packed::forms(&tables.weights, &lowered, pack, &mut weights_end)?;
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
