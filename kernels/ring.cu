@@ -21,6 +21,10 @@
 // nobody waits for it. The first units of a block are on their way before the kernels before this one are done, unless a routing
 // chooses them.
 //
+// With HELD a block takes its first unit out of its slot into registers, unpacked where it is packed, before the kernel before this
+// one is done, and the unit that is next in that slot follows it. So one unit more is there when the wait is over, and it costs no
+// reads from slots then.
+//
 // With CLAIMS a block has but its first OWN items for sure and claims the others one by one from a counter, one ahead of what it
 // copies: blocks are spread unevenly, as they start where there is room beside the kernel before, and the memory serves some
 // multiprocessors faster. Claims go round: after one from each block that finds nothing left, the counter is zero again.
@@ -34,7 +38,8 @@
 //
 // Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK,
 // CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED,
-// HALVES, BLOCK, GROUP_ROOM, RESIDENT, CLAIMS, CLAIMED (claims that a block remembers), OWN, for weighted sums the type P of
+// HALVES, BLOCK, GROUP_ROOM, RESIDENT, RESTAGES (whether
+// items have different rows), HELD, CLAIMS, CLAIMED (claims that a block remembers), OWN, for weighted sums the type P of
 // the products, and CONVOLUTION if the product is the columns of one.
 
 #include "bulk.cuh"
@@ -50,11 +55,12 @@ constexpr int MULTIPLIERS = WARPS - 1;
 constexpr int STEPS = (CHUNK + MULTIPLIERS * SPAN - 1) / (MULTIPLIERS * SPAN);
 // Whether every step of every warp is inside its unit.
 constexpr bool EXACT = K % CHUNK == 0 && CHUNK == STEPS * MULTIPLIERS * SPAN;
-static_assert(COLUMNS * OUT <= THREADS && (!CLAIMS || (SLOTS >= 2 && SLOTS <= OWN * UNITS && SLOTS + 1 < CLAIMED)));
+static_assert(COLUMNS * OUT <= THREADS && (!CLAIMS || (SLOTS >= 2 && SLOTS + HELD <= OWN * UNITS && SLOTS + 1 < CLAIMED)));
 // Sums of an item, and bytes of a slot.
 constexpr int SUMS = PRODUCTS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 
-// `Multiply` has a warp's sums: `clear`, `multiply` for each unit of a matrix, `store`.
+// `Multiply` has a warp's sums: `clear`, `multiply` for each unit of a matrix, from its slot or from a `Unit` that was taken from
+// there, `store`.
 #if FMA
 #include "ring_fma.cuh"
 #elif PACKED
@@ -170,25 +176,60 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
 #ifdef CONVOLUTION
     if (convolves) gated.begin(threadIdx.x / OUT, first * OUT + threadIdx.x % OUT);
 #endif
+    // Leaves the headers of rows whose last columns a slot has, for sums of this number.
+    auto keep = [&](int number, const u8* slot, int columns) {
+#if PACKED
+        if (warp_id() == 0) keep_headers(headers + number * (TILE * HEADER_WORDS), slot, columns);
+#endif
+    };
+
+    Multiply product;
+#if HELD
+    typename Multiply::Unit held;
+    if (own > 0 && !filler) {
+        constexpr int COLUMNS_HELD = CHUNK < K ? CHUNK : K;
+        barrier_wait(full, 0);
+        held.take(slots, COLUMNS_HELD);
+        if (CHUNKS == 1) keep(0, slots, COLUMNS_HELD);
+        if (UNITS > 1) barrier_arrive(empty);
+    } else if (own > 0 && UNITS > 1) {
+        barrier_wait(empty, 0);
+        fill(SLOTS);
+    }
+#endif
     wait_for_previous();
     if (ROUTED) release_next();
     if (CLAIMS && filler && elected()) next = claim(claims, items - (own - 1) * gridDim.x - 1);
 
-    Multiply product;
-    int staged_key = -1, unit = 0, at = 0, odd = 0, buffer = 0;
+    int staged_key = 0, unit = 0, at = 0, odd = 0, buffer = 0;
+    auto bring = [&](int item) {
+        const Group* const entry = groups + item / TILES * SUBS;
+        staged_key = item / TILES / SHARING;
+        stage(staged, entry->first, entry->count * STAGED_SUBS, 0, item % TILES == 0);
+        __syncthreads();
+    };
+    if (own > 0) bring(first);
+#if HELD
+    product.clear();
+    if (own > 0 && !filler) {
+        const Group* const entry = groups + first / TILES * SUBS;
+        if (!ROUTED || entry->expert >= 0) product.multiply(held, staged, entry->count);
+    }
+    unit = 1;
+    at = 1 % SLOTS;
+    odd = 1 / SLOTS;
+#endif
     for (int nth = 0; CLAIMS || nth < own; nth++, buffer ^= 1) {
         const int item = nth < own ? first + nth : claimed[nth % CLAIMED];
         if (CLAIMS && item < 0) break;
         const int group = item / TILES, tile = item % TILES;
+        if (RESTAGES && group / SHARING != staged_key) {
+            // Every warp is done with the rows staged before.
+            __syncthreads();
+            bring(item);
+        }
         const Group* const entry = groups + group * SUBS;
         const int count = entry->count, outs = count * OUT;
-        if (group / SHARING != staged_key) {
-            // Every warp is done with the rows staged before.
-            if (staged_key >= 0) __syncthreads();
-            staged_key = group / SHARING;
-            stage(staged, entry->first, count * STAGED_SUBS, 0, tile == 0);
-            __syncthreads();
-        }
         // Loads what the epilogue will need.
         float touched = 0;
         const i64 y_row = (WEIGHTED ? group : entry->first) + threadIdx.x / OUT;
@@ -204,18 +245,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         for (int sub = 0; sub < PRODUCTS; sub++) {
             const S* x = staged + sub % STAGED_SUBS * PITCH;
             const bool live = !ROUTED || entry[sub].expert >= 0;
-            product.clear();
+            const bool begun = HELD && nth == 0 && sub == 0;
+            if (!begun) product.clear();
 #pragma unroll 1
-            for (int from = 0; from < K; from += CHUNK) {
+            for (int from = begun ? CHUNK : 0; from < K; from += CHUNK) {
+                const int columns = min(CHUNK, K - from);
                 if (!filler) {
                     barrier_wait(full + at, odd);
                     const u8* slot = slots + at * SLOT;
-                    const int columns = min(CHUNK, K - from);
                     if (live) product.multiply(slot, x + from, count, columns);
-#if PACKED
-                    if (from + CHUNK >= K && warp_id() == 0)
-                        product.keep(headers + (buffer * PRODUCTS + sub) * (TILE * HEADER_WORDS), slot, columns);
-#endif
+                    if (from + CHUNK >= K) keep(buffer * PRODUCTS + sub, slot, columns);
                     if (UNITS > 1) barrier_arrive(empty + at);
                 } else if (UNITS > 1) {
                     barrier_wait(empty + at, odd);
@@ -238,10 +277,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
 #pragma unroll
             for (int g = 0; g < MULTIPLIERS; g++) sum += sums[((sub * MULTIPLIERS + g) * WIDTH + column) * TILE + row];
 #if PACKED
-            sum = Multiply::whole(
-                sum, headers + ((buffer * PRODUCTS + sub) * TILE + row) * HEADER_WORDS,
-                Multiply::at(staged + sub % STAGED_SUBS * PITCH, column, 0)
-            );
+            const u32* header = headers + ((buffer * PRODUCTS + sub) * TILE + row) * HEADER_WORDS;
+            sum = whole<Multiply>(sum, header, staged + sub % STAGED_SUBS * PITCH, column);
 #endif
             return sum;
         };

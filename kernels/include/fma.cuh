@@ -20,8 +20,8 @@ template <int ROWS, int LANES> struct Fma {
     static __device__ __forceinline__ S* at(S* to, int r, int k) {
         return to + r * PITCH + (VECTOR == 8 ? k / SPAN * SPAN + k % SPAN / 2 : k);
     }
-    static __device__ __forceinline__ void put(S* to, int r, int k, const float (&values)[8]) {
-        S* first = at(to, r, k);
+    static __device__ __forceinline__ void put(S* to, int r, int k, const float (&values)[8]) { put_halves(at(to, r, k), values); }
+    static __device__ __forceinline__ void put_halves(S* first, const float (&values)[8]) {
         *(Pack<float, 4>*)first = Pack<float, 4>{{values[0], values[1], values[2], values[3]}};
         *(Pack<float, 4>*)(first + (VECTOR == 8 ? SPAN / 2 : 4)) = Pack<float, 4>{{values[4], values[5], values[6], values[7]}};
     }

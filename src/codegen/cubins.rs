@@ -167,7 +167,8 @@ mod tests {
         let names = |text: &str| -> Vec<&str> { included(text).map(|header| header.0).collect() };
         assert_eq!(names("// \"wgmma.cuh\"\nint x;"), [""; 0]);
         let found = names("#include \"ring_packed.cuh\"\nint x;");
-        let expected = ["bulk.cuh", "eight.cuh", "mma.cuh", "ring_packed.cuh", "ring_sums.cuh", "types.cuh"];
+        let expected =
+            ["bulk.cuh", "eight.cuh", "mma.cuh", "packed.cuh", "ring_packed.cuh", "ring_sums.cuh", "types.cuh"];
         assert_eq!(found, expected);
     }
 }

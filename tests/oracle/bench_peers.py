@@ -160,6 +160,7 @@ def main():
     parser.add_argument("--lfm2c", type=Path, required=True)
     parser.add_argument("--dir", type=Path, required=True, help="where the checkpoint is, or will be; outside the repository")
     parser.add_argument("--recipe", type=Path, help="compile this instead of the directory, for its lock file")
+    parser.add_argument("--pack", action="store_true", help="compile with --pack: weights of bf16 at 12 bits, too")
     parser.add_argument("--decode", type=sizes, default=[1, 8, 64], metavar="SEQUENCES,...")
     parser.add_argument("--prefill", type=sizes, default=[128, 512, 2048, 8192], metavar="ROWS,...")
     parser.add_argument("--context", type=int, default=256, help="positions behind each sequence (256)")
@@ -185,11 +186,13 @@ def main():
         limits += ["--decode", ",".join(map(str, args.decode)), "--prefill", ",".join(map(str, args.prefill))]
         limits += ["--max-context", max(args.context + args.steps + 128, *args.prefill)]
         source = [args.recipe] if args.recipe else ["--model", args.dir]
+        limits += ["--pack"] if args.pack else []
         run_lfm2c(args.lfm2c, "compile", *source, "--target", "sm_90a", "--dtype", "bf16", *limits, "-o", plan)
         found, machine = ours(args, plan)
     model = load(args.dir, "sdpa", EXPERTS[0], torch.bfloat16, args.device)
     peers = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{machine['device']}, {peers}, {time.strftime('%Y-%m-%d')}; bf16, {args.context} positions behind, ms\n")
+    packed = ", packed weights" if args.pack else ""
+    print(f"{machine['device']}, {peers}, {time.strftime('%Y-%m-%d')}; bf16{packed}, {args.context} positions behind, ms\n")
 
     rows = []
     for sequences in args.decode:

@@ -126,6 +126,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("packed.cuh", include_str!("../../../kernels/include/packed.cuh")),
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("ring_fma.cuh", include_str!("../../../kernels/include/ring_fma.cuh")),
     ("ring_mma.cuh", include_str!("../../../kernels/include/ring_mma.cuh")),

@@ -40,7 +40,7 @@ impl Twin for Ring {
     }
 }
 
-/// The shapes that give each warp as much as the others, or all if none does.
+/// The shapes that give each warp about as much as the others, or all if none does.
 fn shapes(problem: &Problem, product: &Product, engine: Engine) -> Vec<Specialised> {
     let mut found: Vec<(bool, Specialised)> = vec![];
     for shape in if engine.packed { PACKED_SHAPES } else { SHAPES } {
@@ -48,7 +48,7 @@ fn shapes(problem: &Problem, product: &Product, engine: Engine) -> Vec<Specialis
             && found.iter().all(|(_, known)| known.config != specialised.config)
         {
             let chunk = shape.chunk(product.k, engine);
-            found.push((chunk.is_multiple_of(shape.warps * engine.span), specialised));
+            found.push((shape.even(chunk, engine.span), specialised));
         }
     }
     let some_even = found.iter().any(|(even, _)| *even);
@@ -81,8 +81,14 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     let rounds = items.div_ceil(most_blocks);
     let units = products * chunks;
     let slots = shape.slots.min(rounds * units);
-    // Who claims has the first slots' items for sure, and all items the same rows.
-    let own = slots.div_ceil(units);
+    // Which experts there are is known too late for what rows that were just routed meet.
+    let just_routed =
+        matches!(product.routing, Routing::Pairs { row_a_pair: false, .. } | Routing::Grouped { gather: Some(_), .. });
+    if shape.held && just_routed {
+        return None;
+    }
+    // Who claims has the items of what is under way before the wait for sure, and all items the same rows.
+    let own = (slots + u64::from(shape.held)).div_ceil(units);
     let blocks = if shape.claims { most_blocks.min(items / (own + 1)) } else { items.div_ceil(rounds) };
     if shape.claims && (slots < 2 || blocks < PROCESSORS.min(items) || list.groups > list.sharing) {
         return None;
@@ -104,7 +110,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     let most_rows = if list.staged_rows == 1 || pairs { list.staged_rows } else { columns };
     // One more fills slots.
     let block_warps = shape.warps + 1;
-    let multiplying = engine.threads(product) / (shape.warps * 32);
+    let multiplying = engine.threads(product, shape) / (shape.warps * 32);
     let resident = (SHARED_OF_SM / (with_rows(most_rows) + SHARED_BESIDE)).clamp(1, multiplying);
 
     let norm = matches!(product.prologue, Prologue::Norm { .. });
@@ -113,6 +119,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     builder.alias("S", engine.staged);
     builder.line(format_args!("#define FMA {}", u8::from(engine.fma)));
     builder.line(format_args!("#define PACKED {}", u8::from(engine.packed)));
+    builder.line(format_args!("#define HELD {}", u8::from(shape.held)));
     builder.line(format_args!("#define WEIGHT {}", if engine.packed { "packed" } else { "w" }));
     if engine.packed {
         builder.packed("packed", product.weight);
@@ -142,6 +149,7 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         ("BLOCK", block.unwrap_or(1)),
         ("GROUP_ROOM", room),
         ("RESIDENT", resident),
+        ("RESTAGES", u64::from(list.groups > list.sharing)),
         ("CLAIMS", u64::from(shape.claims)),
         ("CLAIMED", CLAIMED),
         ("OWN", own),
@@ -166,6 +174,9 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
     }
     if shape.apart {
         config += " apart";
+    }
+    if shape.held {
+        config += " held";
     }
     if shape.claims {
         builder.claim("claims");
@@ -290,9 +301,43 @@ mod tests {
         // A chunk's last rows are an odd number of 64 bytes apart.
         let parts = of(&samples::residual(half, half, 1, 2048, 7168)).expect("a candidate");
         ["CHUNK = 1792;", "LINE = 2752;"].into_iter().for_each(|text| has(&parts, text));
-        for (x, w, k) in [(half, half, 2112), (DType::F16, DType::F16, 2048), (DType::F32, half, 2048)] {
+        for (x, w, k) in [(half, half, 2112), (DType::F16, DType::F16, 2048), (DType::F32, DType::F32, 2048)] {
             assert!(of(&samples::norm(x, w, 1, 6144, k)).is_none(), "{x:?} {w:?} {k}");
         }
+    }
+
+    #[test]
+    fn rows_of_f32_meet_packed_weights_of_bf16() {
+        let sample = samples::norm(DType::F32, DType::BF16, 2, 6144, 2048);
+        let one = found(&sample).into_iter().find(|one| one.config.contains("packed")).expect("a candidate");
+        let has = |text: &str| assert!(one.prelude().contains(text), "{text}: {}", one.prelude());
+        // Rows of x one after the other in f32, columns of the weight in spans.
+        let texts = ["typedef float S;", "typedef bf16 W;", "#define FMA 1", "#define PACKED 1", "SPAN = 128;"];
+        texts.into_iter().chain(["PITCH = 2048;", "LINE = 3136;", " COLUMNS = 2;"]).for_each(has);
+    }
+
+    #[test]
+    fn a_unit_is_held_where_weights_are_known_before_the_wait() {
+        let half = DType::BF16;
+        let held = |sample: &Sample| -> Vec<Specialised> {
+            found(sample).into_iter().filter(|one| one.config.contains(" held")).collect()
+        };
+        let dense = held(&samples::gated(half, half, 1, [2048, 3], 2048, false));
+        assert_eq!(dense[0].config, "warps=8 slots=2 chunk=2048 blocks=256 packed held");
+        assert!(dense[0].prelude().contains("#define HELD 1") && dense[0].prelude().contains("RESTAGES = 0;"));
+        assert!(!held(&samples::combine(half, half, 1, [32, 4], 2048, 1792)).is_empty());
+        // Who claims has one item more for sure, so that the unit that follows the held one is known too.
+        let claims =
+            held(&samples::norm(half, half, 1, 65536, 2048)).into_iter().find(|one| one.config.contains("claims"));
+        let claims = claims.expect("a candidate");
+        assert!(claims.prelude().contains("SLOTS = 2;") && claims.prelude().contains("OWN = 3;"), "{}", claims.config);
+        // The router of these rows runs right before.
+        assert!(held(&samples::pairs(half, half, 1, [32, 4], 3584, 2048)).is_empty());
+        assert!(
+            held(&samples::grouped(half, half, 64, 32, 2048, 1792))
+                .iter()
+                .all(|one| one.prelude().contains("RESTAGES = 1;"))
+        );
     }
 
     #[test]

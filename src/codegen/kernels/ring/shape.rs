@@ -21,19 +21,31 @@ pub struct Shape {
     pub per_sm: u64,
     /// Whether rows are copied each by itself, though they are adjacent.
     pub apart: bool,
+    /// Whether a block's first unit waits in registers.
+    pub held: bool,
     /// Whether blocks claim items beyond their first ones, so that who is faster does more.
     pub claims: bool,
 }
 
 const fn shape(warps: u64, slots: u64, bytes: u64, per_sm: u64) -> Shape {
-    Shape { warps, slots, bytes, per_sm, apart: false, claims: false }
+    Shape { warps, slots, bytes, per_sm, apart: false, held: false, claims: false }
 }
 
 const fn claiming(shape: Shape) -> Shape {
     Shape { claims: true, ..shape }
 }
 
+const fn holding(shape: Shape) -> Shape {
+    Shape { held: true, ..shape }
+}
+
 impl Shape {
+    /// Whether at least nine tenths of the warps' steps over a chunk are within it.
+    pub fn even(&self, chunk: u64, span: u64) -> bool {
+        let steps = chunk.div_ceil(self.warps * span) * self.warps;
+        chunk * 10 >= steps * span * 9
+    }
+
     /// Columns of a unit of rows of this length.
     pub fn chunk(&self, k: u64, engine: Engine) -> u64 {
         k.div_ceil(k.div_ceil(self.bytes / engine.weight)).next_multiple_of(engine.span)
@@ -62,6 +74,14 @@ pub const SHAPES: &[Shape] = &[
     shape(4, 2, 2048, 2),
     // Three tiles of an item at once.
     shape(8, 3, 4096, 2),
+    holding(shape(8, 2, 4096, 2)),
+    holding(shape(8, 3, 2048, 2)),
+    // Few warps leave room for the next kernel's blocks.
+    shape(4, 2, 4096, 3),
+    claiming(shape(4, 2, 4096, 3)),
+    claiming(shape(8, 2, 4096, 3)),
+    shape(5, 2, 4096, 2),
+    holding(shape(5, 2, 4096, 2)),
 ];
 
 /// The same for packed weights: 4096 bytes of a row are 3072 there. Steps are long: eight warps have as much as each other of 2048
@@ -90,6 +110,21 @@ pub const PACKED_SHAPES: &[Shape] = &[
     shape(7, 4, 2048, 2),
     shape(4, 2, 4096, 3),
     shape(4, 4, 2048, 2),
+    holding(shape(8, 2, 4096, 2)),
+    holding(shape(7, 2, 4096, 2)),
+    holding(claiming(shape(8, 2, 4096, 2))),
+    holding(claiming(shape(8, 3, 4096, 2))),
+    holding(shape(8, 2, 4096, 3)),
+    holding(shape(7, 2, 4096, 3)),
+    holding(shape(8, 4, 2048, 2)),
+    claiming(shape(4, 2, 4096, 3)),
+    holding(shape(4, 2, 4096, 3)),
+    holding(claiming(shape(4, 2, 4096, 3))),
+    shape(4, 3, 4096, 2),
+    shape(5, 2, 4096, 2),
+    shape(5, 2, 4096, 3),
+    holding(shape(5, 2, 4096, 2)),
+    claiming(shape(4, 3, 4096, 3)),
 ];
 
 /// How warps multiply.
@@ -110,11 +145,12 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type, which may be packed.
+    /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type. Weights of bf16 may be
+    /// packed, for either.
     pub fn all(problem: &Problem, product: &Product) -> Vec<Engine> {
         let Some(engine) = Engine::of(problem, product) else { return vec![] };
         let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
-        let packs = engine.staged == DType::BF16 && !engine.fma && packed::packs(product.k);
+        let packs = dtype(problem.semantic, product.weight) == DType::BF16 && packed::packs(product.k);
         packs.then_some(packed).into_iter().chain([engine]).collect()
     }
 
@@ -164,12 +200,13 @@ impl Engine {
     }
 
     /// Most threads of an SM that multiply, of blocks of this kernel: as many as have registers enough.
-    pub fn threads(&self, product: &Product) -> u64 {
+    pub fn threads(&self, product: &Product, shape: &Shape) -> u64 {
         // A convolution has more on its way; f32 has its sums, and elements of four rows of the weight.
         let convolves = matches!(product.prologue, Prologue::ShortConv(_));
         match (self.fma, self.columns) {
             (true, 3..) => 512,
             (true, _) => 768,
+            _ if shape.held => 768,
             (false, _) if convolves => 768,
             (false, _) => 1024,
         }
