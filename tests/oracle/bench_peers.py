@@ -99,12 +99,15 @@ def free():
         torch.cuda.empty_cache()
 
 
-def attempt(work):
-    """The time, or why there is none."""
+def attempt(name, work):
+    """The time, or why there is none; on standard error what is under way, because compiling takes minutes."""
+    begun = time.perf_counter()
     try:
-        return work()
+        found = work()
+        print(f"  {name}: {found:.3f} ms, found in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+        return found
     except Exception as error:  # an implementation that this version or device does not have
-        print(f"  not run: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
+        print(f"  {name}: not run: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr)
         return None
     finally:
         free()
@@ -199,7 +202,7 @@ def main():
         theirs = []
         for experts in EXPERTS:
             model.set_experts_implementation(experts)
-            theirs.append(attempt(lambda: decode(model, config, sequences, args)))
+            theirs.append(attempt(f"transformers, decode {sequences}, {experts}", lambda: decode(model, config, sequences, args)))
         report = found.get(f"decode_{sequences}")
         our = report["host"]["median_ms"] if report else None
         best = min((t for t in theirs if t is not None), default=None)
@@ -212,7 +215,7 @@ def main():
     model.set_experts_implementation("grouped_mm")
     rows = []
     for count in args.prefill:
-        theirs = attempt(lambda: prefill(model, config, count, args))
+        theirs = attempt(f"transformers, prefill {count}", lambda: prefill(model, config, count, args))
         report = found.get(f"prefill_{count}")
         our, floor = (report["host"]["median_ms"], report["floor_ms"]) if report else (None, None)
         rows.append([count, floor, theirs, our, ratio(floor, our), ratio(theirs, our)])

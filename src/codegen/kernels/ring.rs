@@ -1,16 +1,17 @@
 //! `kernels/ring.cu`: products of few rows with weights, which bulk copies bring through a ring in shared memory.
 //!
 //! What `stream` does with loads into registers, for up to sixteen rows, and `stream_fma`, in f32 and for any float types, for up to
-//! four, or eight of an expert. Copies need neither registers nor warps while they are on their way, so blocks are small enough that
+//! four, or eight of an expert; for one row of 16 bits either. Copies need neither registers nor warps while they are on their way, so blocks are small enough that
 //! those of the next kernel find room beside them and begin their copies. A tile has but eight rows: 256 blocks divide most sizes
 //! of models evenly.
 
 mod shape;
 
-use self::shape::{Engine, PACKED_SHAPES, SHAPES, Shape, TILE};
+use self::shape::{Engine, Shape, TILE};
 use super::builder::{Builder, Specialised};
 use super::frame::{self, List};
 use super::hopper::PROCESSORS;
+use super::pattern::dtype;
 use super::product::{Product, Prologue, Routing};
 use super::{Problem, Twin};
 
@@ -43,7 +44,7 @@ impl Twin for Ring {
 /// The shapes that give each warp about as much as the others, or all if none does.
 fn shapes(problem: &Problem, product: &Product, engine: Engine) -> Vec<Specialised> {
     let mut found: Vec<(bool, Specialised)> = vec![];
-    for shape in if engine.packed { PACKED_SHAPES } else { SHAPES } {
+    for shape in engine.shapes(product, dtype(problem.semantic, product.weight)) {
         if let Some(specialised) = specialise(problem, product, engine, shape)
             && found.iter().all(|(_, known)| known.config != specialised.config)
         {
@@ -169,6 +170,9 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         builder.releases_late();
     }
     let mut config = format!("warps={} slots={slots} chunk={chunk} blocks={blocks}", shape.warps);
+    if engine.fma && shape::suits_tensor_cores(product, dtype(problem.semantic, product.weight)) {
+        config += " fma";
+    }
     if engine.packed {
         config += " packed";
     }
@@ -344,7 +348,7 @@ mod tests {
     fn candidates_differ_and_fit() {
         for sample in samples::all(DType::BF16, DType::BF16).into_iter().chain(samples::all(DType::F32, DType::F32)) {
             let candidates = found(&sample);
-            assert!(candidates.len() <= SHAPES.len() + PACKED_SHAPES.len(), "{}", sample.name);
+            assert!(candidates.len() <= 80, "{}: {}", sample.name, candidates.len());
             for (i, one) in candidates.iter().enumerate() {
                 assert!(one.launch.shared <= 231_936 && one.launch.cluster == 1, "{}", sample.name);
                 assert!(candidates[..i].iter().all(|other| other.config != one.config), "{}", one.config);

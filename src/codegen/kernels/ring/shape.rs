@@ -53,7 +53,7 @@ impl Shape {
 }
 
 /// Best guess first. 4096 bytes of a row are 32 KiB a unit.
-pub const SHAPES: &[Shape] = &[
+const SHAPES: &[Shape] = &[
     shape(8, 2, 4096, 2),
     claiming(shape(8, 2, 4096, 2)),
     claiming(shape(8, 3, 4096, 1)),
@@ -86,7 +86,7 @@ pub const SHAPES: &[Shape] = &[
 
 /// The same for packed weights: 4096 bytes of a row are 3072 there. Steps are long: eight warps have as much as each other of 2048
 /// columns, seven of 1792.
-pub const PACKED_SHAPES: &[Shape] = &[
+const PACKED_SHAPES: &[Shape] = &[
     shape(8, 2, 4096, 2),
     shape(7, 2, 4096, 2),
     claiming(shape(8, 2, 4096, 2)),
@@ -127,6 +127,19 @@ pub const PACKED_SHAPES: &[Shape] = &[
     claiming(shape(4, 3, 4096, 3)),
 ];
 
+/// The same for 16-bit rows by FMA, packed or not.
+const HALVES_BY_FMA: &[Shape] = &[
+    shape(8, 2, 4096, 2),
+    shape(8, 2, 4096, 3),
+    holding(shape(8, 2, 4096, 2)),
+    holding(shape(8, 2, 4096, 3)),
+    shape(4, 2, 4096, 3),
+    claiming(shape(4, 2, 4096, 3)),
+    holding(claiming(shape(4, 2, 4096, 3))),
+    holding(shape(7, 2, 4096, 2)),
+    holding(shape(5, 2, 4096, 2)),
+];
+
 /// How warps multiply.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Engine {
@@ -145,36 +158,59 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type. Weights of bf16 may be
-    /// packed, for either.
+    /// Those for a product, if the kernel can run it: tensor cores for 16-bit rows with weights of the same type, and FMA for any; either
+    /// with weights of bf16 packed, too.
     pub fn all(problem: &Problem, product: &Product) -> Vec<Engine> {
-        let Some(engine) = Engine::of(problem, product) else { return vec![] };
-        let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
-        let packs = dtype(problem.semantic, product.weight) == DType::BF16 && packed::packs(product.k);
-        packs.then_some(packed).into_iter().chain([engine]).collect()
-    }
-
-    fn of(problem: &Problem, product: &Product) -> Option<Engine> {
-        let weight = dtype(problem.semantic, product.weight);
         let whole = product.n.is_multiple_of(TILE * product.bands())
             && product.block().is_none_or(|block| product.n.is_multiple_of(2 * block));
-        let together = frame::rows_together(product);
-        let engine = if is_half(weight) && weight == product.rows_dtype {
-            let columns = together.next_multiple_of(8);
-            Engine { fma: false, packed: false, weight: 2, staged: weight, span: 32, columns }
-        } else {
-            // Sixteen lanes read sixteen bytes each. Sums of all rows are in registers.
-            let (weight, columns) = (weight.bytes(), together.next_power_of_two());
-            Engine { fma: true, packed: false, weight, staged: DType::F32, span: 256 / weight, columns }
+        if !whole || !frame::holds(product) {
+            return vec![];
+        }
+        let weight = dtype(problem.semantic, product.weight);
+        let packs = weight == DType::BF16 && packed::packs(product.k);
+        let engines = [Engine::tensor_cores(product, weight), Engine::fma(product, weight)].into_iter().flatten();
+        let both = |engine: Engine| {
+            let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
+            packs.then_some(packed).into_iter().chain([engine])
         };
+        engines.flat_map(both).collect()
+    }
+
+    fn tensor_cores(product: &Product, weight: DType) -> Option<Engine> {
+        let together = frame::rows_together(product);
+        let rows = match product.routing {
+            Routing::Dense { rows, .. } | Routing::Pairs { rows, .. } => rows,
+            Routing::Grouped { .. } => together,
+        };
+        let columns = together.next_multiple_of(8);
+        let engine = Engine { fma: false, packed: false, weight: 2, staged: weight, span: 32, columns };
+        (suits_tensor_cores(product, weight) && rows <= 16).then_some(engine)
+    }
+
+    fn fma(product: &Product, weight: DType) -> Option<Engine> {
+        let together = frame::rows_together(product);
         let (rows, most) = match product.routing {
             // Of more rows in f32, the reads from shared memory would take longer than the weight from memory.
-            Routing::Dense { rows, .. } => (rows, if engine.fma { 4 } else { 16 }),
+            Routing::Dense { rows, .. } => (rows, 4),
             Routing::Pairs { rows, .. } => (rows, 16),
             // There are seldom as many as there is room for.
-            Routing::Grouped { .. } => (together, if engine.fma { 8 } else { 16 }),
+            Routing::Grouped { .. } => (together, 8),
         };
-        (whole && frame::holds(product) && rows <= most).then_some(engine)
+        // Tensor cores take eight rows as fast as one; FMA starts sooner where there is one.
+        let worth = !suits_tensor_cores(product, weight) || rows == 1;
+        // Sixteen lanes read sixteen bytes each. Sums of all rows are in registers.
+        let (bytes, columns) = (weight.bytes(), together.next_power_of_two());
+        let engine = Engine { fma: true, packed: false, weight: bytes, staged: DType::F32, span: 256 / bytes, columns };
+        (worth && rows <= most).then_some(engine)
+    }
+
+    /// The shapes that are worth trying.
+    pub fn shapes(&self, product: &Product, weight: DType) -> &'static [Shape] {
+        match self {
+            Engine { fma: true, .. } if suits_tensor_cores(product, weight) => HALVES_BY_FMA,
+            Engine { packed: true, .. } => PACKED_SHAPES,
+            _ => SHAPES,
+        }
     }
 
     /// Bytes of so many columns of a row of the weight, without a header.
@@ -211,4 +247,9 @@ impl Engine {
             (false, _) => 1024,
         }
     }
+}
+
+/// Whether rows and weights are of one 16-bit type.
+pub fn suits_tensor_cores(product: &Product, weight: DType) -> bool {
+    is_half(weight) && weight == product.rows_dtype
 }
