@@ -1,9 +1,10 @@
 // Packs the rows of a weight of bf16 losslessly to 12 bits a number: the form of src/plan/packed.rs, byte for byte as
 // src/runtime/weights/pack.rs makes it. A warp takes a row: it counts the exponents, chooses the 15 binades that hold most, and
 // writes eight columns a lane, 256 a time. The second pass over a row finds it in the caches.
+//
+// Generated: SPAN_COLUMNS, SPAN_BYTES, HEADER_WORDS, MAX_EXCEPTIONS, CODES, the exponents that have one, and BASES that there are.
 
-constexpr u32 SPAN_COLUMNS = 128, SPAN_BYTES = 192, HEADER_WORDS = 16, MAX_EXCEPTIONS = 15;
-constexpr u32 EXPONENTS = 256, CODES = 15, BASES = 224, EIGHT = 8;
+constexpr u32 EXPONENTS = 256, EIGHT = 8;
 
 // The bits of one of eight columns.
 __device__ __forceinline__ u32 element(const Quad& quad, u32 e) { return quad.at[e / 2] >> e % 2 * 16 & 0xffff; }

@@ -36,11 +36,11 @@
 // element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
 // sums depends on constants only: not on other rows, nor on their number.
 //
-// Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK,
-// CHUNKS, SPAN, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH, ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED,
-// HALVES, BLOCK, GROUP_ROOM, RESIDENT, RESTAGES (whether
-// items have different rows), HELD, CLAIMS, CLAIMED (claims that a block remembers), OWN, for weighted sums the type P of
-// the products, and CONVOLUTION if the product is the columns of one.
+// Generated: FMA, whether in f32, PACKED, and WEIGHT, the weight as it is read; HELD; W, S, N, K, COLUMNS, WIDTH, SLOTS, CHUNK,
+// CHUNKS, SPAN, SPAN_BYTES and HEADER_WORDS, none where weights are not packed, LINE, RUN, ONCE, PART, PITCH, SPLIT, DEPTH,
+// ROW_WARPS, ROUTED, SUBS, BANDS, STAGED_SUBS, SHARING, WEIGHTED, HALVES, BLOCK, GROUP_ROOM, RESIDENT, RESTAGES, whether items have
+// different rows, CLAIMS, CLAIMED (claims that a block remembers), OWN, for weighted sums the type P of the products, and
+// CONVOLUTION if the product is the columns of one.
 
 #include "bulk.cuh"
 #include "convolution.cuh"
@@ -68,14 +68,11 @@ constexpr int SUMS = PRODUCTS * MULTIPLIERS * WIDTH * TILE, SLOT = TILE * LINE;
 #else
 #include "ring_mma.cuh"
 #endif
-#if !PACKED
-constexpr int HEADER_WORDS = 0;
-#endif
 
 // Bytes of so many columns of a row of the weight, and of a whole row.
 __device__ __forceinline__ int bytes_of(int columns) { return PACKED ? columns / 2 * 3 : columns * (int)sizeof(W); }
 constexpr int HEADER = HEADER_WORDS * 4;
-constexpr i64 ROW = (PACKED ? K / 2 * 3 : K * (i64)sizeof(W)) + HEADER;
+constexpr i64 ROW = (PACKED ? K / SPAN * SPAN_BYTES : K * (i64)sizeof(W)) + HEADER;
 // Words of the headers of an item.
 constexpr int HEADERS = PRODUCTS * TILE * HEADER_WORDS;
 

@@ -6,15 +6,15 @@
 //
 // Weights lie near the smallest number that is not subnormal, so rows of x are staged times 2^96; the header takes that back. Numbers
 // of x from 2^32 on are infinite by that.
+//
+// Generated: SPAN, the columns of a span, SPAN_BYTES, and HEADER_WORDS: of a row's header, the factor, then numbers by themselves, each
+// with its column in the lower half, until one is zero.
 #pragma once
 
 #include "eight.cuh"
 
-static_assert(SAME<W, bf16> && SPAN == 128 && K % SPAN == 0);
-
-constexpr int SPAN_BYTES = SPAN / 2 * 3, THIRD = SPAN_BYTES / 3;
-// Words of a row's header: the factor, then numbers by themselves, each with its column in the lower half, until one is zero.
-constexpr int HEADER_WORDS = 16;
+constexpr int THIRD = SPAN_BYTES / 3;
+static_assert(SAME<W, bf16> && SPAN == 128 && THIRD == 64 && K % SPAN == 0);
 
 // Rows of x as `Plain` stages them, times 2^96.
 template <class Plain> struct Scaled : Plain {

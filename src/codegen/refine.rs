@@ -13,8 +13,12 @@ use crate::codegen::select::{APART, Tactics};
 
 /// How much faster a graph must be for a choice to change: less is noise.
 const MARGIN: f64 = 0.003;
-/// Candidates of a problem that are tried, beside the default.
+/// Candidates of a problem that are tried, beside the default: of one that most layers have, which in company are seldom the fastest by
+/// themselves, and of any other.
+const MOST_TRIED_OF_LAYERS: usize = 16;
 const MOST_TRIED: usize = 3;
+/// Steps from which on a problem is one of layers.
+const LAYERS: usize = 6;
 /// Candidates that take this much longer than the fastest by themselves are not tried.
 const FAR: f64 = 1.6;
 /// Neighbours that are tried together, and candidates of each of the two.
@@ -185,7 +189,7 @@ impl Refinement {
         free.sort_by(|a, b| b.total().total_cmp(&a.total()));
         let mut queue = VecDeque::new();
         for entry in free {
-            let mut names = entry.near(MOST_TRIED);
+            let mut names = entry.near(if entry.steps >= LAYERS { MOST_TRIED_OF_LAYERS } else { MOST_TRIED });
             let default = entry.candidates.first().map(|(name, _)| name);
             names.extend(default.filter(|name| !names.contains(name)));
             queue.extend(names.into_iter().map(|name| vec![(entry.key.clone(), name.clone())]));
@@ -299,6 +303,16 @@ mod tests {
         });
         assert_eq!((found.chosen["ffn"].as_str(), found.chosen["head"].as_str()), ("deep", "b"));
         assert_eq!((found.default_us, found.us), (270.0, 194.0));
+    }
+
+    #[test]
+    fn more_is_tried_of_what_many_layers_have() {
+        let names = ["a", "b", "c", "d", "e", "f"];
+        let times = names.map(|name| (name, 5.0));
+        // The last one is the fastest in company.
+        let us = |chosen: &BTreeMap<String, String>| Some(if chosen["x"] == "f" { 80.0 } else { 100.0 });
+        assert_eq!(search(&[entry("x", LAYERS, &times)], us).chosen["x"], "f");
+        assert_ne!(search(&[entry("x", LAYERS - 1, &times)], us).chosen["x"], "f");
     }
 
     #[test]

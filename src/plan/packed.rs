@@ -27,6 +27,8 @@ pub const SPAN_COLUMNS: u64 = 128;
 pub const SPAN_BYTES: u64 = 192;
 /// Bytes of a row's header.
 pub const HEADER_BYTES: u64 = 64;
+/// Binades of a row, and exponents that have codes.
+pub const CODES: usize = 15;
 /// Numbers of a row that may lie outside of its 15 binades.
 pub const MAX_EXCEPTIONS: usize = 15;
 /// Columns of a row, at the most.

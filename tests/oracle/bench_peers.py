@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Time lfm2c beside Hugging Face transformers at the shape of LFM2-8B-A1B, on one GPU, in one run, from the same files.
 
-    python3 tests/oracle/bench_peers.py --lfm2c target/release/lfm2c --dir /tmp/8b                     # on an H200
+    python3 tests/oracle/bench_peers.py --lfm2c target/release/lfm2c --dir /tmp/peers                   # on an H200
     .venv/bin/python tests/oracle/bench_peers.py --lfm2c target/release/lfm2c --dir /tmp/tiny --tiny   # shows that it works
 
-DIR holds the checkpoint of compare_8b.py, and is made like that if it is empty. Two tables:
+DIR holds a checkpoint made as compare_8b.py makes it, but with transformers' own expert_bias of 0, so that all experts are as
+likely; it is made if it is not there. Two tables:
 
     decode    sequences of random tokens, so many positions behind each, one token each a step. transformers: a static cache
               and the whole forward with the choice of tokens compiled by torch.compile(mode="reduce-overhead"), which is CUDA
@@ -114,8 +115,11 @@ def attempt(name, work):
 
 
 def run_lfm2c(*arguments):
+    """What it printed. `bench` says by its exit code that rows routed alike, when all is measured: that is passed on."""
     result = subprocess.run([str(a) for a in arguments], capture_output=True, text=True)
-    if result.returncode:
+    if result.returncode and result.stdout:
+        print(result.stderr, file=sys.stderr)
+    elif result.returncode:
         sys.exit(f"{' '.join(map(str, arguments))}: exit code {result.returncode}\n{result.stderr}")
     return result.stdout
 
@@ -178,7 +182,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     config = moe("ccacacca" if args.tiny else "ccacccacccacccacccaccacc", **(TINY if args.tiny else FULL))
-    print(make_checkpoint(args.dir, config, args.seed, args.device))
+    print(make_checkpoint(args.dir, config, args.seed, args.device, bias_spread=0.0))
 
     if args.tiny:
         args.decode, args.prefill, args.context, args.steps = [1, 2], [16, 64], 16, 5

@@ -4,8 +4,8 @@
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c                        # bf16: 512, 2048 and 8192 rows
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c --dtype f32 --f32 split
 
-lfm2c: the median over a bucket's steps of that shape of `profile`'s time alone, less what a mark takes: with the step's whole
-epilogue, and for experts with the gather of their rows. cuBLAS: the bare product by torch (`linear`; in f32 without TF32), experts'
+lfm2c: medians over a bucket's steps of that shape, by `profile`: what a step adds to the graph of all steps before it, and beside it its
+time alone, less what a mark takes; with the step's whole epilogue, and for experts with the gather of their rows. cuBLAS: the bare product by torch (`linear`; in f32 without TF32), experts'
 by `_grouped_mm` over groups of equal size, without gather or epilogue. It goes through as many copies of the weight as the second
 cache cannot hold, as a graph; the median of twenty replays counts.
 """
@@ -45,7 +45,7 @@ def shapes(config):
 
 
 def profile(args, rows):
-    """The steps of a bucket of prefill: name, kernel, median time alone in microseconds and operations."""
+    """The steps of a bucket of prefill: name, kernel, times in the graph and alone in microseconds, and operations."""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "products.plan"
         how = ["--synthetic", 1, "--dtype", args.dtype, *(["--f32", args.f32] if args.dtype == "f32" else [])]
@@ -54,7 +54,9 @@ def profile(args, rows):
         found = json.loads(run(args.lfm2c, "profile", plan, "--bucket", f"prefill_{rows}", "--format", "json"))
     mark = found["profile"]["mark_us"]
     steps = found["profile"]["steps"]
-    return found["machine"], [(s["name"], s["kernel"], s["us"] - mark, s["work"]["flops"]) for s in steps]
+    return found["machine"], [
+        (s["name"], s["kernel"], s["in_graph_us"], s["us"] - mark, s["work"]["flops"]) for s in steps
+    ]
 
 
 def run(*command):
@@ -69,7 +71,7 @@ def steps_of(steps, flops, experts):
     is_product = lambda name: re.search(r"\b(matmul|expert|grouped_matmul)\b", name)
     of_experts = lambda name: "expert" in name or "grouped" in name
     wanted = [s for s in steps if is_product(s[0]) and of_experts(s[0]) == experts]
-    return [s for s in wanted if flops <= s[3] <= 1.02 * flops]
+    return [s for s in wanted if flops <= s[4] <= 1.02 * flops]
 
 
 def replay_us(work, count):
@@ -119,7 +121,7 @@ def main():
     parser.add_argument("--f32", choices=["exact", "split"], default="exact")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    header = f"{'product':24} {'rows':>5} {'shape':>20} {'lfm2c, us':>10} {'TFLOP/s':>8} {'cuBLAS, us':>11} {'TFLOP/s':>8} {'times':>6}  kernel"
+    header = f"{'product':24} {'rows':>5} {'shape':>20} {'lfm2c, us':>10} {'alone':>7} {'TFLOP/s':>8} {'cuBLAS, us':>11} {'TFLOP/s':>8} {'times':>6}  kernel"
     missing = 0
     for rows in args.rows:
         machine, steps = profile(args, rows)
@@ -135,14 +137,15 @@ def main():
                 print(f"{name:24} {rows:5} no step of {flops} operations")
                 missing += 1
                 continue
-            ours = statistics.median(us for _, _, us, _ in found)
+            ours, alone = (statistics.median(s[i] for s in found) for i in (2, 3))
             theirs = cublas_us(met, columns, depth, groups, DTYPES[args.dtype])
             speed = lambda us: "-" if us is None else f"{flops / us / 1e6:.1f}"
             shown = "-" if theirs is None else f"{theirs:.1f}"
             ratio = "-" if theirs is None else f"{theirs / ours:.2f}"
             shape = f"{met} x {columns} x {depth}"
-            kernels = ", ".join(sorted({kernel for _, kernel, _, _ in found}))
-            print(f"{name:24} {rows:5} {shape:>20} {ours:10.1f} {speed(ours):>8} {shown:>11} {speed(theirs):>8} {ratio:>6}  {kernels}")
+            kernels = ", ".join(sorted({s[1] for s in found}))
+            times = f"{ours:10.1f} {alone:7.1f} {speed(ours):>8} {shown:>11} {speed(theirs):>8} {ratio:>6}"
+            print(f"{name:24} {rows:5} {shape:>20} {times}  {kernels}")
             torch.cuda.empty_cache()
     sys.exit(1 if missing else 0)
 

@@ -122,20 +122,21 @@ def shards_of(directory):
     return shards
 
 
-def initial(name, shape, spread, seed, device):
+def initial(name, shape, spread, bias_spread, seed, device):
     """One tensor as transformers initialises it, but for expert_bias."""
     if name.endswith("norm.weight"):
         return torch.ones(shape, dtype=torch.bfloat16, device=device)
     bias = name.endswith("expert_bias")
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     value = torch.empty(shape, dtype=torch.float32 if bias else torch.bfloat16, device=device)
-    return value.normal_(0, BIAS_SPREAD if bias else spread, generator=generator)
+    return value.normal_(0, bias_spread if bias else spread, generator=generator)
 
 
-def make_checkpoint(directory, config, seed, device):
+def make_checkpoint(directory, config, seed, device, bias_spread=BIAS_SPREAD):
     """Writes the checkpoint unless it is there; the index comes last and says what it was made of."""
     index_file = directory / "model.safetensors.index.json"
-    made_of = json.dumps({"config": config, "seed": seed, "device": device, "torch": torch.__version__}, sort_keys=True)
+    made_of = {"config": config, "seed": seed, "bias_spread": bias_spread, "device": device, "torch": torch.__version__}
+    made_of = json.dumps(made_of, sort_keys=True)
     if index_file.exists():
         index = json.loads(index_file.read_text())
         files = {directory / f for f in index["weight_map"].values()}
@@ -148,7 +149,7 @@ def make_checkpoint(directory, config, seed, device):
     shards, weight_map, total = shards_of(directory), {}, 0
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        packed = {n: initial(n, shape, config["initializer_range"], seed, device).cpu() for n, shape in shard}
+        packed = {n: initial(n, shape, config["initializer_range"], bias_spread, seed, device).cpu() for n, shape in shard}
         tensors = {n: t.contiguous() for n, t in unpack(packed).items()}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)

@@ -132,6 +132,8 @@ fn specialise(problem: &Problem, product: &Product, engine: Engine, shape: &Shap
         ("CHUNK", chunk),
         ("CHUNKS", chunks),
         ("SPAN", engine.span),
+        ("SPAN_BYTES", engine.bytes(engine.span)),
+        ("HEADER_WORDS", engine.header() / 4),
         ("LINE", line),
         ("RUN", run),
         // Pairs of several rows may share experts.

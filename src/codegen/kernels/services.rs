@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::builder::{Builder, Specialised};
-use crate::plan::{DType, Manifest, SERVICE_THREADS, ServiceRole, Tensor, Weight, WeightSource};
+use crate::plan::{DType, Manifest, SERVICE_THREADS, ServiceRole, Tensor, Weight, WeightSource, packed};
 
 /// A kernel that the runtime launches by itself.
 pub struct ServiceKernel {
@@ -82,7 +82,18 @@ fn place(tensor: DType, weight: DType) -> ServiceKernel {
 
 fn pack() -> ServiceKernel {
     let source = include_str!("../../../kernels/pack.cu");
-    service(ServiceRole::Pack, "pack", source, &["to", "from", "rows", "columns", "failed"], Builder::service())
+    let mut builder = Builder::service();
+    for (name, value) in [
+        ("SPAN_COLUMNS", packed::SPAN_COLUMNS),
+        ("SPAN_BYTES", packed::SPAN_BYTES),
+        ("HEADER_WORDS", packed::HEADER_BYTES / 4),
+        ("MAX_EXCEPTIONS", packed::MAX_EXCEPTIONS as u64),
+        ("CODES", packed::CODES as u64),
+        ("BASES", u64::from(packed::MAX_BASE) + 1),
+    ] {
+        builder.constant(name, value);
+    }
+    service(ServiceRole::Pack, "pack", source, &["to", "from", "rows", "columns", "failed"], builder)
 }
 
 fn advance() -> ServiceKernel {

@@ -5,12 +5,9 @@ use rayon::prelude::*;
 
 use super::WeightError;
 use crate::plan::packed::{
-    HEADER_BYTES, MAX_BASE, MAX_COLUMNS, MAX_EXCEPTIONS, SPAN_BYTES, SPAN_COLUMNS, packed_row_bytes,
+    CODES, HEADER_BYTES, MAX_BASE, MAX_COLUMNS, MAX_EXCEPTIONS, SPAN_BYTES, SPAN_COLUMNS, packed_row_bytes,
 };
 use crate::plan::{Packed, Program};
-
-/// Exponents that have codes.
-const CODES: usize = 15;
 
 /// Columns that are packed together.
 const EIGHT: usize = 8;

@@ -170,8 +170,11 @@ impl Engine {
         let packs = weight == DType::BF16 && packed::packs(product.k);
         let engines = [Engine::tensor_cores(product, weight), Engine::fma(product, weight)].into_iter().flatten();
         let both = |engine: Engine| {
-            let packed = Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine };
-            packs.then_some(packed).into_iter().chain([engine])
+            let packed = packs.then_some(Engine { packed: true, span: packed::SPAN_COLUMNS, ..engine });
+            // Of several rows by FMA, unpacking takes longer than what it saves.
+            let later = engine.fma && engine.columns > 2;
+            let (first, last) = if later { (Some(engine), packed) } else { (packed, Some(engine)) };
+            first.into_iter().chain(last)
         };
         engines.flat_map(both).collect()
     }
