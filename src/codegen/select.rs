@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{self, Arg, DType, Instr, Phase, Program, Semantic, Slot};
+use crate::plan::{self, Arg, Collective, DType, Instr, Phase, Program, Semantic, Slot};
 
 /// What tactics say of a problem that is better left as the steps that it was made of.
 pub const APART: &str = "apart";
@@ -130,10 +130,11 @@ fn without_capacity(semantic: &Semantic) -> Semantic {
     bare
 }
 
-/// The problem of each step of a program, in order, beside the position of its bucket.
+/// The problem of each step of a program that a kernel runs, in order, beside the position of its bucket.
 pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<'_>)> {
     program.buckets.iter().enumerate().flat_map(|(i, bucket)| {
-        let semantics = bucket.steps.iter().filter_map(|step| program.semantics.get(step.op as usize));
+        let steps = bucket.steps.iter().filter(|step| step.collective.is_none());
+        let semantics = steps.filter_map(|step| program.semantics.get(step.op as usize));
         semantics.map(move |semantic| (i, Problem { semantic, phase: bucket.phase }))
     })
 }
@@ -270,14 +271,15 @@ impl<'a> Selector<'a> {
         !apart
     }
 
-    /// Takes apart each fused operator that no kernel can run.
+    /// Takes apart each fused operator that no kernel can run. What ranks compute together needs none.
     ///
     /// # Errors
     /// A primitive that no kernel can run.
     pub fn dissolve(&self, graph: &mut Graph, phase: Phase, extents: &Extents) -> Result<(), String> {
         let roots = graph.state_roots();
         let runs = |op: &Op| -> Result<bool, String> {
-            Ok(self.choose(&semantic::lower(graph, op, &roots, extents)?.semantic, phase).is_some())
+            let semantic = semantic::lower(graph, op, &roots, extents)?.semantic;
+            Ok(Collective::of(&semantic).is_some() || self.choose(&semantic, phase).is_some())
         };
         let mut ops = vec![];
         for op in &graph.ops {
