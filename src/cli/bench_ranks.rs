@@ -16,8 +16,8 @@ use crate::cli::world::World;
 use crate::cli::{load, usage};
 use crate::plan::PlanFile;
 use crate::runtime::Executor;
-use crate::runtime::cuda::Graphs;
 use crate::runtime::cuda::measure::{Inputs, Options, measure_bucket, measure_machine};
+use crate::runtime::cuda::{Graphs, check_device};
 use crate::runtime::group::Group;
 
 /// What one rank measured of a bucket.
@@ -57,13 +57,16 @@ fn on_ranks(arguments: &Arguments, world: &mut World) -> Result<()> {
     let options = arguments.measuring.options()?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input, model, &arguments.plan_options()?)?;
-    let programs = file.manifest.ranks.len();
-    if programs == 1 || arguments.has_blocks() {
-        return usage(format!(
-            "bench: on several ranks, expected a plan with programs for several and none of --block and --compare-fusion, found a plan for \
-             {programs}; compile it with --ranks, start one process, or add --requests N"
-        ));
+    if arguments.has_blocks() {
+        return usage("bench: --block and --compare-fusion: expected one process, found several; start one");
     }
+    if file.manifest.ranks.len() == 1 {
+        return usage(
+            "bench: expected a plan that ranks run together, found a plan of one rank; compile it with --ranks, start one process, or add \
+             --requests N",
+        );
+    }
+    check_device(&file.manifest, None)?;
     let place = world.agree(from_ref(&file), Device::Cuda)?;
     let mut executor = load::executor_on_gpu(&file, model, &place, Graphs::Required)?;
     let machine = measure_machine(executor.gpu())?;
