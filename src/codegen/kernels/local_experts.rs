@@ -34,40 +34,36 @@ fn specialise(problem: &Problem) -> Option<Specialised> {
     let ([chosen], [local]) = (args(instr)?, results(instr)?);
     let [rows, k] = dims(semantic, chosen)?;
     let count = rows.checked_mul(k).filter(|&count| count <= i32::MAX as u64 / 2)?;
-    if of.div_ceil(BITS) > MOST_SETS {
-        return None;
-    }
     let mut builder = Builder::new(problem);
     builder.pointer("local", local).pointer("chosen", chosen).int("count", count);
-    declare(&mut builder, *of, experts);
+    declare(&mut builder, *of, experts)?;
     Some(builder.finish("", [blocks(count, THREADS), 1, 1], THREADS, 0))
 }
 
-/// Declares `EXPERTS`, all there are, `HAS(e)` and `BEFORE(e)`, with the parameters that they need. The experts themselves are
-/// arguments, so that ranks share a kernel.
-fn declare(builder: &mut Builder, of: u64, experts: &[u64]) {
-    let sets: Vec<u64> = (0..of.div_ceil(BITS))
-        .map(|set| experts.iter().filter(|&&e| e / BITS == set).fold(0, |bits, e| bits | 1 << (e % BITS)))
-        .collect();
-    let names: Vec<String> = (0..sets.len()).map(|set| format!("set{set}")).collect();
-    let has: Vec<String> =
-        names.iter().enumerate().map(|(i, set)| format!("(e / {BITS} == {i} && ({set} >> e % {BITS} & 1))")).collect();
-    let below = |(i, set): (usize, &String)| {
-        format!("__popcll({set} & (e / {BITS} > {i} ? ~0ull : e / {BITS} == {i} ? (1ull << e % {BITS}) - 1 : 0ull))")
-    };
-    let before: Vec<String> = names.iter().enumerate().map(below).collect();
-    builder.constant("EXPERTS", of);
+/// Declares `LOCAL_OF(e)`, the place of expert e among those that this rank has, or -1, with the parameters that it needs. The experts
+/// themselves are arguments, so that ranks share a kernel; none if there are more than parameters have room for.
+pub(super) fn declare(builder: &mut Builder, of: u64, experts: &[u64]) -> Option<()> {
+    let count = of.div_ceil(BITS);
+    if count > MOST_SETS {
+        return None;
+    }
+    let names: Vec<String> = (0..count).map(|set| format!("set{set}")).collect();
     let formal: Vec<String> = names.iter().map(|set| format!("u64 {set}")).collect();
-    for (name, value, result) in [("has", has.join(" || "), "bool"), ("before", before.join(" + "), "int")] {
-        builder.line(format_args!(
-            "__device__ __forceinline__ {result} {name}(int e, {}) {{ return {value}; }}",
-            formal.join(", ")
-        ));
-        builder.line(format_args!("#define {}(e) {name}(e, {})", name.to_uppercase(), names.join(", ")));
+    builder.line(format_args!("__device__ __forceinline__ int local_of(int e, {}) {{", formal.join(", ")));
+    builder.line(format_args!("    if ((u32)e >= {of}u) return -1;\n    u64 set = 0;\n    int before = 0;"));
+    for (i, set) in names.iter().enumerate() {
+        builder.line(format_args!("    if (e / {BITS} == {i}) set = {set};"));
+        builder.line(format_args!("    if (e / {BITS} > {i}) before += __popcll({set});"));
     }
-    for (name, set) in names.iter().zip(sets) {
-        builder.long(name, set as i64);
+    builder.line(format_args!(
+        "    return set >> e % {BITS} & 1 ? before + __popcll(set & ((1ull << e % {BITS}) - 1)) : -1;\n}}"
+    ));
+    builder.line(format_args!("#define LOCAL_OF(e) local_of(e, {})", names.join(", ")));
+    for (set, name) in (0..).zip(&names) {
+        let of_set = experts.iter().filter(|&&expert| expert / BITS == set);
+        builder.long(name, of_set.fold(0u64, |bits, expert| bits | 1 << (expert % BITS)) as i64);
     }
+    Some(())
 }
 
 #[cfg(test)]
