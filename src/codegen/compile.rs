@@ -172,7 +172,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (experts, balance) = expert_ranks(source, options)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
-    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32, options.pack));
+    let selector = (options.target != Target::Cpu)
+        .then(|| Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts));
     let pipeline =
         Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
