@@ -8,13 +8,19 @@ use lfm2c::codegen::select::Tactics;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
-use lfm2c::plan::{self, Arg, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap};
+use lfm2c::plan::{
+    self, Arg, CollectiveKind, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap,
+};
 
 fn plan(disabled: Vec<String>) -> PlanFile {
     plan_in(None, disabled)
 }
 
 fn plan_in(dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
+    plan_on(1, dtype, disabled)
+}
+
+fn plan_on(expert_ranks: u64, dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
     let recipe = Recipe::parse(include_str!("../plans/synthetic.ron")).expect("the demo recipe is valid");
     let options = CompileOptions {
         target: Target::Sm90a,
@@ -23,6 +29,7 @@ fn plan_in(dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
         prefill: Some(vec![16, 300]),
         decode: Some(vec![1, 16]),
         disabled,
+        expert_ranks,
         ..CompileOptions::default()
     };
     compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("it compiles").file
@@ -57,10 +64,72 @@ fn a_plan_for_a_gpu_is_the_same_bytes_each_time_and_reads_back() {
     assert_eq!(PlanFile::from_bytes(&with_code.to_bytes()).expect("it holds"), with_code);
 }
 
+#[test]
+fn what_ranks_do_together_has_no_launch_and_all_else_has_one() {
+    let every_pass = passes::names().into_iter().filter(|name| *name != "expert-parallel").map(str::to_owned).collect();
+    for (ranks, dtype, disabled) in
+        [(2, DType::F32, vec![]), (2, DType::F32, every_pass), (3, DType::BF16, vec![]), (8, DType::F16, vec![])]
+    {
+        let file = plan_on(ranks, Some(dtype), disabled);
+        let Manifest { ranks: programs, kernels, .. } = &file.manifest;
+        assert_eq!(programs.len() as u64, ranks);
+        let mut launched = BTreeSet::new();
+        for step in programs.iter().flat_map(|program| &program.buckets).flat_map(|bucket| &bucket.steps) {
+            assert_ne!(step.launch.is_some(), step.collective.is_some(), "{}", step.name);
+            launched.extend(step.launch.as_ref().map(|launch| launch.kernel));
+        }
+        // Ranks have their experts from arguments, and share kernels otherwise, too.
+        let services: BTreeSet<u32> = file.manifest.services.iter().map(|service| service.1).collect();
+        assert!((0..kernels.len() as u32).all(|kernel| launched.contains(&kernel) || services.contains(&kernel)));
+        let local: Vec<_> = kernels.iter().filter(|kernel| kernel.name == "local_experts").collect();
+        assert_eq!(local.len(), 1, "{local:?}");
+        assert_eq!(PlanFile::from_bytes(&file.to_bytes()).expect("it holds"), file);
+    }
+}
+
+#[test]
+fn wrong_collectives_are_named() {
+    type Change = fn(&mut Manifest);
+    /// The step of a rank that is this many after its first collective.
+    fn after(manifest: &mut Manifest, rank: usize, count: usize) -> &mut plan::Step {
+        let steps = &mut manifest.ranks[rank].buckets[0].steps;
+        let first = steps.iter().position(|step| step.collective.is_some()).expect("there are collectives");
+        &mut steps[first + count]
+    }
+    let cases: [(Change, &str); 6] = [
+        (|m| after(m, 0, 0).launch = Some(launch(m).clone()), "expected no launch of what ranks do together"),
+        (|m| after(m, 1, 0).collective = None, "expected a launch, found none"),
+        (|m| after(m, 1, 1).launch = None, "expected a launch, found none"),
+        (|m| collective(after(m, 1, 0)).parts[0].1 += 1, "rank 1, bucket prefill_16"),
+        (|m| collective(after(m, 0, 0)).kind = CollectiveKind::AllToAll, "`collective`: expected Some("),
+        // What the collective before writes.
+        (|m| early(after(m, 0, 1)), "`early`: reads [0] are read before the kernel waits"),
+    ];
+    for (change, expected) in cases {
+        let mut file = plan_on(2, None, vec![]);
+        change(&mut file.manifest);
+        let found = faults(&file);
+        assert!(found.contains(expected), "expected `{expected}`, found {found}");
+    }
+}
+
+fn collective(step: &mut plan::Step) -> &mut plan::Collective {
+    step.collective.as_mut().expect("it is one")
+}
+
+/// Lets a step read its first operand before it waits.
+fn early(step: &mut plan::Step) {
+    step.launch.as_mut().expect("it has one").early = vec![0];
+}
+
 /// Changes the manifest, and gives what the validator says.
 fn fault(change: impl FnOnce(&mut Manifest)) -> String {
     let mut file = plan(vec![]);
     change(&mut file.manifest);
+    faults(&file)
+}
+
+fn faults(file: &PlanFile) -> String {
     match file.validate() {
         Err(PlanError::Invalid(faults)) => faults.iter().map(|fault| format!("{fault}\n")).collect(),
         other => panic!("expected faults, found {other:?}"),

@@ -18,14 +18,21 @@ template <int EXPERTS> __device__ __forceinline__ u32 same_expert(int expert) {
 // Words of shared memory that the sort needs.
 constexpr int group_scratch(int experts, int warps) { return (warps + 2) * experts + 1; }
 
+// An array whose elements are computed.
+template <class Function> struct ByPair {
+    Function function;
+    __device__ __forceinline__ int operator[](int pair) const { return function(pair); }
+};
+template <class Function> __device__ __forceinline__ ByPair<Function> by_pair(Function function) { return {function}; }
+
 // Sorts pairs 0..count, of which `experts` has each one's expert or -1: `pairs` gets them in the order of expert, then of
 // themselves, then -1; `places` each one's place there, or -1; `offsets [EXPERTS + 1]` where each expert's begin. All threads
 // of a cluster of N blocks of WARPS warps call it.
 //
 // Each warp has a run of adjacent pairs. It counts its experts; counts are summed up over warps, blocks and experts; then it
 // goes over its run again and gives places, counting on from those sums. A warp touches no other warp's counts meanwhile.
-template <int EXPERTS, int WARPS, int N>
-__device__ void group_pairs(const int* experts, int count, int* pairs, int* places, int* offsets, int* scratch) {
+template <int EXPERTS, int WARPS, int N, class Experts>
+__device__ void group_pairs(const Experts experts, int count, int* pairs, int* places, int* offsets, int* scratch) {
     constexpr int BATCH = 4;
     int *counts = scratch, *totals = counts + WARPS * EXPERTS, *starts = totals + EXPERTS;
     int *mine = counts + warp_id() * EXPERTS, lane = lane_id();

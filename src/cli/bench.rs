@@ -12,18 +12,21 @@ use crate::cli::measure::{self, Measuring, Opened, experts_cell, floor_heading, 
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::usage;
-use crate::cli::{bench_fusion, bench_requests};
+use crate::cli::{bench_fusion, bench_ranks, bench_requests};
 use crate::codegen::CompileOptions;
 use crate::plan::{Phase, Program};
 use crate::runtime::cuda::Graphs;
 use crate::runtime::cuda::measure::{
     Block, BlockReport, BucketReport, Ceilings, Distinct, Inputs, measure_block, measure_bucket,
 };
+use crate::runtime::ranks;
 
 /// Rows of the prefill bucket that fills the state where only decode buckets are asked for.
 const FILL_ROWS: u64 = 512;
 
 /// Measure buckets on the GPU, beside the least time that they could take, or whole requests on all ranks.
+///
+/// Under `mpirun`, buckets of a plan that ranks run together are measured on all of them at a time.
 ///
 /// With a recipe, --decode and --prefill say what is compiled and measured; with a plan, which of its buckets are; naming
 /// sizes of one kind leaves out the other. Inputs are random. Ceilings are measured in the same run. Fails if rows route so
@@ -79,12 +82,15 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     if let Some(count) = arguments.requests.count {
         return bench_requests::execute(arguments, count);
     }
+    if ranks::launched().is_some() {
+        return bench_ranks::execute(arguments);
+    }
     let options = arguments.measuring.options()?;
     if arguments.compare_fusion {
         return bench_fusion::execute(arguments);
     }
     let model = arguments.model.as_deref();
-    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &compile_options(arguments)?)?;
+    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &arguments.plan_options()?)?;
     let buckets = select(&file.manifest.ranks[0], &arguments.choices)?;
     let ceilings = arguments.measuring.ceilings(&machine);
     let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
@@ -147,25 +153,32 @@ fn fault(name: &str, found: &Distinct) -> String {
     )
 }
 
-/// What to compile of a source. For a plan, sizes only choose among its buckets.
-fn compile_options(arguments: &Arguments) -> Result<CompileOptions> {
-    let choices = &arguments.choices;
-    if !measure::is_source(&arguments.input) {
-        return Ok(Choices { decode: None, prefill: None, ..choices.clone() }.options());
-    }
-    let mut options = choices.options_for(&arguments.input)?;
-    if has_extension(&arguments.input, "ron") {
-        match (&choices.decode, &choices.prefill) {
-            (Some(_), None) => options.prefill = Some(vec![FILL_ROWS]),
-            (None, Some(_)) => options.decode = Some(vec![]),
-            _ => {}
+impl Arguments {
+    /// What to compile of a source. For a plan, sizes only choose among its buckets.
+    pub fn plan_options(&self) -> Result<CompileOptions> {
+        let choices = &self.choices;
+        if !measure::is_source(&self.input) {
+            return Ok(Choices { decode: None, prefill: None, ..choices.clone() }.options());
         }
+        let mut options = choices.options_for(&self.input)?;
+        if has_extension(&self.input, "ron") {
+            match (&choices.decode, &choices.prefill) {
+                (Some(_), None) => options.prefill = Some(vec![FILL_ROWS]),
+                (None, Some(_)) => options.decode = Some(vec![]),
+                _ => {}
+            }
+        }
+        Ok(options)
     }
-    Ok(options)
+
+    /// Whether parts of buckets are asked for.
+    pub fn has_blocks(&self) -> bool {
+        self.compare_fusion || !self.block.is_empty()
+    }
 }
 
 /// The buckets that are measured: those of the sizes named, or all where none is.
-fn select(program: &Program, choices: &Choices) -> Result<Vec<usize>> {
+pub fn select(program: &Program, choices: &Choices) -> Result<Vec<usize>> {
     let buckets = || program.buckets.iter().enumerate();
     if choices.decode.is_none() && choices.prefill.is_none() || buckets().all(|(_, at)| at.phase == Phase::Fixed) {
         return Ok(buckets().map(|(i, _)| i).collect());

@@ -9,7 +9,7 @@ use crate::cli::load::{self, find_bucket};
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
-use crate::plan::{Bucket, Manifest, Phase, PlanFile, Weight, WeightSource};
+use crate::plan::{Bucket, Manifest, Phase, PlanFile, Target, Weight, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, kernel_name};
 
@@ -196,7 +196,10 @@ fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
             }
             let operators = semantics[step.op as usize].body.len();
             let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);
-            let kernel = step.launch.as_ref().map(|launch| kernel_name(&manifest.kernels[launch.kernel as usize]));
+            let kernel = match &step.launch {
+                Some(launch) => Some(kernel_name(&manifest.kernels[launch.kernel as usize])),
+                None => step.collective.as_ref().filter(|_| manifest.target != Target::Cpu).map(|_| "NCCL".to_owned()),
+            };
             let cells = [format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")];
             cells.into_iter().chain(kernel).collect()
         })
@@ -209,6 +212,7 @@ fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
 
 /// Captures every bucket on the first GPU and says what each took; weights are not loaded.
 fn on_device(file: &PlanFile) -> Result<()> {
+    load::one_rank(&file.manifest)?;
     check_device(&file.manifest, None)?;
     let device = cuda::Device::open(0)?;
     let started = std::time::Instant::now();

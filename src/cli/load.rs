@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 
-use crate::cli::device::Place;
+use crate::cli::device::{Device, Place};
 use crate::cli::measure::is_source;
 use crate::cli::output::{note, note_once};
 use crate::cli::{lock, progress, usage};
@@ -322,14 +322,14 @@ pub fn executor(
     place: impl Into<Place>,
     graphs: Graphs,
 ) -> Result<Box<dyn Executor>> {
-    let Place { device, gpu, groups } = place.into();
-    if device.is_cuda(&file.manifest) {
-        return Ok(Box::new(executor_on_gpu(file, model, gpu, graphs)?));
+    let place = place.into();
+    if place.device.is_cuda(&file.manifest) {
+        return Ok(Box::new(executor_on_gpu(file, model, &place, graphs)?));
     }
     if graphs == Graphs::Required {
         bail!("--require-graphs: the CPU executor has no CUDA graphs; leave the option out, or run on a GPU");
     }
-    cpu::executor(file, model, groups)
+    cpu::executor(file, model, place.groups)
 }
 
 /// As [`executor`], with every graph captured that would be when first needed, so that what is timed is running.
@@ -343,7 +343,7 @@ pub fn prepared_executor(
     if !place.device.is_cuda(&file.manifest) {
         return executor(file, model, place, graphs);
     }
-    let mut executor = executor_on_gpu(file, model, place.gpu, graphs)?;
+    let mut executor = executor_on_gpu(file, model, &place, graphs)?;
     match executor.capture_all() {
         // A bucket without a graph runs step by step, and that is told when it does.
         Err(error) if graphs == Graphs::Required => Err(error),
@@ -351,20 +351,46 @@ pub fn prepared_executor(
     }
 }
 
-/// The CUDA executor on the first GPU, with its weights loaded.
+/// The CUDA executor of a plan of one rank on the first GPU, with its weights loaded.
 pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> Result<CudaExecutor> {
-    executor_on_gpu(file, model, 0, graphs)
+    one_rank(&file.manifest)?;
+    executor_on_gpu(file, model, &Device::Cuda.into(), graphs)
 }
 
-fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, gpu: usize, graphs: Graphs) -> Result<CudaExecutor> {
+/// The CUDA executor of this rank of a plan, with its weights loaded, and joined with those of the others if there are such.
+pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, graphs: Graphs) -> Result<CudaExecutor> {
     check_device(&file.manifest, None)?;
-    let device = cuda::Device::open(gpu)?;
-    let mut executor = CudaExecutor::new(file, 0, &device, graphs)?;
+    let ranks = file.manifest.ranks.len();
+    let group = match &place.groups {
+        _ if ranks == 1 => None,
+        Some(groups) => Some(groups(ranks)?),
+        None => bail!(
+            "the plan's ranks: expected {ranks} processes with a GPU each, found one; start it with `mpirun -n {ranks}`, or run it with \
+             --device cpu"
+        ),
+    };
+    let device = cuda::Device::open(place.gpu)?;
+    let rank = group.as_ref().map_or(0, |group| group.rank());
+    let mut executor = CudaExecutor::new(file, rank, &device, graphs)?;
     executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", weights::total_bytes(executor.program()));
     with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();
-    Ok(executor)
+    match group {
+        Some(group) => executor.with_group(group),
+        None => Ok(executor),
+    }
+}
+
+/// Refuses a plan of several ranks where one at a time is looked at.
+pub fn one_rank(manifest: &Manifest) -> Result<()> {
+    match manifest.ranks.len() {
+        1 => Ok(()),
+        found => bail!(
+            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
+            manifest.model.name
+        ),
+    }
 }
 
 /// Calls with where the weights come from.

@@ -96,6 +96,7 @@ pub fn machine() -> Result<(Arc<cuda::Device>, Machine)> {
 pub fn open(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<Opened> {
     let read = if is_source(path) { None } else { Some(load::plan(path, model, options)?) };
     if let Some(file) = &read {
+        load::one_rank(&file.manifest)?;
         check_device(&file.manifest, None)?;
     }
     let (device, machine) = machine()?;
@@ -103,6 +104,7 @@ pub fn open(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
         Some(file) => file,
         None => load::plan(path, model, options)?,
     };
+    load::one_rank(&file.manifest)?;
     Ok(Opened { file, machine, _device: device })
 }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_fusion;
+mod bench_ranks;
 mod bench_requests;
 mod chat;
 mod compile;
@@ -66,8 +67,7 @@ impl Command {
     /// Refuses to run several times over what runs in one process.
     fn check_world(&self) -> anyhow::Result<()> {
         let name = match self {
-            Command::Run(_) => return Ok(()),
-            Command::Bench(arguments) if arguments.requests.count.is_some() => return Ok(()),
+            Command::Run(_) | Command::Bench(_) => return Ok(()),
             Command::Compile(_) => "compile",
             Command::Chat(_) => "chat",
             Command::Eval(_) => "eval",
@@ -75,7 +75,6 @@ impl Command {
             Command::Inspect(_) => "inspect",
             Command::Verify(_) => "verify",
             Command::Diff(_) => "diff",
-            Command::Bench(_) => "bench",
             Command::Profile(_) => "profile",
             Command::Samples(_) => "samples",
             Command::Completions(_) => "completions",

@@ -8,7 +8,7 @@ use crate::cli::table::table;
 use crate::cli::{is_usage, usage};
 use crate::cuda;
 use crate::plan::PlanFile;
-use crate::runtime::ranks::{self, Introduction, Message, Mode, Peer, Ranks, Summary};
+use crate::runtime::ranks::{self, Introduction, Message, Mode, Order, Peer, Ranks, Summary, next_order};
 use crate::runtime::{Executor, Generator, Options, Work};
 
 /// The ranks of which this process is one, or nothing.
@@ -42,7 +42,7 @@ impl World {
             None => Ok(()),
             Some(launched) => usage_of_all(format!(
                 "lfm2c {command}: expected one process, found {} = {}; only `run`, without --count-experts, and \
-                 `bench --requests` work on several ranks",
+                 `bench` work on several ranks",
                 launched.by, launched.size
             )),
         }
@@ -130,6 +130,23 @@ impl World {
     /// The ranks by number, if there are several.
     pub fn peers(&self) -> &[Peer] {
         self.ranks.as_ref().map_or(&[], Ranks::peers)
+    }
+
+    /// How many ranks there are.
+    pub fn size(&self) -> usize {
+        self.ranks.as_ref().map_or(1, Ranks::size)
+    }
+
+    /// All ranks have done the same work, and rank 0 goes on alone: whether that is this one.
+    ///
+    /// # Errors
+    /// The ranks cannot be reached.
+    pub fn finish(&mut self) -> Result<bool> {
+        match self.follower().map(next_order).transpose()? {
+            Some(Order::Stop) => self.leave().map(|()| false),
+            Some(other) => bail!("rank 0: expected the end, found {other:?}; this is a bug"),
+            None => self.leave().map(|()| true),
+        }
     }
 
     /// All that ranks do together is done; this process goes on alone.

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::expert_ranks::{Balance, expert_ranks};
+use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::lower;
 use crate::codegen::pipeline::Pipeline;
 use crate::codegen::select::{F32, Known, Pack, Selector, Tactics};
@@ -171,11 +172,12 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (experts, balance) = expert_ranks(source, options)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
-    let selector = (options.target != Target::Cpu).then(|| Selector::new(&options.tactics, options.f32, options.pack));
+    let selector = (options.target != Target::Cpu)
+        .then(|| Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts));
     let pipeline =
         Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
-    let (mut tensors, mut programs, mut kernels, mut sources) = (vec![], vec![], vec![], vec![]);
+    let (mut tensors, mut programs, mut kernels) = (vec![], vec![], KernelTable::default());
     for rank in 0..pipeline.ranks {
         let share = experts.get(rank).map(|local| ExpertShare {
             ranks: experts.len() as u64,
@@ -183,12 +185,12 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
             local: local.clone(),
         });
         let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
-        let lowered =
-            lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref()).map_err(|fault| anyhow!(fault))?;
+        let lowered = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels)
+            .map_err(|fault| anyhow!(fault))?;
         programs.push(lowered.program);
         if rank == 0 {
             (once, buckets) = (passed.once, passed.buckets);
-            (tensors, kernels, sources) = (lowered.tensors, lowered.kernels, lowered.sources);
+            tensors = lowered.tensors;
         } else if lowered.tensors != tensors {
             bail!("rank {rank} needs other tensors than rank 0; this is a bug of lfm2c");
         }
@@ -197,6 +199,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
     }
+    let KernelTable { kernels, mut sources, .. } = kernels;
     let mut manifest = Manifest {
         compiler: env!("CARGO_PKG_VERSION").to_owned(),
         model: unit.model,

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use crate::codegen::compile::OptionError;
 use crate::codegen::{CompileOptions, Source};
 use crate::ir::config::{Config, FeedForward};
-use crate::passes::Target;
 use crate::plan::ExpertCounts;
 
 /// How even the work of ranks is: of all layers together, the rows of the busiest rank beside the mean of the ranks, at least 1.
@@ -47,10 +46,6 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<
             if ranks == 0 || ranks > experts {
                 let expected = format!("1 to {experts} ranks, as many as the model has experts");
                 return refuse(expected, &ranks.to_string(), "choose a number in between");
-            }
-            if options.target != Target::Cpu {
-                let expected = "--target cpu, the only one that ranks with experts of their own run on yet".to_owned();
-                return refuse(expected, "sm_90a", "use --target cpu, or leave --ranks out");
             }
             let first = |rank: u64| rank * experts / ranks;
             let neighbours = (0..ranks).map(|rank| (first(rank)..first(rank + 1)).collect()).collect();

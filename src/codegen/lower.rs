@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::codegen::cost::cost;
-use crate::codegen::cubins::Source;
+use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::kernels::is_weight;
 use crate::codegen::select::{Pack, Selector};
 use crate::codegen::types::tensor_type;
@@ -36,14 +36,10 @@ pub struct Lowered {
     pub tensors: Vec<plan::Tensor>,
     /// The rank's program.
     pub program: Program,
-    /// The kernels that its steps launch, without machine code.
-    pub kernels: Vec<plan::Kernel>,
-    /// What each of them is compiled from.
-    pub sources: Vec<Source>,
 }
 
 /// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name; with a
-/// selector, steps get launches.
+/// selector, steps get launches, of kernels that `kernels` gets, unless ranks run them together.
 ///
 /// # Errors
 /// Sizes beyond 64 bits, or a step that no kernel can run.
@@ -51,8 +47,9 @@ pub fn lower(
     buckets: &[Prepared],
     checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
     selector: Option<&Selector>,
+    kernels: &mut KernelTable,
 ) -> Result<Lowered, String> {
-    let mut tables = Tables { selector, ..Tables::default() };
+    let mut tables = Tables::new(selector, kernels);
     let lowered =
         buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
     if selector.is_some() {
@@ -95,16 +92,13 @@ pub fn lower(
         semantics: tables.semantics,
         buckets: lowered,
     };
-    Ok(Lowered { tensors: tables.tensors, program, kernels: tables.kernels, sources: tables.sources })
+    Ok(Lowered { tensors: tables.tensors, program })
 }
 
 /// The tables that buckets share, each entry made when it is first needed.
-#[derive(Default)]
 struct Tables<'a> {
     selector: Option<&'a Selector<'a>>,
-    kernels: Vec<plan::Kernel>,
-    sources: Vec<Source>,
-    kernel_ids: HashMap<String, u32>,
+    kernels: &'a mut KernelTable,
     tensors: Vec<plan::Tensor>,
     weights: Vec<plan::Weight>,
     weight_ids: HashMap<String, u32>,
@@ -117,7 +111,24 @@ struct Tables<'a> {
     semantic_ids: HashMap<String, u32>,
 }
 
-impl Tables<'_> {
+impl<'a> Tables<'a> {
+    fn new(selector: Option<&'a Selector<'a>>, kernels: &'a mut KernelTable) -> Self {
+        Tables {
+            selector,
+            kernels,
+            tensors: vec![],
+            weights: vec![],
+            weight_ids: HashMap::new(),
+            tensor_ids: HashMap::new(),
+            states: vec![],
+            state_ids: HashMap::new(),
+            io: vec![],
+            io_ids: HashMap::new(),
+            semantics: vec![],
+            semantic_ids: HashMap::new(),
+        }
+    }
+
     fn bucket(
         &mut self,
         prepared: &Prepared,
@@ -224,20 +235,7 @@ impl Tables<'_> {
             chosen => chosen,
         };
         let candidate = chosen.ok_or("no kernel can run it")?;
-        let source = Source { name: candidate.twin.name().to_owned(), text: candidate.text() };
-        let hash = source.hash(plan::Target::Sm_90a);
-        let next = self.kernels.len() as u32;
-        let id = *self.kernel_ids.entry(hash.clone()).or_insert(next);
-        if id == next {
-            self.kernels.push(plan::Kernel {
-                name: source.name.clone(),
-                config: candidate.specialised.config.clone(),
-                source: hash,
-                params: candidate.specialised.params.clone(),
-                cubin: None,
-            });
-            self.sources.push(source);
-        }
+        let id = self.kernels.add(&candidate);
         Ok(Some(candidate.launch(id)))
     }
 

@@ -4,6 +4,7 @@ pub mod compile;
 mod cost;
 pub mod cubins;
 mod expert_ranks;
+mod kernel_table;
 pub mod kernels;
 pub mod lock;
 mod lower;

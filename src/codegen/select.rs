@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::codegen::kernels::{Candidate, Problem, candidates};
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{self, Arg, DType, Instr, Phase, Program, Semantic, Slot};
+use crate::plan::{self, Arg, Collective, DType, Instr, Phase, Program, Semantic, Slot};
 
 /// What tactics say of a problem that is better left as the steps that it was made of.
 pub const APART: &str = "apart";
@@ -75,6 +75,32 @@ pub fn problem_key(problem: &Problem) -> String {
     key_of(problem, &without_capacity(problem.semantic))
 }
 
+/// A semantic whose products by expert are over all experts, where they were over those of a rank; none if it has no such product. A rank
+/// has about as many rows of each of its experts as one that has all of them, out of as many rows.
+fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semantic> {
+    let of: usize = ranks.iter().map(Vec::len).sum();
+    let mut found = false;
+    for Instr(op, args, _) in &semantic.body {
+        // Weights by their position among the arguments, and offsets of each expert's rows.
+        let (weight, offsets) = match op {
+            plan::Op::ExpertMatmul => (1, None),
+            plan::Op::GroupedMatmul => (1, Some(2)),
+            plan::Op::GroupedMatmulGather { .. } => (1, Some(3)),
+            _ => continue,
+        };
+        for (at, more) in std::iter::once((weight, 0)).chain(offsets.map(|at| (at, 1))) {
+            let Some(Slot::In(i)) = args.get(at) else { continue };
+            if let Some(size) = semantic.inputs.get_mut(*i as usize).and_then(|ty| ty.1.first_mut())
+                && ranks.iter().any(|local| local.len() as u64 + more == *size)
+            {
+                *size = of as u64 + more;
+                found = true;
+            }
+        }
+    }
+    found.then_some(semantic)
+}
+
 /// The name of the same problem with bf16 in place of f16. Kernels of both are the same but for the instructions that convert and
 /// multiply, which take as long.
 fn key_in_bf16(problem: &Problem) -> String {
@@ -130,10 +156,11 @@ fn without_capacity(semantic: &Semantic) -> Semantic {
     bare
 }
 
-/// The problem of each step of a program, in order, beside the position of its bucket.
+/// The problem of each step of a program that a kernel runs, in order, beside the position of its bucket.
 pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<'_>)> {
     program.buckets.iter().enumerate().flat_map(|(i, bucket)| {
-        let semantics = bucket.steps.iter().filter_map(|step| program.semantics.get(step.op as usize));
+        let steps = bucket.steps.iter().filter(|step| step.collective.is_none());
+        let semantics = steps.filter_map(|step| program.semantics.get(step.op as usize));
         semantics.map(move |semantic| (i, Problem { semantic, phase: bucket.phase }))
     })
 }
@@ -169,13 +196,22 @@ pub struct Selector<'a> {
     tactics: &'a Tactics,
     f32: F32,
     pack: Pack,
+    /// The experts of each rank, if they are spread over several.
+    experts: Vec<Vec<u64>>,
     known: Mutex<HashMap<String, Option<Arc<Candidate>>>>,
 }
 
 impl<'a> Selector<'a> {
     /// A selector that goes by these tactics.
     pub fn new(tactics: &'a Tactics, f32: F32, pack: Pack) -> Self {
-        Selector { tactics, f32, pack, known: Mutex::default() }
+        Selector { tactics, f32, pack, experts: vec![], known: Mutex::default() }
+    }
+
+    /// For ranks that have these experts each: what tactics say of a product over all of them goes for a rank's share, too.
+    #[must_use]
+    pub fn with_experts(mut self, experts: &[Vec<u64>]) -> Self {
+        self.experts = experts.to_vec();
+        self
     }
 
     /// Which weights get a packed form.
@@ -227,7 +263,10 @@ impl<'a> Selector<'a> {
         if chosen.is_empty() {
             return None;
         }
-        let keys = [problem_key, key_in_bf16].into_iter().map(|key| key(problem));
+        let all = with_all_experts(problem.semantic.clone(), &self.experts);
+        let all = all.as_ref().map(|semantic| Problem { semantic, phase: problem.phase });
+        let keys =
+            std::iter::once(*problem).chain(all).flat_map(|problem| [problem_key(&problem), key_in_bf16(&problem)]);
         keys.filter_map(|key| chosen.get(&key).map(|wanted| (key, wanted))).next()
     }
 
@@ -270,14 +309,15 @@ impl<'a> Selector<'a> {
         !apart
     }
 
-    /// Takes apart each fused operator that no kernel can run.
+    /// Takes apart each fused operator that no kernel can run. What ranks compute together needs none.
     ///
     /// # Errors
     /// A primitive that no kernel can run.
     pub fn dissolve(&self, graph: &mut Graph, phase: Phase, extents: &Extents) -> Result<(), String> {
         let roots = graph.state_roots();
         let runs = |op: &Op| -> Result<bool, String> {
-            Ok(self.choose(&semantic::lower(graph, op, &roots, extents)?.semantic, phase).is_some())
+            let semantic = semantic::lower(graph, op, &roots, extents)?.semantic;
+            Ok(Collective::of(&semantic).is_some() || self.choose(&semantic, phase).is_some())
         };
         let mut ops = vec![];
         for op in &graph.ops {

@@ -1,14 +1,17 @@
-//! Safe wrappers around the CUDA driver and NVRTC, both loaded when they are first needed: a build needs neither. Every
+//! Safe wrappers around the CUDA driver, NVRTC and NCCL, each loaded when it is first needed: a build needs none. Every
 //! handle frees itself. Uses no other room.
 
 pub mod driver;
 pub mod graph;
+mod library;
 pub mod memory;
+pub mod nccl;
 pub mod nvrtc;
 pub mod tensor;
 
 pub use driver::{Argument, Device, DeviceError, Event, Function, LaunchShape, Module, Stream};
 pub use graph::Graph;
 pub use memory::{DeviceMemory, HostMemory};
+pub use nccl::{Communicator, Exchange, NcclError, Part, UniqueId};
 pub use nvrtc::{Nvrtc, NvrtcError};
 pub use tensor::{Boxes, Element, TensorMap};

@@ -2,11 +2,12 @@
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char};
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use cudarc::nvrtc::sys;
 use thiserror::Error;
+
+use super::library;
 
 /// What went wrong while compiling.
 #[derive(Clone, Debug, Error)]
@@ -144,28 +145,7 @@ impl Drop for Program {
 /// Opens the library from the first place outside of the loader's path that has it, and keeps it open: opened again by its
 /// name alone it is then found.
 fn preload() {
-    let home = |variable: &str| std::env::var_os(variable).map(PathBuf::from);
-    let mut folders: Vec<PathBuf> = [home("CUDA_PATH"), home("CUDA_HOME"), Some("/usr/local/cuda".into())]
-        .into_iter()
-        .flatten()
-        .flat_map(|root| [root.join("lib64"), root.join("lib")])
-        .collect();
-    let pythons = [
-        home("VIRTUAL_ENV"),
-        home("HOME").map(|home| home.join(".local")),
-        Some("/usr/local".into()),
-        Some("/usr".into()),
-    ];
-    for lib in pythons.into_iter().flatten().map(|root| root.join("lib")) {
-        let versions = std::fs::read_dir(&lib).into_iter().flatten().flatten();
-        let versions = versions.filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"));
-        for version in versions {
-            for packages in ["site-packages", "dist-packages"] {
-                folders.push(version.path().join(packages).join("nvidia/cu13/lib"));
-            }
-        }
-    }
-    let found = folders.into_iter().map(|folder| folder.join("libnvrtc.so.13")).find(|path| path.is_file());
+    let found = library::places("libnvrtc.so.13", "cu13").into_iter().find(|path| path.is_file());
     if let Some(path) = found {
         // SAFETY: opening the vendor's library runs its initialisers, as the loader would.
         if let Ok(library) = unsafe { libloading::Library::new(path) } {

@@ -108,6 +108,8 @@ pub enum Stage {
     Attention,
     /// Router scores, top-k and weights.
     Router,
+    /// Experts by their place among those of this rank.
+    Local,
     /// Sorting of (token, expert) pairs by expert.
     Group,
     /// Matrix product with the expert of each row.
@@ -124,7 +126,7 @@ pub enum Stage {
 
 impl Stage {
     /// Every stage with its name in the text form.
-    pub const ALL: [(Stage, &'static str); 17] = [
+    pub const ALL: [(Stage, &'static str); 18] = [
         (Stage::Embed, "embed"),
         (Stage::Gather, "gather"),
         (Stage::Norm, "norm"),
@@ -136,6 +138,7 @@ impl Stage {
         (Stage::KvWrite, "kvwrite"),
         (Stage::Attention, "attention"),
         (Stage::Router, "router"),
+        (Stage::Local, "local"),
         (Stage::Group, "group"),
         (Stage::ExpertMatmul, "expert"),
         (Stage::Combine, "combine"),

@@ -3,7 +3,8 @@
 //! - The gate's product, scores, selection and weights become one operator, `router`.
 //! - Where [`tactics::group_experts`] says so, rows are sorted by expert: products with the expert of each row become
 //!   grouped ones over `[T*k, ..]` rows, the sum over a token's experts finds them by place, and extents are the worst case.
-//!   The sort joins the router (`router+group`) where [`tactics::group_with_router`] says so.
+//!   The sort joins the router (`router+group`) where [`tactics::group_with_router`] says so, or, where experts are spread over ranks,
+//!   the look-up of this rank's (`local+group`).
 //! - Elsewhere the weighted sum joins the last product, `expert+combine`.
 //!
 //! Needs: to run first of the passes for a bucket, because it changes types inside what they fuse; each of them knows both
@@ -25,7 +26,8 @@ impl Rewrite for GroupExperts {
         match view.op(at).kind {
             OpKind::TopK { .. } => router(view, at),
             OpKind::ExpertMatmul => Regrouping::new(graph, at)?.patch(context),
-            OpKind::GroupRows { .. } if tactics::group_with_router(context) => join_router(view, at),
+            OpKind::GroupRows { .. } => join_local(view, at)
+                .or_else(|| tactics::group_with_router(context).then(|| join_router(view, at)).flatten()),
             OpKind::WeightedSum => join_product(view, at),
             _ => None,
         }
@@ -91,6 +93,13 @@ fn normalisation(view: View, weights: ValueId) -> Option<Vec<usize>> {
         view.users.only(divisor).filter(|&user| user == division)?;
     }
     (other_operand(view.op(division), BinaryFn::Div, weights.into()) == Some(divisor.into())).then_some(members)
+}
+
+/// Fuses the sort at `at` with the look-up of this rank's experts, if these are but some.
+fn join_local(view: View, at: usize) -> Option<Patch> {
+    let (local, op) = view.private_producer(*view.op(at).operands.first()?, at)?;
+    let OpKind::LocalExperts { .. } = op.kind else { return None };
+    view.fuse(&[local, at], vec![Stage::Local, Stage::Group])
 }
 
 /// Fuses the sort at `at` with the router that makes its operand.

@@ -9,6 +9,7 @@ mod models;
 mod pack;
 mod precision;
 mod sessions;
+mod spread;
 mod steps;
 mod tune;
 
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     trials.extend(precision::trials());
     trials.extend(bits::trials());
     trials.extend(sessions::trials());
+    trials.extend(spread::trials());
     trials.extend(tune::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -279,7 +279,7 @@ fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");
     let commands: [(&str, &[&str]); 5] = [
-        ("bench", &["bench"]),
+        ("profile", &["profile"]),
         ("compile", &["compile", "-o", "demo.plan"]),
         ("chat", &["chat", "--max-new-tokens", "1"]),
         ("eval", &["eval", "--text", "none.txt"]),
@@ -292,6 +292,17 @@ fn other_commands_run_in_one_process() {
         let expected = format!("lfm2c {shown}: expected one process, found OMPI_COMM_WORLD_SIZE = 2");
         assert_eq!(text.matches(&expected).count(), 1, "{text}");
         assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
+    }
+    // Buckets are measured where ranks run them together, which they do on GPUs.
+    compile(folder.path(), "plans/synthetic.ron", "two.plan", &["--ranks", "expert=2"]);
+    for (input, code, expected) in [
+        (&recipe[..], 2, "lfm2c: bench: expected a plan that ranks run together"),
+        ("two.plan", 1, "the plan is for the CPU: expected one for sm_90a"),
+    ] {
+        let output = on_ranks(folder.path(), "2", &["bench", input]);
+        let text = errors(&output);
+        assert_eq!(output.status.code(), Some(code), "{text}");
+        assert_eq!((text.matches(expected).count(), text.matches("lfm2c: ").count()), (1, 1), "{text}");
     }
     // A world of one is none.
     compile(folder.path(), "plans/synthetic.ron", "demo.plan", &[]);

@@ -52,10 +52,12 @@ fn place(to: &mut [u8], dtype: DType, from: &[u8], span: &Span) -> u64 {
         to[place as usize * width..][..bytes].copy_from_slice(&from[n as usize * width..][..bytes]);
     };
     let Places { part, whole, run, stride, offset, .. } = span.places;
+    // Places count without what the weight does not have of the tensor.
+    let first = span.first - span.places.skipped;
     let mut single = 0;
-    if [span.first, part, whole, run, stride, offset].iter().all(|n| n.is_multiple_of(SOME)) {
+    if [first, part, whole, run, stride, offset].iter().all(|n| n.is_multiple_of(SOME)) {
         let packs = span.elements / SOME;
-        let [part, run, begin] = [part, run, span.first].map(|n| u32::try_from(n / SOME).unwrap());
+        let [part, run, begin] = [part, run, first].map(|n| u32::try_from(n / SOME).unwrap());
         for pack in 0..packs {
             let i = begin + pack as u32;
             let rest = i % part;

@@ -194,6 +194,38 @@ fn a_device_moves_vectors_where_blocks_are_of_eights() {
     }
 }
 
+/// Of some indices, whether they are neighbours or not.
+#[test]
+fn a_device_loads_some_experts() {
+    use DType::*;
+    let tensors = vec![whole("a", BF16, &[5, 16, 8]), whole("b", BF16, &[5, 16, 8]), whole("c", F32, &[5, 8, 16])];
+    let gate_up = Layout::Concat { axis: 1, block: Some(8), tensors: vec![0, 1] };
+    for indices in [vec![0, 1], vec![3, 4], vec![1, 3], vec![0, 2, 3], vec![4]] {
+        let count = indices.len() as u64;
+        let offset = (count * 32 * 8 * 2).next_multiple_of(256);
+        let mut weights = vec![
+            weight(BF16, &[count, 32, 8], 0, gate_up.clone()),
+            weight(BF16, &[count, 8, 16], offset, Layout::Copy(2)),
+        ];
+        weights.iter_mut().for_each(|weight| weight.indices = indices.clone());
+        let (_dir, checkpoint) = single(&tensors.iter().flat_map(items).collect::<Vec<_>>());
+        let manifest = manifest(tensors.clone(), weights);
+        for room in ROOMS {
+            for synthetic in [false, true] {
+                let mut want = vec![0; (offset + count * 8 * 16 * 2) as usize];
+                let (program, mut region) = (&manifest.ranks[0], want.clone());
+                let origin = if synthetic { Origin::Synthetic(SEED) } else { Origin::Checkpoint(&checkpoint) };
+                match synthetic {
+                    true => fill_synthetic(&manifest, program, SEED, &mut want, &|_| {}).unwrap(),
+                    false => load(&manifest, program, &checkpoint, &mut want, &|_| {}).unwrap(),
+                }
+                device::load(&manifest, origin, room, &mut region);
+                assert!(region == want, "{indices:?}, {room:?}");
+            }
+        }
+    }
+}
+
 /// As tests/gpu/load.rs has it loaded by a GPU.
 #[test]
 fn plans_for_a_device_have_the_kernels_that_checkpoints_of_all_types_need() {

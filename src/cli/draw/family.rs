@@ -71,7 +71,7 @@ impl Family {
     pub fn of_stage(stage: Stage) -> Family {
         match stage {
             Stage::Attention | Stage::HeadRope | Stage::KvWrite => Family::Attention,
-            Stage::Router | Stage::Group | Stage::ExpertMatmul | Stage::Combine => Family::Experts,
+            Stage::Router | Stage::Local | Stage::Group | Stage::ExpertMatmul | Stage::Combine => Family::Experts,
             Stage::ShortConv => Family::Conv,
             Stage::Matmul => Family::Matmul,
             Stage::Embed | Stage::Sample => Family::Ends,

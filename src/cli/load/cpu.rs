@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::with_origin;
 use crate::cli::progress;
-use crate::plan::{Manifest, PlanFile};
+use crate::plan::PlanFile;
 use crate::runtime::Executor;
 use crate::runtime::cpu::{CpuEnsemble, CpuExecutor, HostPool};
 use crate::runtime::ranks::Groups;
@@ -27,19 +27,8 @@ pub(super) fn executor(file: &PlanFile, model: Option<&Path>, groups: Option<Gro
 
 /// The CPU executor of a plan of one rank, with its weights loaded.
 pub fn cpu_executor(file: &PlanFile, model: Option<&Path>) -> Result<CpuExecutor> {
-    one_rank(&file.manifest)?;
+    super::one_rank(&file.manifest)?;
     cpu_executor_of(file, 0, model)
-}
-
-/// Refuses a plan of several ranks where one at a time is looked at.
-fn one_rank(manifest: &Manifest) -> Result<()> {
-    match manifest.ranks.len() {
-        1 => Ok(()),
-        found => bail!(
-            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
-            manifest.model.name
-        ),
-    }
 }
 
 /// The executor of all ranks of a plan in this process, with their weights loaded.

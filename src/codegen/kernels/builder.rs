@@ -159,6 +159,11 @@ impl<'a> Builder<'a> {
         self.param(name, ParamType::Int, Arg::Int(i32::try_from(value).expect("sizes are i32 by the plan's rules")))
     }
 
+    /// A 64-bit integer that the launch passes.
+    pub fn long(&mut self, name: &str, value: i64) -> &mut Self {
+        self.param(name, ParamType::Long, Arg::Long(value))
+    }
+
     /// A parameter whose argument the runtime knows.
     pub fn parameter(&mut self, name: &str, ty: ParamType) -> &mut Self {
         self.params.push(Param(name.to_owned(), ty));

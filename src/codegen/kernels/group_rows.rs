@@ -1,10 +1,10 @@
-//! `kernels/group_rows.cu`: the stable sort of pairs by expert, by one cluster.
+//! `kernels/group_rows.cu`: the stable sort of pairs by expert, of all or of those that a rank has, by one cluster.
 
 use super::builder::{Builder, Specialised};
 use super::hopper::MOST_SHARED;
-use super::pattern::{args, dims, only, results};
-use super::{Problem, Twin};
-use crate::plan::{Instr, Op};
+use super::pattern::{args, dims, results};
+use super::{Problem, Twin, local_experts};
+use crate::plan::{Instr, Op, Semantic, Slot};
 
 /// The twin.
 pub struct GroupRows;
@@ -25,7 +25,7 @@ impl Twin for GroupRows {
         let found = |warps| [1, 8].map(|cluster| specialise(problem, cluster, warps));
         let mut found: Vec<Specialised> =
             [16, 4, 1].into_iter().map(found).find(|list| list[0].is_some()).into_iter().flatten().flatten().collect();
-        let pairs = only(problem.semantic).and_then(args).and_then(|[experts]| dims(problem.semantic, experts));
+        let pairs = Sort::of(problem.semantic).and_then(|sort| dims(problem.semantic, sort.experts));
         if pairs.is_some_and(|[rows, k]| rows.saturating_mul(k) >= MANY) {
             found.reverse();
         }
@@ -38,10 +38,33 @@ pub fn scratch_bytes(experts: u64, warps: u64) -> u64 {
     ((warps + 2) * experts + 1) * 4
 }
 
+/// What is sorted.
+struct Sort<'a> {
+    experts: Slot,
+    results: [Slot; 3],
+    /// How many experts there are and which are sorted for, if not all.
+    local: Option<(u64, &'a [u64])>,
+}
+
+impl<'a> Sort<'a> {
+    /// The sort that a semantic is, if it is one and nothing else.
+    fn of(semantic: &'a Semantic) -> Option<Sort<'a>> {
+        let (sort, before) = semantic.body.split_last()?;
+        let (Op::GroupRows, [experts], results) = (&sort.0, args(sort)?, results(sort)?) else { return None };
+        match before {
+            [] => Some(Sort { experts, results, local: None }),
+            [look_up @ Instr(Op::LocalExperts { of, experts: local }, ..)] if look_up.2 == [experts] => {
+                let [experts @ Slot::In(_)] = args(look_up)? else { return None };
+                Some(Sort { experts, results, local: Some((*of, local)) })
+            }
+            _ => None,
+        }
+    }
+}
+
 fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised> {
     let semantic = problem.semantic;
-    let instr @ Instr(Op::GroupRows, ..) = only(semantic)? else { return None };
-    let ([experts], [pairs, places, offsets]) = (args(instr)?, results(instr)?);
+    let Sort { experts, results: [pairs, places, offsets], local } = Sort::of(semantic)?;
     let ([rows, k], [bounds]) = (dims(semantic, experts)?, dims(semantic, offsets)?);
     let count = rows.checked_mul(k).filter(|&count| count <= i32::MAX as u64 / 2)?;
     let shared = scratch_bytes(bounds.checked_sub(1)?, u64::from(warps));
@@ -50,6 +73,10 @@ fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised
     }
     let mut builder = Builder::new(problem);
     builder.cluster(cluster).constant("CLUSTER", u64::from(cluster)).constant("EXPERTS", bounds - 1);
+    builder.line(format_args!("#define LOCAL {}", u8::from(local.is_some())));
+    if let Some((of, local)) = local {
+        local_experts::declare(&mut builder, of, local)?;
+    }
     builder.pointer("experts", experts).int("count", count);
     builder.pointer("pairs", pairs).pointer("places", places).pointer("offsets", offsets);
     Some(builder.finish(format!("cluster={cluster}"), [u64::from(cluster), 1, 1], warps * 32, shared))
@@ -59,7 +86,7 @@ fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{DType, Semantic, Slot};
+    use crate::plan::{Arg, DType};
 
     fn group(rows: u64, k: u64, experts: u64) -> Semantic {
         let body = vec![Instr(Op::GroupRows, vec![Slot::In(0)], vec![Slot::Out(0), Slot::Out(1), Slot::Out(2)])];
@@ -79,6 +106,21 @@ mod tests {
             write_text(&GroupRows, &group(64, 4, 32), i, label);
         }
         write_text(&GroupRows, &group(700, 3, 7), 1, "seven");
+    }
+
+    #[test]
+    fn a_rank_sorts_for_its_own_experts() {
+        let mut semantic = group(64, 4, 3);
+        semantic.temps.push(semantic.inputs[0].clone());
+        semantic.body[0].1 = vec![Slot::Temp(0)];
+        let op = |experts: &[u64]| Op::LocalExperts { of: 70, experts: experts.to_vec() };
+        semantic.body.insert(0, Instr(op(&[0, 5, 69]), vec![Slot::In(0)], vec![Slot::Temp(0)]));
+        let found = &candidates(&GroupRows, &semantic)[0];
+        assert_eq!(found.launch.args[..2], [Arg::Long(33), Arg::Long(32)]);
+        write_text(&GroupRows, &semantic, 1, "local");
+        // What is looked up is needed elsewhere.
+        semantic.body[0].2 = vec![Slot::Out(0)];
+        assert!(candidates(&GroupRows, &semantic).is_empty());
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod attention;
 mod attention_decode;
 mod attention_prefill;
 mod attention_tile_fma;
+mod block_sum;
 mod builder;
 mod expression;
 mod flash;
@@ -20,6 +21,7 @@ mod head_rope;
 mod heads;
 mod hopper;
 mod kv_write;
+mod local_experts;
 mod pattern;
 mod pointwise;
 mod product;
@@ -91,8 +93,10 @@ pub static TWINS: &[&dyn Twin] = &[
     &wgmma::SPLIT,
     &router_few::RouterFew,
     &router::Router,
+    &local_experts::LocalExperts,
     &group_rows::GroupRows,
     &weighted_sum::WeightedSum,
+    &block_sum::BlockSum,
     &select::TopK,
     &select::GatherColumns,
     &row_sum::RowSum,

@@ -219,3 +219,38 @@ fn there_is_a_choice_whatever_tactics_say() {
         assert_eq!(name("none such", Some(1)), list[1 % list.len()].name());
     }
 }
+
+/// What was measured of a product over all experts is chosen for a rank's share of them, with as many rows.
+#[test]
+fn a_rank_chooses_as_one_with_all_experts_does() {
+    let compiled = |expert_ranks: u64, rows: u64, tactics: Tactics| {
+        let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
+        let options = CompileOptions {
+            target: Target::Sm90a,
+            prefill: Some(vec![]),
+            decode: Some(vec![rows]),
+            without_cubins: true,
+            expert_ranks,
+            tactics,
+            ..CompileOptions::default()
+        };
+        compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles").file.manifest
+    };
+    let one = compiled(1, 6, Tactics::default());
+    let is_product = |problem: &Problem| problem.semantic.name == "expert+swiglu";
+    let (_, product) = step_problems(&one.ranks[0]).find(|(_, problem)| is_product(problem)).expect("there is one");
+    let name = candidates(&product)[1].name();
+    let chosen = BTreeMap::from([(problem_key(&product), name.clone())]);
+    let three = compiled(3, 2, Tactics { chosen, ..Tactics::default() });
+    for program in &three.ranks {
+        let mut products = 0;
+        for step in &program.buckets[0].steps {
+            if step.name.ends_with("expert+swiglu") {
+                let kernel = &three.kernels[step.launch.as_ref().expect("it has one").kernel as usize];
+                assert_eq!(format!("{} {}", kernel.name, kernel.config), name);
+                products += 1;
+            }
+        }
+        assert!(products > 0);
+    }
+}

@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::program::Ready;
-use crate::cuda::{Device, Event, Graph, Stream};
+use super::collective::Task;
+use crate::cuda::{Device, Event, Exchange, Graph, Part, Stream};
 use crate::plan::Step;
 
 /// Branches that run side by side, at most; more go one after the other.
 const MOST_STREAMS: usize = 4;
+
+/// Queues an exchange of parts of the pool with the other ranks on a stream.
+type Queue<'a> = &'a dyn Fn(Exchange, &[Part], &Stream) -> Result<()>;
 
 /// The streams that steps are queued on; the first is the one that everything else waits for.
 pub(super) struct Streams {
@@ -94,13 +97,15 @@ impl Streams {
     }
 
     /// Queues steps as their lanes say. Streams other than the first begin by waiting for it, and it ends by waiting for them.
-    pub(super) fn queue(&self, ready: &[Ready], lanes: &Lanes) -> Result<()> {
+    pub(super) fn queue(&self, tasks: &[Task], lanes: &Lanes, exchange: Queue) -> Result<()> {
         let device = self.main().device();
         let mut events: Vec<Option<Event>> = vec![];
-        events.resize_with(ready.len(), || None);
+        events.resize_with(tasks.len(), || None);
         let mut begun = [false; MOST_STREAMS];
         begun[0] = true;
-        for (i, (step, (lane, waits))) in ready.iter().zip(&lanes.steps).enumerate() {
+        // Whether a stream ends with an exchange.
+        let mut exchanged = [false; MOST_STREAMS];
+        for (i, (task, (lane, waits))) in tasks.iter().zip(&lanes.steps).enumerate() {
             let stream = &self.list[*lane];
             let mut alone = true;
             if !begun[*lane] {
@@ -117,12 +122,13 @@ impl Streams {
                 }
             }
             // A dependent launch waits for the kernel before it in its stream, and only for that. The first begins when all that
-            // was queued before is done, which early reads of the others rely on.
-            if alone && i > 0 {
-                step.launch(stream)?
-            } else {
-                step.launch_after_all(stream)?
+            // was queued before is done, which early reads of the others rely on. What follows an exchange begins when that is done.
+            match task {
+                Task::Launch(ready) if alone && i > 0 && !exchanged[*lane] => ready.launch(stream)?,
+                Task::Launch(ready) => ready.launch_after_all(stream)?,
+                Task::Exchange(kind, parts) => exchange(*kind, parts, stream)?,
             }
+            exchanged[*lane] = task.ready().is_none();
             if lanes.recorded[i] {
                 let event = Event::new(device, false)?;
                 event.record(stream)?;

@@ -78,12 +78,13 @@ impl CudaExecutor {
             memory.device_address() + span.start as u64
         };
         let kernel = self.kernels.service(ServiceRole::Place(span.dtype, weight.ty.0))?;
-        self.launch_with_places(kernel, &[self.pool.address() + to, from, span.first, span.elements], &span.places)
+        let first = span.first - span.places.skipped;
+        self.launch_with_places(kernel, &[self.pool.address() + to, from, first, span.elements], &span.places)
     }
 
     /// Queues a kernel over the elements of a tensor that ends its parameters with their places.
     fn launch_with_places(&self, kernel: &Function, args: &[u64], places: &Places) -> Result<()> {
-        let &Places { tensor: _, part, whole, run, stride, offset } = places;
+        let &Places { part, whole, run, stride, offset, .. } = places;
         let args: Vec<Argument> =
             args.iter().copied().chain([part, whole, run, stride, offset]).map(Argument::Bits).collect();
         // Eight blocks fill a multiprocessor.
@@ -102,12 +103,12 @@ impl CudaExecutor {
             let to = self.pool.address() + program.pool.weights.offset + weight.offset;
             for at in places(weight, tensors)? {
                 let tensor = &tensors[at.tensor as usize];
-                let count = tensor.shape.iter().product();
-                let key = synthetic::key(seed, tensor.synthetic.salt);
+                let first = at.first - at.skipped;
+                let key = synthetic::key_behind(synthetic::key(seed, tensor.synthetic.salt), at.skipped);
                 let bits = |x: f32| u64::from(x.to_bits());
                 let (center, scale) = (bits(tensor.synthetic.center), bits(tensor.synthetic.scale));
                 let kernel = self.kernels.service(ServiceRole::Synthesize(tensor.dtype, weight.ty.0))?;
-                self.launch_with_places(kernel, &[to, 0, count, key, center, scale], &at)?;
+                self.launch_with_places(kernel, &[to, first, at.count, key, center, scale], &at)?;
             }
             done += weight.ty.bytes().unwrap_or(0);
             progress(done);

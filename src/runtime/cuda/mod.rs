@@ -5,6 +5,7 @@
 //! anything else. While the rows of a batch stay the same, nothing is copied to the device.
 
 mod capture;
+mod collective;
 mod load;
 pub mod measure;
 mod program;
@@ -17,7 +18,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use self::capture::Captured;
 use self::capture::{Lanes, Streams};
-use self::program::{Kernels, Ready};
+use self::collective::{Others, Task};
+use self::program::Kernels;
 pub use self::program::{check_device, kernel_name, offset};
 use self::run::Flight;
 use crate::cuda::{Device, DeviceMemory, Stream};
@@ -46,10 +48,13 @@ pub enum Graphs {
 pub struct CudaExecutor {
     // Fields are dropped in order: what uses memory before the memory.
     captured: Vec<Option<Captured>>,
+    /// None of a plan of one rank.
+    others: Option<Others>,
     flight: Option<Flight>,
     streams: Streams,
     kernels: Kernels,
-    ready: Vec<Vec<Ready>>,
+    /// For each bucket its steps.
+    tasks: Vec<Vec<Task>>,
     lanes: Vec<Lanes>,
     pool: DeviceMemory,
     device: Arc<Device>,
@@ -89,17 +94,18 @@ impl CudaExecutor {
             pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, 0, streams.main())?;
         }
         streams.main().synchronize()?;
-        let ready = kernels.ready_program(program, pool.address())?;
+        let tasks = kernels.tasks(program, pool.address())?;
         let lanes = program.buckets.iter().map(|bucket| Lanes::of(&bucket.steps)).collect();
         let captured = program.buckets.iter().map(|_| None).collect();
         let flight = Flight::new(program, &kernels, &pool, device)?;
         let measured = before.saturating_sub(after);
         Ok(CudaExecutor {
             captured,
+            others: None,
             flight,
             streams,
             kernels,
-            ready,
+            tasks,
             lanes,
             pool,
             device: Arc::clone(device),
@@ -132,13 +138,13 @@ impl CudaExecutor {
         );
         self.streams.main().synchronize()?;
         let kernels = Kernels::load(file, program, &self.device)?;
-        let ready = kernels.ready_program(program, self.pool.address())?;
+        let tasks = kernels.tasks(program, self.pool.address())?;
         let mut flight = Flight::new(program, &kernels, &self.pool, &self.device)?;
         if let (Some(new), Some(old)) = (&mut flight, &self.flight) {
             new.continue_after(old);
         }
         self.captured.iter_mut().for_each(|captured| *captured = None);
-        (self.flight, self.ready, self.kernels, self.manifest) = (flight, ready, kernels, manifest);
+        (self.flight, self.tasks, self.kernels, self.manifest) = (flight, tasks, kernels, manifest);
         Ok(())
     }
 
@@ -279,9 +285,11 @@ impl CudaExecutor {
     /// # Errors
     /// No such step, or the device failed.
     pub fn launch_step(&self, bucket: usize, step: usize) -> Result<()> {
-        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
-        let ready = steps.get(step).with_context(|| format!("no step {step} of {}", steps.len()))?;
-        ready.launch_after_all(self.streams.main())
+        let steps = self.tasks.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        match steps.get(step).with_context(|| format!("no step {step} of {}", steps.len()))? {
+            Task::Launch(ready) => ready.launch_after_all(self.streams.main()),
+            Task::Exchange(kind, parts) => self.exchange(*kind, parts, self.streams.main()),
+        }
     }
 
     /// Queues all steps of a bucket one by one, without a graph.
@@ -289,8 +297,12 @@ impl CudaExecutor {
     /// # Errors
     /// No such bucket, or the device failed.
     pub fn launch_steps(&self, bucket: usize) -> Result<()> {
-        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
-        self.streams.queue(steps, &self.lanes[bucket])
+        let steps = self.tasks.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        self.queue(steps, &self.lanes[bucket])
+    }
+
+    fn queue(&self, tasks: &[Task], lanes: &Lanes) -> Result<()> {
+        self.streams.queue(tasks, lanes, &|kind, parts, stream| self.exchange(kind, parts, stream))
     }
 
     /// Queues a bucket: its graph, captured if it is not yet, or its steps if graphs are off.
@@ -330,11 +342,11 @@ impl CudaExecutor {
     /// # Errors
     /// No such bucket, or the driver refused.
     pub fn capture(&mut self, bucket: usize) -> Result<&Captured> {
-        let steps = self.ready.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
+        let steps = self.tasks.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
         if self.captured[bucket].is_none() {
             let name = &self.program().buckets[bucket].name;
             let captured = self.streams.capture(|| {
-                self.streams.queue(steps, &self.lanes[bucket])?;
+                self.queue(steps, &self.lanes[bucket])?;
                 match &self.flight {
                     Some(flight) => flight.advance(bucket)?.launch(self.streams.main()),
                     None => Ok(()),
@@ -350,10 +362,10 @@ impl CudaExecutor {
     /// # Errors
     /// As [`CudaExecutor::capture`].
     pub fn capture_first(&self, bucket: usize, count: usize) -> Result<Captured> {
-        let steps = self.ready.get(bucket).and_then(|steps| steps.get(..count));
+        let steps = self.tasks.get(bucket).and_then(|steps| steps.get(..count));
         let steps = steps.with_context(|| format!("no {count} steps in bucket {bucket}"))?;
         let lanes = Lanes::of(&self.program().buckets[bucket].steps[..count]);
-        self.streams.capture(|| self.streams.queue(steps, &lanes))
+        self.streams.capture(|| self.queue(steps, &lanes))
     }
 
     /// Queues what was captured.
@@ -381,7 +393,7 @@ impl CudaExecutor {
 
     /// Registers of a thread, static shared memory, local memory, and blocks a multiprocessor holds, of a step's kernel.
     pub fn occupancy(&self, bucket: usize, step: usize) -> Option<(u32, u32, u32, u32)> {
-        let ready = self.ready.get(bucket)?.get(step)?;
+        let ready = self.tasks.get(bucket)?.get(step)?.ready()?;
         let (registers, shared, local) = ready.function.resources();
         let blocks = ready.function.blocks_per_multiprocessor(ready.shape.block, ready.shape.shared);
         Some((registers, shared, local, blocks))

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::collective::{Task, exchange};
 use crate::cuda::{Argument, Boxes, Device, Element, Function, LaunchShape, Module, Stream, TensorMap};
 use crate::plan::{
     self, Arg, DType, Kernel, Manifest, Param, PlanFile, Program, Promotion, Ref, ServiceRole, StateRole, Step, Target,
@@ -43,12 +44,6 @@ pub fn check_device(manifest: &Manifest, device: Option<&Device>) -> Result<()> 
 type Found<'a> = (&'a str, (u32, u32), (u32, u32));
 
 fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
-    let ranks = manifest.ranks.len();
-    ensure!(
-        ranks == 1,
-        "collectives of the plan's ranks: expected a plan of one rank, which is all that GPUs run yet, found {ranks} ranks; run it with \
-         --device cpu, or compile it without --ranks"
-    );
     let expected = match manifest.target {
         Target::Cpu => bail!(
             "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
@@ -123,10 +118,14 @@ impl Kernels {
         self.functions.get(&kernel).with_context(|| format!("no kernel {kernel}"))
     }
 
-    /// The launches of all steps, by bucket, over a pool at this address.
-    pub(super) fn ready_program(&self, program: &Program, pool: u64) -> Result<Vec<Vec<Ready>>> {
+    /// What all steps are on the stream, by bucket, over a pool at this address.
+    pub(super) fn tasks(&self, program: &Program, pool: u64) -> Result<Vec<Vec<Task>>> {
+        let task = |bucket: usize, step: &Step| match &step.collective {
+            Some(collective) => exchange(program, bucket, step, collective),
+            None => self.ready(program, bucket, step, pool).map(Task::Launch),
+        };
         let buckets = program.buckets.iter().enumerate().map(|(i, bucket)| {
-            let steps = bucket.steps.iter().map(|step| self.ready(program, i, step, pool));
+            let steps = bucket.steps.iter().map(|step| task(i, step));
             steps.collect::<Result<Vec<_>>>().with_context(|| format!("bucket {}", bucket.name))
         });
         buckets.collect()

@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::CudaExecutor;
+use super::collective::Others;
 use super::program::{Kernels, Ready, offset, state};
 use crate::cuda::{Argument, Device, DeviceMemory, HostMemory, LaunchShape, Stream};
 use crate::plan::{
     Bucket, ForcedRouting, Manifest, Phase, Program, Ref, SERVICE_THREADS, STOP_COLUMNS, ServiceRole, State, StateRole,
 };
 use crate::runtime::executor::{Batch, Executor, PENDING, SamplingParams};
+use crate::runtime::group::Group;
 use crate::runtime::{batch, io};
 
 /// Steps that may be in flight. Three steps hide what the host does between two; more would only make the end of a sequence
@@ -168,7 +170,13 @@ impl Flight {
     }
 
     /// Waits for the tokens of a step.
-    fn wait(&self, number: u32, rows: usize, stream: &Stream, tokens: &mut Vec<i32>) -> Result<()> {
+    fn wait(
+        &self,
+        number: u32,
+        rows: usize,
+        (stream, others): (&Stream, Option<&Others>),
+        tokens: &mut Vec<i32>,
+    ) -> Result<()> {
         let entry = number as usize % RING_DEPTH * self.width;
         let started = Instant::now();
         for row in 0..rows {
@@ -183,6 +191,7 @@ impl Flight {
                 looks += 1;
                 if looks % LOOKS == 0 {
                     let done = stream.is_done().context("the device failed while it ran a step")?;
+                    others.map_or(Ok(()), Others::check).context("the ranks failed while they ran a step")?;
                     ensure!(
                         started.elapsed() < PATIENCE && !(done && (self.ring.load(entry + row) >> 32) as u32 != number),
                         "step {number}: expected the token of row {row} in the ring, found none after {:?}",
@@ -270,6 +279,10 @@ impl Executor for CudaExecutor {
         Some(self.measured)
     }
 
+    fn group(&mut self) -> Option<&mut dyn Group> {
+        self.others.as_mut().map(|others| &mut *others.group as &mut dyn Group)
+    }
+
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {
         self.forced.set(slot, choices);
     }
@@ -323,7 +336,7 @@ impl Executor for CudaExecutor {
     fn collect(&mut self, tokens: &mut Vec<i32>) -> Result<()> {
         let (number, rows) = self.flight()?.steps.pop_front().context("no step is in flight")?;
         let flight = self.flight.as_ref().context("the plan's graph is no language model")?;
-        flight.wait(number, rows, self.streams.main(), tokens)
+        flight.wait(number, rows, (self.streams.main(), self.others.as_ref()), tokens)
     }
 
     fn discard(&mut self) -> Result<()> {

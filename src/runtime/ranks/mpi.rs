@@ -37,6 +37,7 @@ const TAG: c_int = 0;
 /// Joins the ranks, or ends the process.
 pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks {
     let give_up = GiveUp { tell, exit: Arc::new(end_now), ending: Arc::new(is_terminated) };
+    without_multicast();
     end_later_on_termination();
     let alarm = alarm(launched.rank, give_up.clone());
     let joined = Mpi::start(launched).and_then(|mut transport| {
@@ -60,6 +61,18 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
             end_now(1);
             unreachable!("the process has ended")
         }
+    }
+}
+
+/// What says to NCCL whether it may use multicast over NVLink.
+const MULTICAST: &str = "NCCL_NVLS_ENABLE";
+
+/// Keeps NCCL from multicast over NVLink, unless the user has said something of it: where a process ends in the middle of it, the GPUs of
+/// the host may stay unusable for all.
+fn without_multicast() {
+    if std::env::var_os(MULTICAST).is_none() {
+        // SAFETY: a process joins the ranks before it starts any thread, and nobody else reads the environment now.
+        unsafe { std::env::set_var(MULTICAST, "0") };
     }
 }
 

@@ -84,28 +84,29 @@ pub struct Places {
     pub stride: u64,
     /// The first run's place in a period.
     pub offset: u64,
+    /// The elements that these are the places of: the first, and how many; all of the tensor unless the weight has but some indices.
+    pub first: u64,
+    /// See `first`.
+    pub count: u64,
+    /// Elements of the tensor before the first that the weight does not have: places are counted without them.
+    pub skipped: u64,
 }
 
 impl Places {
     /// The place of element i of the tensor.
     pub fn of(&self, i: u64) -> u64 {
+        let i = i - self.skipped;
         let rest = i % self.part;
         i / self.part * self.whole + rest / self.run * self.stride + self.offset + rest % self.run
     }
 }
 
-/// The places of all tensors of a weight, those without elements left out.
+/// The places of all tensors of a weight, those without elements left out; of a weight that has but some indices, for each run of them.
 ///
 /// # Errors
 /// The plan is inconsistent.
 pub fn places(weight: &Weight, tensors: &[Tensor]) -> Result<Vec<Places>, WeightError> {
     let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
-    if gather.taken.is_some() {
-        return Err(fault(
-            weight,
-            "expected whole tensors, which is all that a device can load, found some indices".into(),
-        ));
-    }
     let count = gather.parts.len() as u64;
     let places =
         gather.parts.iter().zip(0..).filter(|(part, _)| part.elements > 0).map(|(part, index): (&Part, u64)| {
@@ -113,9 +114,39 @@ pub fn places(weight: &Weight, tensors: &[Tensor]) -> Result<Vec<Places>, Weight
                 None => (part.elements, part.elements, part.start),
                 Some(block) => (block, block * count, index * block),
             };
-            Places { tensor: part.tensor, part: part.elements, whole: gather.period, run, stride, offset }
+            let count = tensors[part.tensor as usize].shape.iter().product();
+            let (part, whole) = (part.elements, gather.period);
+            Places {
+                tensor: gather.parts[index as usize].tensor,
+                part,
+                whole,
+                run,
+                stride,
+                offset,
+                first: 0,
+                count,
+                skipped: 0,
+            }
         });
-    Ok(places.collect())
+    let Some(Taken { indices, .. }) = &gather.taken else { return Ok(places.collect()) };
+    let of_run = |places: Places, (local, first, count): (u64, u64, u64)| {
+        // The layout joins no first axes, so each tensor has all indices.
+        let each = places.count / tensors[places.tensor as usize].shape.first().copied().unwrap_or(1).max(1);
+        Places { first: first * each, count: count * each, skipped: (first - local) * each, ..places }
+    };
+    Ok(places.flat_map(|places| runs(indices).into_iter().map(move |run| of_run(places, run))).collect())
+}
+
+/// Ascending indices as runs: position of the first among them, the first, and how many.
+fn runs(indices: &[u64]) -> Vec<(u64, u64, u64)> {
+    let mut runs: Vec<(u64, u64, u64)> = vec![];
+    for (local, &index) in (0..).zip(indices) {
+        match runs.last_mut() {
+            Some((_, first, count)) if *first + *count == index => *count += 1,
+            _ => runs.push((local, index, 1)),
+        }
+    }
+    runs
 }
 
 fn fault(weight: &Weight, what: String) -> WeightError {
@@ -360,10 +391,11 @@ mod tests {
             };
             let tensors = [tensor.clone(), tensor];
             let layout = Layout::Concat { axis: 1, block: interleaved.then_some(size), tensors: vec![0, 1] };
-            let weight = |indices: Vec<u64>, first| {
+            let of_indices = |indices: Vec<u64>, first| {
                 let ty = TensorType(DType::F32, vec![first, 2 * size, inner]);
-                Gather::new(&Weight { name: String::new(), ty, offset: 0, layout: layout.clone(), indices }, &tensors)
+                Weight { name: String::new(), ty, offset: 0, layout: layout.clone(), indices }
             };
+            let weight = |indices: Vec<u64>, first| Gather::new(&of_indices(indices, first), &tensors);
             let all = weight(vec![], 5).expect("it fits");
             let some = weight(taken.clone(), taken.len() as u64).expect("it fits");
             let each = 2 * size * inner;
@@ -377,6 +409,16 @@ mod tests {
                 }
                 position += run.elements;
             }
+            // Devices write each element once, from the same places.
+            let mut seen = 0;
+            for at in places(&of_indices(taken.clone(), taken.len() as u64), &tensors).expect("they fit") {
+                for i in at.first..at.first + at.count {
+                    let run = some.run(at.of(i));
+                    prop_assert_eq!((run.tensor, run.first), (at.tensor, i));
+                    seen += 1;
+                }
+            }
+            prop_assert_eq!(seen, taken.len() as u64 * each);
             weight(vec![5], 1).unwrap_err();
             weight(vec![0, 1], 1).unwrap_err();
         }

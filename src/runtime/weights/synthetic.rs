@@ -24,6 +24,11 @@ pub fn key(seed: u64, salt: u64) -> u64 {
     mix(mix(seed) ^ salt)
 }
 
+/// The key with which element i is what element i + `skipped` is with another.
+pub fn key_behind(key: u64, skipped: u64) -> u64 {
+    key.wrapping_add(skipped.wrapping_mul(WEYL))
+}
+
 /// Element i of the tensor with this key, in f32, before it is rounded to the tensor's type.
 #[inline]
 pub fn element(key: u64, synthetic: &Synthetic, i: u64) -> f32 {
@@ -87,6 +92,13 @@ mod tests {
         assert_eq!(mix(WEYL), 0xe220_a839_7b1d_cdaf, "the first number of SplitMix64 with seed 0");
         let found: Vec<u32> = (0..4).map(|i| element(key, &synthetic, i).to_bits()).collect();
         assert_eq!(found, [0x3eb2_0ac0, 0x3e2f_5ce0, 0x3e6e_966e, 0x3ea9_175e]);
+    }
+
+    #[test]
+    fn a_tensor_may_begin_behind_its_beginning() {
+        let synthetic = Synthetic { salt: 1, center: 0.0, scale: 1.0 };
+        let key = key(9, 1);
+        assert_eq!(element(key_behind(key, 70), &synthetic, 5).to_bits(), element(key, &synthetic, 75).to_bits());
     }
 
     #[test]

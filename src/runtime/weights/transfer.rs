@@ -73,11 +73,13 @@ impl<'a> Transfer<'a> {
         let mut used = part_bytes;
         for (position, weight) in program.weights.iter().enumerate() {
             for places in places(weight, &manifest.tensors)? {
-                let mut first = 0;
+                let mut stored = 0;
                 for (dtype, count) in elements.stored(places.tensor) {
                     let is_copy = weight.is_copy_of(dtype);
                     let most = if is_copy { part_bytes } else { placed_bytes };
-                    let end = first + count;
+                    let mut first = places.first.max(stored);
+                    stored += count;
+                    let end = stored.min(places.first + places.count);
                     while first < end {
                         if used == part_bytes {
                             parts.push(vec![]);

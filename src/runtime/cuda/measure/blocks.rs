@@ -166,10 +166,10 @@ fn stage(name: &str) -> &str {
 
 /// Times a graph of some steps of a bucket, one after the other.
 fn replay(executor: &CudaExecutor, bucket: usize, steps: &[usize], runs: usize) -> Result<Times> {
-    let ready: Vec<_> = steps.iter().map(|&i| executor.ready[bucket][i].clone()).collect();
-    let before: Vec<Vec<u32>> = (0..ready.len() as u32).map(|i| i.checked_sub(1).into_iter().collect()).collect();
+    let tasks: Vec<_> = steps.iter().map(|&i| executor.tasks[bucket][i].clone()).collect();
+    let before: Vec<Vec<u32>> = (0..tasks.len() as u32).map(|i| i.checked_sub(1).into_iter().collect()).collect();
     let lanes = Lanes::new(&before.iter().map(Vec::as_slice).collect::<Vec<_>>());
-    let captured = executor.streams.capture(|| executor.streams.queue(&ready, &lanes)).context("capturing")?;
+    let captured = executor.streams.capture(|| executor.queue(&tasks, &lanes)).context("capturing")?;
     let stream = executor.stream();
     let mut marks = Marks::new(executor.gpu(), WARM + runs)?;
     marks.record(stream)?;

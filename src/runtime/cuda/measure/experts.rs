@@ -99,6 +99,12 @@ fn choice(semantic: &Semantic) -> Option<Choice> {
         (Op::TopK, [scores, ..], [chosen @ Slot::Out(output)]) => {
             Some(Choice { output: *output as usize, offsets: false, experts: last(scores)?, per_token: last(chosen)? })
         }
+        (Op::LocalExperts { experts, .. }, [chosen], [Slot::Out(output)]) => Some(Choice {
+            output: *output as usize,
+            offsets: false,
+            experts: experts.len() as u64,
+            per_token: last(chosen)?,
+        }),
         (Op::GroupRows, [chosen, ..], [_, _, offsets @ Slot::Out(output)]) => Some(Choice {
             output: *output as usize,
             offsets: true,
@@ -145,7 +151,7 @@ pub fn count_experts(executor: &CudaExecutor, bucket: usize, steps: &[usize]) ->
         let step = at.steps.get(i).with_context(|| format!("no step {i} in bucket {}", at.name))?;
         let what = || format!("step {} of bucket {}", step.name, at.name);
         if let Some(found) = read_step(executor, program, bucket, step).with_context(what)? {
-            // Sorting repeats what selecting said.
+            // Sorting repeats what selecting said, and of experts that are spread over ranks, this rank's count.
             layers.retain(|layer| layer.scope != found.scope);
             layers.push(found);
         }

@@ -1,0 +1,144 @@
+//! Steps that ranks run together, each with a GPU of its own: NCCL exchanges what lies in their pools, in the order of the stream.
+
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::CudaExecutor;
+use super::program::{Ready, offset};
+use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
+use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step};
+use crate::runtime::cuda::Graphs;
+use crate::runtime::group::Group;
+
+/// What a step of a plan is on the stream.
+#[derive(Clone, Debug)]
+pub(super) enum Task {
+    /// A kernel.
+    Launch(Ready),
+    /// An exchange of parts of the pool with the other ranks.
+    Exchange(Exchange, Vec<Part>),
+}
+
+impl Task {
+    /// The kernel, if it is one.
+    pub(super) fn ready(&self) -> Option<&Ready> {
+        match self {
+            Task::Launch(ready) => Some(ready),
+            Task::Exchange(..) => None,
+        }
+    }
+}
+
+/// The exchange that a collective of a bucket is.
+pub(super) fn exchange(program: &Program, bucket: usize, step: &Step, collective: &Collective) -> Result<Task> {
+    let kind = match collective.kind {
+        CollectiveKind::AllGather => Exchange::AllGather,
+        CollectiveKind::AllToAll => Exchange::AllToAll,
+    };
+    let at = |list: &[Ref], i: usize| -> Result<usize> {
+        let place = list.get(i).with_context(|| format!("step {} has no part {i}", step.name))?;
+        Ok(usize::try_from(offset(program, bucket, *place)?)?)
+    };
+    let part = |(i, (dtype, count)): (usize, &(DType, u64))| {
+        let bytes = count.checked_mul(dtype.bytes()).context("a part that overflows")?;
+        Ok(Part { from: at(&step.reads, i)?, to: at(&step.writes, i)?, bytes: usize::try_from(bytes)? })
+    };
+    Ok(Task::Exchange(kind, collective.parts.iter().enumerate().map(part).collect::<Result<_>>()?))
+}
+
+/// The ranks that run steps together with this one.
+pub(super) struct Others {
+    /// What they agree through.
+    pub(super) group: Box<dyn Group>,
+    communicator: Communicator,
+}
+
+impl Others {
+    /// What has gone wrong between the GPUs, if anything has.
+    pub(super) fn check(&self) -> Result<()> {
+        Ok(self.communicator.check()?)
+    }
+}
+
+/// How long steps may take that are still on the device when nobody waits for their results any more.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        let Some(others) = self.others.take() else { return };
+        // Other ranks may need this one for steps whose results they wait for. If they are no more, nothing ends by itself.
+        let begun = Instant::now();
+        while begun.elapsed() < PATIENCE && matches!(self.stream().is_done(), Ok(false)) {
+            sleep(PATIENCE / 1000);
+        }
+        let captured = std::mem::take(&mut self.captured);
+        others.communicator.end(|| drop(captured));
+    }
+}
+
+impl CudaExecutor {
+    /// Makes the rank one of a group, with which it runs the plan's collectives: joins the GPUs of all of them, and runs each kind of
+    /// exchange once, because NCCL makes connections when it first needs them, which cannot be captured. All ranks of the group call it
+    /// at the same time; no step is in flight. The arena's contents are lost.
+    ///
+    /// # Errors
+    /// The group is not one of the plan's ranks, or the GPUs cannot reach each other.
+    pub fn with_group(mut self, mut group: Box<dyn Group>) -> Result<Self> {
+        let (expected, found) = ((self.rank, self.manifest.ranks.len()), (group.rank(), group.size()));
+        ensure!(
+            expected == found,
+            "ranks: expected rank {} of {}, as the plan has, found rank {} of {}",
+            expected.0,
+            expected.1,
+            found.0,
+            found.1
+        );
+        let id = agree_on_id(&mut *group)?;
+        let communicator = Communicator::new(&self.device, id, group.rank(), group.size())?;
+        self.others = Some(Others { group, communicator });
+        // Whether steps are captured is a matter of all ranks, so none may go on without a graph by itself.
+        if self.graphs == Graphs::Lazy {
+            self.graphs = Graphs::Required;
+        }
+        self.connect()?;
+        Ok(self)
+    }
+
+    /// Runs each exchange of the program's buckets once, those of the same sizes together.
+    fn connect(&self) -> Result<()> {
+        let mut known: Vec<(Exchange, Vec<usize>)> = vec![];
+        for task in self.tasks.iter().flatten() {
+            let Task::Exchange(kind, parts) = task else { continue };
+            let sizes = (*kind, parts.iter().map(|part| part.bytes).collect());
+            if !known.contains(&sizes) {
+                self.exchange(*kind, parts, self.stream())?;
+                known.push(sizes);
+            }
+        }
+        Ok(self.stream().synchronize()?)
+    }
+
+    /// Queues an exchange, or has it captured.
+    pub(super) fn exchange(&self, kind: Exchange, parts: &[Part], stream: &Stream) -> Result<()> {
+        let size = self.manifest.ranks.len();
+        let others = self.others.as_ref().with_context(|| {
+            format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
+        })?;
+        Ok(others.communicator.exchange(kind, parts, &self.pool, stream)?)
+    }
+}
+
+/// The id of a communicator of the group's ranks, which the first of them makes.
+fn agree_on_id(group: &mut dyn Group) -> Result<UniqueId> {
+    let own = if group.rank() == 0 { UniqueId::new() } else { Ok(UniqueId::from_bytes([0; UniqueId::BYTES])) };
+    // A rank that has none tells so, instead of leaving the others waiting for it.
+    let sent = own.as_ref().map_or([0; UniqueId::BYTES], |id| id.to_bytes());
+    let mut all = vec![0; group.size() * UniqueId::BYTES];
+    group.all_gather(&sent, &mut all)?;
+    own?;
+    let first = *all.first_chunk().context("an id of other ranks")?;
+    ensure!(first != [0; UniqueId::BYTES], "rank 0 of the group has no NCCL id; it says why");
+    Ok(UniqueId::from_bytes(first))
+}

@@ -1,0 +1,100 @@
+//! Steps of a rank that has some of the experts, on one GPU against the CPU: exchanges are played, as if all ranks had the rows of this one.
+//! `tests/gpu_ranks.sh` runs whole plans, exchanges included, on several GPUs.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use lfm2c::codegen::CompileOptions;
+use lfm2c::codegen::select::Tactics;
+use lfm2c::cuda::Device;
+use lfm2c::ir::DType;
+use lfm2c::plan::{Collective, PlanFile, Ref, Step};
+use lfm2c::runtime::compare::{bound, compare_step};
+use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs, offset};
+use lfm2c::runtime::weights::{self, Origin};
+use lfm2c::runtime::workload::{History, random_batch};
+use libtest_mimic::Trial;
+
+use crate::models::{SHAPES, Shape, fail, plan};
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![];
+    for shape in SHAPES {
+        for (dtype, ranks) in [(DType::F32, 2), (DType::BF16, 3), (DType::F16, 2)] {
+            for nth in [0, 1, 2] {
+                trials.push(Trial::test(format!("spread over {ranks} {} {dtype} {nth}", shape.name), move || {
+                    check(shape, dtype, ranks, nth).map_err(fail)
+                }));
+            }
+        }
+    }
+    trials
+}
+
+/// Compares every step of the first and the last rank, from what the steps before it left on the GPU.
+fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize) -> Result<()> {
+    let options = CompileOptions {
+        dtype: Some(dtype),
+        prefill: Some(vec![5, 300]),
+        decode: Some(vec![1, 8, 33]),
+        max_sequences: Some(33),
+        max_context: Some(320),
+        kv_tokens: Some(6400),
+        expert_ranks: ranks,
+        tactics: Tactics { nth: Some(nth), ..Tactics::default() },
+        ..CompileOptions::default()
+    };
+    let file = plan(shape, &options);
+    let mut faults = vec![];
+    for rank in [0, ranks as usize - 1] {
+        let (mut gpu, mut cpu) = executors(&file, rank)?;
+        for (i, bucket) in gpu.program().buckets.clone().iter().enumerate() {
+            gpu.poison(0xff)?;
+            gpu.randomize_state(i as u64)?;
+            let batch = random_batch(&mut gpu, i, 40, 11 + i as u64, History::Held)?;
+            gpu.poison_arena(0xff)?;
+            gpu.upload(i, &batch)?;
+            for (at, step) in bucket.steps.iter().enumerate() {
+                if let Some(collective) = &step.collective {
+                    play(&gpu, i, step, collective, ranks as usize)?;
+                    continue;
+                }
+                for written in compare_step(&mut cpu, &gpu, i, at)? {
+                    if !written.holds(bound(file.manifest.dtype)) {
+                        let place = format!("rank {rank}, {} {}", bucket.name, step.name);
+                        faults.push(format!("{place}, %{}: {:e}, {:?}", written.name, written.error, written.first));
+                    }
+                }
+            }
+        }
+    }
+    ensure!(faults.is_empty(), "{}", faults.join("\n"));
+    Ok(())
+}
+
+/// A rank's executors, with the same weights.
+fn executors(file: &PlanFile, rank: usize) -> Result<(CudaExecutor, CpuExecutor)> {
+    let mut gpu = CudaExecutor::new(file, rank, &Device::open(0)?, Graphs::Off)?;
+    gpu.load(Origin::Synthetic(5), &|_| ())?;
+    let program = &file.manifest.ranks[rank];
+    let mut pool = HostPool::new(program)?;
+    weights::fill_synthetic(&file.manifest, program, 5, pool.weights_mut(), &|_| ())?;
+    Ok((gpu, CpuExecutor::new(Arc::new(file.manifest.clone()), rank, pool)?))
+}
+
+/// Receives from all ranks what this one sends.
+fn play(gpu: &CudaExecutor, bucket: usize, step: &Step, collective: &Collective, ranks: usize) -> Result<()> {
+    let (pool, stream) = (gpu.pool(), gpu.stream());
+    for (i, (dtype, count)) in collective.parts.iter().enumerate() {
+        let at = |list: &[Ref]| -> Result<usize> {
+            let place = *list.get(i).context("a part without a place")?;
+            Ok(usize::try_from(offset(gpu.program(), bucket, place)?)?)
+        };
+        let mut bytes = vec![0; usize::try_from(count * dtype.bytes())?];
+        // Of an all-to-all, the first block goes for all.
+        pool.read(at(&step.reads)?, &mut bytes, stream)?;
+        pool.write(at(&step.writes)?, &bytes.repeat(ranks), stream)?;
+    }
+    Ok(())
+}

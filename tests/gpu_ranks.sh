@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Plans whose experts are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more. Needs two
+# GPUs, NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
+#   tests/gpu_ranks.sh [results] [times] [failures]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+LFM2C=$(realpath "${LFM2C:-target/release/lfm2c}")
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+PLANS=$PWD/plans
+RUN=(mpirun --allow-run-as-root --bind-to none -n 2)
+PARTS=("${@:-results times failures}")
+failed=0
+
+# NCCL of a Python package, wherever its Python is.
+nccl=$(python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0] + "/lib")' 2>/dev/null) &&
+    export LD_LIBRARY_PATH="$nccl${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+# A host without a network has no other way to make connections.
+export NCCL_NVLS_ENABLE=0
+cd "$WORK" || exit 1
+nvidia-smi -L
+
+wants() { [[ " ${PARTS[*]} " == *" $1 "* ]]; }
+seconds() { python3 -c "print(f'{$(date +%s.%N) - $1:.1f}')"; }
+# Runs with what it says kept: shown where it fails.
+quietly() {
+    local begun; begun=$(date +%s.%N)
+    if ! "$@" >out.txt 2>err.txt; then
+        echo "FAILED: $*"; tail -5 err.txt; failed=1; return 1
+    fi
+    [[ -z ${TOLD:-} ]] || echo "  $TOLD: $(seconds "$begun") s"
+}
+# Lines with the same tokens in two files of results.
+same() {
+    python3 - "$1" "$2" <<'PY'
+import json, sys
+a, b = ([json.loads(line)["tokens"] for line in open(name)] for name in sys.argv[1:])
+print(f"{sum(x == y for x, y in zip(a, b))} of {len(a)} lines with the same tokens" if len(a) == len(b) else f"{len(a)} and {len(b)} lines")
+PY
+}
+lines() {
+    python3 - "$@" <<'PY'
+import json, sys
+count, new = int(sys.argv[1]), int(sys.argv[2])
+for i in range(count):
+    tokens = [5 + (at * 31 + i) % 400 for at in range(1 + i * 7 % 60)]
+    print(json.dumps({"tokens": tokens, "max_new_tokens": new or [0, 1, 3, 12, 25][i % 5], "ignore_eos": True}))
+PY
+}
+synthetic() { quietly "$LFM2C" compile "$PLANS/synthetic.ron" --target sm_90a "$@"; }
+
+if wants results; then
+    echo "== results: plans/synthetic.ron, 60 lines"
+    lines 60 0 >in.jsonl
+    for dtype in f32 bf16; do
+        TOLD="compiling, $dtype" synthetic --dtype $dtype -o one.plan
+        synthetic --dtype $dtype --ranks expert=2 -o two.plan
+        rm -f ./*.out one.jsonl two.jsonl cpu.jsonl again.jsonl
+        quietly "$LFM2C" run one.plan --input in.jsonl --output one.jsonl
+        quietly "$LFM2C" run two.plan --device cpu --input in.jsonl --output cpu.jsonl
+        TOLD="two ranks, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
+        quietly "${RUN[@]}" "$LFM2C" run two.plan --chunk 23 --input in.jsonl --output again.jsonl
+        echo "  $dtype, two GPUs beside one:           $(same two.jsonl one.jsonl)"
+        echo "  $dtype, two GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
+        echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
+    done
+    for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
+        rm -f other.jsonl
+        # shellcheck disable=SC2086
+        quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --input in.jsonl --output other.jsonl
+        echo "  bf16, $off: $(same two.jsonl other.jsonl)"
+    done
+    quietly "${RUN[@]}" "$LFM2C" bench two.plan --requests 200 && cat out.txt
+fi
+
+if wants times; then
+    echo "== times: LFM2-8B-A1B, synthetic weights, 64 sequences a GPU"
+    sizes=(--synthetic 1 --target sm_90a --prefill 512 --decode 64 --max-sequences 64 --max-context 1024 --kv-tokens 65536)
+    for ranks in 1 2; do
+        TOLD="compiling for $ranks" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks expert=$ranks -o $ranks.plan
+    done
+    quietly "$LFM2C" bench 1.plan --decode 64 && cat out.txt
+    for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
+        echo "  with $set"
+        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench 2.plan --decode 64 && grep -E '^(bucket|decode| )' out.txt
+    done
+fi
+
+if wants failures; then
+    echo "== failures: mpirun itself stopped, so that it ends nobody"
+    [[ -f long.jsonl ]] || lines 60000 200 >long.jsonl
+    synthetic --dtype f32 --ranks expert=2 -o two.plan
+    for signal in KILL STOP; do
+        rm -f long.out
+        "${RUN[@]}" "$LFM2C" run two.plan --input long.jsonl --output long.out >out.txt 2>err.txt &
+        launcher=$!
+        # Until results come.
+        for _ in $(seq 150); do [[ -s long.out ]] && break; sleep 0.2; done
+        mapfile -t ranks < <(pgrep -P $launcher)
+        echo "  $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
+        kill -STOP $launcher
+        begun=$(date +%s.%N)
+        kill -$signal "${ranks[1]}"
+        for _ in $(seq 200); do kill -0 "${ranks[0]}" 2>/dev/null && [[ $(ps -o stat= -p "${ranks[0]}") != Z* ]] || break; sleep 0.1; done
+        echo "  rank 0 has ended after $(seconds "$begun") s (at most 10)"
+        kill -KILL "${ranks[@]}" 2>/dev/null
+        kill -CONT $launcher
+        wait $launcher 2>/dev/null
+        echo "  mpirun: exit code $?; on the GPUs still: $(nvidia-smi --query-compute-apps=pid --format=csv,noheader | wc -l) processes"
+        # What ranks say goes through mpirun.
+        sed -n 's/^lfm2c: rank/  told: rank/p' err.txt
+    done
+fi
+exit $failed
