@@ -550,3 +550,46 @@ fn replace(bytes: &[u8], from: &[u8], to: &[u8]) -> Vec<u8> {
     let at = bytes.windows(from.len()).position(|window| window == from).expect("the name is in the file");
     [&bytes[..at], to, &bytes[at + from.len()..]].concat()
 }
+
+#[test]
+fn weights_that_do_not_pack_are_read_as_they_are() {
+    const NAME: &str = "model.layers.0.conv.out_proj.weight";
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = |name: &str| folder.path().join(name);
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(project("models/demo").join(name), at(name)).expect("it can be copied");
+    }
+    let compile = |plan: &str| {
+        let arguments =
+            ["compile", "--model", ".", "--target", "sm_90a", "--without-cubins", "--pack", "--dtype", "bf16"];
+        let sizes = ["--decode", "1", "--prefill", "16", "--max-context", "256", "-o", plan];
+        let output = lfm2c(folder.path(), &[&arguments[..], &sizes].concat());
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{errors}");
+        let file =
+            lfm2c::plan::PlanFile::from_bytes(&std::fs::read(at(plan)).expect("it was written")).expect("a plan");
+        let program = &file.manifest.ranks[0];
+        let names: Vec<String> =
+            program.packed.iter().map(|form| program.weights[form.weight as usize].name.clone()).collect();
+        (errors, names)
+    };
+    let (errors, all) = compile("all.plan");
+    assert!(!errors.contains("do not pack") && all.len() > 3, "{errors}{all:?}");
+
+    // A row of numbers from 128 different binades.
+    let mut bytes = std::fs::read(at("model.safetensors")).expect("it is there");
+    let data = 8 + u64::from_le_bytes(*bytes.first_chunk().expect("a length")) as usize;
+    let header = json(std::str::from_utf8(&bytes[8..data]).expect("JSON"));
+    let begin = data + header[NAME]["data_offsets"][0].as_u64().expect("an offset") as usize;
+    for (i, number) in bytes[begin..][..256].as_chunks_mut::<2>().0.iter_mut().enumerate() {
+        *number = ((i as u16 + 40) << 7).to_le_bytes();
+    }
+    std::fs::write(at("model.safetensors"), bytes).expect("it can be written");
+    let (errors, some) = compile("some.plan");
+    assert!(errors.contains("1 of 128 rows do not pack, so it is read as it is"), "{errors}");
+    let left: Vec<&String> = all.iter().filter(|name| !some.contains(name)).collect();
+    assert!(left.len() == 1 && errors.contains(left[0].as_str()) && some.len() + 1 == all.len(), "{left:?} {errors}");
+    let run = ["--model", ".", "--device", "cpu", "--tokens", "5,6", "--max-new-tokens", "2"];
+    let of = |plan| done(folder.path(), &[&["run", plan][..], &run].concat());
+    assert_eq!(of("some.plan"), of("all.plan"));
+}

@@ -54,16 +54,16 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         (false, true) => arguments.choices.options(),
         (false, false) => lock::apply(arguments.choices.options(), named)?,
     };
-    let compiled = match &arguments.print_after {
-        None => compile_source(&source, &options)?,
-        Some(name) => {
-            if name != "all" && !passes::names().contains(&name.as_str()) {
-                return usage(format!("--print-after {name}: expected `all` or one of {}", passes::names().join(", ")));
-            }
-            compile(&source, &options, &Printer { after: name, output: Mutex::new(()) })?
-        }
-    };
-    load::check_checkpoint(&source, &compiled)?;
+    if let Some(name) = &arguments.print_after
+        && name != "all"
+        && !passes::names().contains(&name.as_str())
+    {
+        return usage(format!("--print-after {name}: expected `all` or one of {}", passes::names().join(", ")));
+    }
+    let compiled = load::compile_for_checkpoint(&source, &options, &|options| match &arguments.print_after {
+        None => compile_source(&source, options),
+        Some(name) => compile(&source, options, &Printer { after: name, output: Mutex::new(()) }),
+    })?;
     compiled.file.write(&arguments.output)?;
     print(report(&compiled))?;
     if !options.tactics.chosen.is_empty()

@@ -1,5 +1,6 @@
 //! What several commands do first: find the plan, compile a recipe, fill a pool with weights.
 
+mod compiled;
 mod cpu;
 
 use std::path::{Path, PathBuf};
@@ -11,18 +12,18 @@ use crate::cli::device::{Device, Place};
 use crate::cli::measure::is_source;
 use crate::cli::output::{note, note_once};
 use crate::cli::{lock, progress, usage};
-use crate::codegen::compile::Observer;
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::select::{F32, Pack};
-use crate::codegen::{CompileOptions, Compiled, Recipe, Source, compile};
+use crate::codegen::{CompileOptions, Recipe, Source};
 use crate::cuda;
-use crate::ir::{DType, Graph};
+use crate::ir::DType;
 use crate::passes::Target;
 use crate::plan::{self, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::weights::{self, Checkpoint, Origin};
 
+pub use self::compiled::{compile_for_checkpoint, compile_source};
 pub use self::cpu::cpu_executor;
 
 /// What a recipe's choices can be overridden with.
@@ -226,45 +227,11 @@ pub fn find_bucket(names: &[&str], wanted: &str) -> Result<usize> {
     }
 }
 
-/// Compiles with a progress bar.
-pub fn compile_source(source: &Source, options: &CompileOptions) -> Result<Compiled> {
-    let bar = progress::count("compiling", 0);
-    let compiled = compile(source, options, &Bar(&bar));
-    bar.finish_and_clear();
-    compiled
-}
-
-/// Refuses a checkpoint that the plan just made of its configuration could not be run with.
-pub fn check_checkpoint(source: &Source, compiled: &Compiled) -> Result<()> {
-    match source {
-        Source::Recipe(recipe, Some(_)) => match recipe.directory() {
-            Some(directory) => Ok(weights::check(&compiled.file.manifest, &Checkpoint::open(directory)?)?),
-            None => Ok(()),
-        },
-        _ => Ok(()),
-    }
-}
-
-struct Bar<'a>(&'a indicatif::ProgressBar);
-
-impl Observer for Bar<'_> {
-    fn pass(&self, _bucket: Option<&str>, _pass: &str, _graph: &Graph) {}
-
-    fn progress(&self, done: usize, total: usize) {
-        self.0.set_length(total as u64);
-        self.0.set_position(done as u64);
-    }
-
-    fn kernels(&self, done: usize, total: usize) {
-        self.0.set_message("compiling kernels");
-        self.progress(done, total);
-    }
-}
-
 /// A plan from a plan file, or compiled on the spot from a recipe or a graph.
 pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<PlanFile> {
     if is_source(path) {
-        let compiled = compile_source(&source(Some(path), model, options.synthetic)?, options)?;
+        let source = source(Some(path), model, options.synthetic)?;
+        let compiled = compile_for_checkpoint(&source, options, &|options| compile_source(&source, options))?;
         if !options.tactics.chosen.is_empty()
             && let Some(line) = lock::report(path, &compiled)
         {

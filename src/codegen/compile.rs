@@ -70,6 +70,8 @@ pub struct CompileOptions {
     pub f32: F32,
     /// Which weights get a packed form.
     pub pack: Pack,
+    /// Names of weights that get none, because they do not pack.
+    pub unpacked: BTreeSet<String>,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
     pub without_cubins: bool,
 }
@@ -93,6 +95,7 @@ impl Default for CompileOptions {
             tactics: Tactics::default(),
             f32: F32::default(),
             pack: Pack::default(),
+            unpacked: BTreeSet::new(),
             without_cubins: false,
         }
     }
@@ -172,8 +175,9 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (experts, balance) = expert_ranks(source, options)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
-    let selector = (options.target != Target::Cpu)
-        .then(|| Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts));
+    let selector = (options.target != Target::Cpu).then(|| {
+        Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts).leaving(&options.unpacked)
+    });
     let pipeline =
         Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use crate::codegen::cost::cost;
 use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::kernels::is_weight;
-use crate::codegen::select::{Pack, Selector};
+use crate::codegen::select::Selector;
 use crate::codegen::types::tensor_type;
 use crate::codegen::{packed, semantic, tensors};
 use crate::ir::{self, Extents, Graph, Layout, OpKind, Operand, ValueId};
@@ -60,8 +60,10 @@ pub fn lower(
         Some(last) => end(last.offset, &last.ty).ok_or_else(|| too_large(&last.name))?,
         None => 0,
     };
-    let pack = selector.map_or(Pack::Never, Selector::pack);
-    let packed = packed::forms(&tables.weights, &lowered, pack, &mut weights_end)?;
+    let packed = match selector {
+        Some(selector) => packed::forms(&tables.weights, &lowered, selector, &mut weights_end)?,
+        None => vec![],
+    };
     let arena = lowered.iter().map(|bucket| bucket.arena_bytes).max().unwrap_or(0);
     let end = |used: Option<u64>| used.unwrap_or(0).next_multiple_of(ALIGNMENT);
     let last = |offset: u64, ty: &plan::TensorType| ty.bytes().map(|bytes| offset + bytes);
@@ -229,7 +231,7 @@ impl<'a> Tables<'a> {
         let Some(selector) = self.selector else { return Ok(None) };
         let chosen = selector.choose(semantic, phase);
         let chosen = match chosen {
-            Some(found) if !packed::fits(&found.specialised.launch, reads, &self.weights) => {
+            Some(found) if !packed::fits(&found.specialised.launch, reads, &self.weights, selector) => {
                 selector.choose_unpacked(semantic, phase)
             }
             chosen => chosen,

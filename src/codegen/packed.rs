@@ -2,16 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use super::select::Pack;
+use super::select::{Pack, Selector};
 use crate::plan::{ALIGNMENT, Arg, Bucket, Launch, Packed, Ref, Weight};
 
 /// Whether what a launch wants packed are weights that can be. In a graph in text form it may be a value that a step makes.
-pub(super) fn fits(launch: &Launch, reads: &[Ref], weights: &[Weight]) -> bool {
+pub(super) fn fits(launch: &Launch, reads: &[Ref], weights: &[Weight], selector: &Selector) -> bool {
     let fits = |arg: &Arg| match *arg {
         Arg::Packed(i) => match reads.get(i as usize) {
-            Some(&Ref::Weight(weight)) => {
-                weights.get(weight as usize).is_some_and(|weight| weight.packed_bytes().is_some())
-            }
+            Some(&Ref::Weight(weight)) => weights.get(weight as usize).is_some_and(|weight| selector.packs(weight)),
             _ => false,
         },
         _ => true,
@@ -23,8 +21,13 @@ pub(super) fn fits(launch: &Launch, reads: &[Ref], weights: &[Weight]) -> bool {
 ///
 /// # Errors
 /// Sizes beyond 64 bits.
-pub(super) fn forms(weights: &[Weight], buckets: &[Bucket], pack: Pack, end: &mut u64) -> Result<Vec<Packed>, String> {
-    let all = (0u32..).zip(weights).filter(|(_, weight)| pack == Pack::All && weight.packed_bytes().is_some());
+pub(super) fn forms(
+    weights: &[Weight],
+    buckets: &[Bucket],
+    selector: &Selector,
+    end: &mut u64,
+) -> Result<Vec<Packed>, String> {
+    let all = (0u32..).zip(weights).filter(|(_, weight)| selector.pack() == Pack::All && selector.packs(weight));
     let mut wanted: BTreeSet<u32> = all.map(|(weight, _)| weight).collect();
     for step in buckets.iter().flat_map(|bucket| &bucket.steps) {
         let args = step.launch.iter().flat_map(|launch| &launch.args);
@@ -52,10 +55,15 @@ pub(super) fn forms(weights: &[Weight], buckets: &[Bucket], pack: Pack, end: &mu
 mod tests {
     use super::*;
     use crate::codegen::compile::Silent;
+    use crate::codegen::select::{F32, Tactics};
     use crate::codegen::{CompileOptions, Recipe, Source, compile};
     use crate::plan::{PlanFile, ServiceRole};
 
     fn plan(pack: Pack) -> PlanFile {
+        plan_leaving(pack, BTreeSet::new())
+    }
+
+    fn plan_leaving(pack: Pack, unpacked: BTreeSet<String>) -> PlanFile {
         let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
         let options = CompileOptions {
             target: crate::passes::Target::Sm90a,
@@ -64,6 +72,7 @@ mod tests {
             decode: Some(vec![1, 4]),
             without_cubins: true,
             pack,
+            unpacked,
             ..CompileOptions::default()
         };
         compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles").file
@@ -76,22 +85,24 @@ mod tests {
         assert_eq!(program.packed, []);
         let end = program.pool.weights.bytes;
         let can = |weights: &[Weight], place: &Ref| matches!(place, Ref::Weight(weight) if weights[*weight as usize].packed_bytes().is_some());
+        let tactics = Tactics::default();
+        let selector = Selector::new(&tactics, F32::Exact, Pack::Asked);
         let mut wanted = BTreeSet::new();
         for step in program.buckets.iter_mut().flat_map(|bucket| &mut bucket.steps) {
             let at = step.reads.iter().position(|place| can(&program.weights, place));
             if let (Some(at), Some(launch)) = (at, &mut step.launch) {
                 launch.args.push(Arg::Packed(at as u32));
-                assert!(fits(launch, &step.reads, &program.weights));
+                assert!(fits(launch, &step.reads, &program.weights, &selector));
                 let Ref::Weight(weight) = step.reads[at] else { unreachable!("it is one") };
                 wanted.insert(weight);
                 launch.args.push(Arg::Packed(step.reads.len() as u32));
-                assert!(!fits(launch, &step.reads, &program.weights));
+                assert!(!fits(launch, &step.reads, &program.weights, &selector));
                 launch.args.pop();
             }
         }
         assert!(wanted.len() > 3);
         let mut last = end;
-        let forms = forms(&program.weights, &program.buckets, Pack::Asked, &mut last).expect("they fit");
+        let forms = forms(&program.weights, &program.buckets, &selector, &mut last).expect("they fit");
         assert_eq!(forms.iter().map(|form| form.weight).collect::<BTreeSet<_>>(), wanted);
         assert_eq!(forms.len(), wanted.len());
         let bytes = |form: &Packed| program.weights[form.weight as usize].packed_bytes().expect("it can be packed");
@@ -121,6 +132,21 @@ mod tests {
         let forms: BTreeSet<u32> = file.manifest.ranks[0].packed.iter().map(|form| form.weight).collect();
         assert!(forms.len() > 3 && asks(&file) == forms, "{forms:?}");
         assert!(asks(&bare).is_empty() && bare.manifest.ranks[0].packed.is_empty());
+    }
+
+    #[test]
+    fn what_does_not_pack_is_read_as_it_is() {
+        let all = plan(Pack::Asked);
+        let name = |file: &PlanFile, form: &Packed| file.manifest.ranks[0].weights[form.weight as usize].name.clone();
+        let names = |file: &PlanFile| -> Vec<String> {
+            file.manifest.ranks[0].packed.iter().map(|form| name(file, form)).collect()
+        };
+        let left = names(&all)[1].clone();
+        let some = plan_leaving(Pack::Asked, [left.clone()].into());
+        let expected: Vec<String> = names(&all).into_iter().filter(|name| *name != left).collect();
+        assert_eq!(names(&some), expected);
+        let every = plan_leaving(Pack::All, [left.clone()].into());
+        assert!(!names(&every).contains(&left) && names(&every).len() > expected.len());
     }
 
     #[test]

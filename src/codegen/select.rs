@@ -196,6 +196,8 @@ pub struct Selector<'a> {
     tactics: &'a Tactics,
     f32: F32,
     pack: Pack,
+    /// Weights that get no packed form.
+    unpacked: BTreeSet<String>,
     /// The experts of each rank, if they are spread over several.
     experts: Vec<Vec<u64>>,
     known: Mutex<HashMap<String, Option<Arc<Candidate>>>>,
@@ -204,7 +206,7 @@ pub struct Selector<'a> {
 impl<'a> Selector<'a> {
     /// A selector that goes by these tactics.
     pub fn new(tactics: &'a Tactics, f32: F32, pack: Pack) -> Self {
-        Selector { tactics, f32, pack, experts: vec![], known: Mutex::default() }
+        Selector { tactics, f32, pack, unpacked: BTreeSet::new(), experts: vec![], known: Mutex::default() }
     }
 
     /// For ranks that have these experts each: what tactics say of a product over all of them goes for a rank's share, too.
@@ -214,9 +216,21 @@ impl<'a> Selector<'a> {
         self
     }
 
+    /// That leaves weights of these names as they are.
+    #[must_use]
+    pub fn leaving(mut self, unpacked: &BTreeSet<String>) -> Self {
+        self.unpacked = unpacked.clone();
+        self
+    }
+
     /// Which weights get a packed form.
     pub fn pack(&self) -> Pack {
         self.pack
+    }
+
+    /// Whether a weight can have one.
+    pub fn packs(&self, weight: &plan::Weight) -> bool {
+        weight.packed_bytes().is_some() && !self.unpacked.contains(&weight.name)
     }
 
     /// The candidate for a step, if any kernel can run it.

@@ -239,7 +239,7 @@ fn a_rank_chooses_as_one_with_all_experts_does() {
     let one = compiled(1, 6, Tactics::default());
     let is_product = |problem: &Problem| problem.semantic.name == "expert+swiglu";
     let (_, product) = step_problems(&one.ranks[0]).find(|(_, problem)| is_product(problem)).expect("there is one");
-    let name = candidates(&product)[1].name();
+    let name = admitted(&product, Pack::Never)[1].name();
     let chosen = BTreeMap::from([(problem_key(&product), name.clone())]);
     let three = compiled(3, 2, Tactics { chosen, ..Tactics::default() });
     for program in &three.ranks {

@@ -43,6 +43,25 @@ pub(super) fn fill(
     Ok(())
 }
 
+/// A weight's elements as they are in its layout.
+pub(super) struct Reader {
+    gather: Gather,
+    dtype: DType,
+}
+
+impl Reader {
+    /// Of a weight of a plan with these tensors.
+    pub(super) fn new(weight: &Weight, tensors: &[Tensor]) -> Result<Reader, WeightError> {
+        let gather = Gather::new(weight, tensors).map_err(|what| fault(weight, what))?;
+        Ok(Reader { gather, dtype: weight.ty.0 })
+    }
+
+    /// Writes elements from `position` on until `bytes` is full.
+    pub(super) fn read(&self, elements: &impl Elements, position: u64, bytes: &mut [u8]) {
+        self.gather.write(elements, position, self.dtype, bytes);
+    }
+}
+
 /// The bytes of each weight, by ascending offset.
 fn split<'w, 'r>(weights: &'w [Weight], region: &'r mut [u8]) -> Result<Vec<(&'w Weight, &'r mut [u8])>, WeightError> {
     let length = region.len();

@@ -12,7 +12,7 @@ mod transfer;
 pub use checkpoint::{Checkpoint, CheckpointError, CheckpointTensor};
 pub use header::{HeaderEntry, HeaderError, parse_header};
 pub use layout::{Places, places};
-pub use pack::{pack, pack_row, unpack_row};
+pub use pack::{Unpackable, pack, pack_row, unpack_row, unpackable};
 pub use resolve::{CheckpointMismatch, Misshapen, Missing, Mistyped};
 pub use transfer::{Room, Span, Transfer};
 
@@ -31,7 +31,8 @@ pub enum WeightError {
     /// A weight that a plan wants packed does not pack.
     #[error(
         "weight {weight}: {failed} of {rows} rows do not pack, because more than {MAX_EXCEPTIONS} of their numbers lie outside of the 15 \
-         binades that hold most; compile the plan again without --pack"
+         binades that hold most; compile the plan again from this checkpoint (--model DIR), which leaves such weights as they are, or without \
+         --pack"
     )]
     Unpackable {
         /// Its name.

@@ -1,13 +1,18 @@
 //! Packs weights on the host: what the kernel of [`ServiceRole::Pack`](crate::plan::ServiceRole::Pack) makes, byte for byte. The form
 //! is told at [`crate::plan::packed`].
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 
 use super::WeightError;
+use super::checkpoint::Checkpoint;
+use super::layout::Reader;
+use super::resolve::resolve;
 use crate::plan::packed::{
     CODES, HEADER_BYTES, MAX_BASE, MAX_COLUMNS, MAX_EXCEPTIONS, SPAN_BYTES, SPAN_COLUMNS, packed_row_bytes,
 };
-use crate::plan::{Packed, Program};
+use crate::plan::{Manifest, Packed, Program};
 
 /// Columns that are packed together.
 const EIGHT: usize = 8;
@@ -97,6 +102,60 @@ pub fn pack(program: &Program, region: &mut [u8]) -> Result<(), WeightError> {
         }
     }
     Ok(())
+}
+
+/// Whether a row packs.
+fn packs(row: &[u16]) -> bool {
+    let mut counts = [0u32; 256];
+    row.iter().filter(|&&bits| bits & 0x7fff != 0).for_each(|&bits| counts[exponent(bits)] += 1);
+    let outside = |base: usize| {
+        let coded = base + 1..=base + CODES;
+        counts.iter().enumerate().filter(|(exponent, _)| !coded.contains(exponent)).map(|(_, count)| count).sum::<u32>()
+    };
+    outside(base_of(row)) as usize <= MAX_EXCEPTIONS
+}
+
+/// A weight with rows that do not pack.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unpackable {
+    /// Its name.
+    pub weight: String,
+    /// Rows that do not pack.
+    pub failed: u64,
+    /// All rows.
+    pub rows: u64,
+}
+
+/// The weights of which a plan has packed forms, but which a checkpoint does not allow them: all ranks' together, by name. Reads their
+/// numbers.
+///
+/// # Errors
+/// As [`load`](super::load).
+pub fn unpackable(manifest: &Manifest, checkpoint: &Checkpoint) -> Result<Vec<Unpackable>, WeightError> {
+    let stored = resolve(manifest, checkpoint)?;
+    let mut found: BTreeMap<String, Unpackable> = BTreeMap::new();
+    for program in &manifest.ranks {
+        for &Packed { weight: id, .. } in &program.packed {
+            let weight = program.weights.get(id as usize).and_then(|weight| Some((weight, weight.packed_rows()?)));
+            let (weight, (rows, columns)) = weight.ok_or_else(|| WeightError::Plan {
+                entity: format!("weight {id}"),
+                what: "it is packed, but cannot be".to_owned(),
+            })?;
+            let reader = Reader::new(weight, &manifest.tensors)?;
+            let fails = |row: &u64| {
+                let mut bytes = vec![0; columns as usize * 2];
+                reader.read(&stored, row * columns, &mut bytes);
+                let row: Vec<u16> = bytes.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes)).collect();
+                !packs(&row)
+            };
+            let failed = (0..rows).into_par_iter().filter(fails).count() as u64;
+            if failed > 0 {
+                let of = Unpackable { weight: weight.name.clone(), failed, rows };
+                found.insert(weight.name.clone(), of);
+            }
+        }
+    }
+    Ok(found.into_values().collect())
 }
 
 /// The smallest base that leaves the fewest exceptions.
