@@ -103,18 +103,14 @@ fn on_ranks(arguments: &Arguments, world: &mut World) -> Result<()> {
 
 /// What all ranks have, by number.
 fn gather(all: &mut dyn Group, own: &Row) -> Result<Vec<Row>> {
-    let sent: Vec<u8> = [own.rows, own.experts, own.step_ms, own.p99_ms, own.graph_ms, own.floor_ms]
-        .iter()
-        .flat_map(|number| number.to_le_bytes())
-        .collect();
-    let mut received = vec![0; sent.len() * all.size()];
-    all.all_gather(&sent, &mut received)?;
-    let rows = received.chunks(sent.len()).enumerate().map(|(rank, bytes)| {
-        let mut numbers = bytes.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes));
-        let mut next = || numbers.next().unwrap_or(f64::NAN);
-        Row { rank, rows: next(), experts: next(), step_ms: next(), p99_ms: next(), graph_ms: next(), floor_ms: next() }
-    });
-    Ok(rows.collect())
+    let sent = [own.rows, own.experts, own.step_ms, own.p99_ms, own.graph_ms, own.floor_ms];
+    let mut received = vec![sent; all.size()];
+    all.all_gather(bytemuck::cast_slice(&sent), bytemuck::cast_slice_mut(&mut received))?;
+    let row = |(rank, numbers): (usize, [f64; 6])| {
+        let [rows, experts, step_ms, p99_ms, graph_ms, floor_ms] = numbers;
+        Row { rank, rows, experts, step_ms, p99_ms, graph_ms, floor_ms }
+    };
+    Ok(received.into_iter().enumerate().map(row).collect())
 }
 
 fn report(format: Format, file: &PlanFile, device: &str, found: &[Measured]) -> Result<()> {

@@ -5,6 +5,7 @@ use std::fmt::{Display, Write};
 use crate::plan::{Arg, DType, Launch, Param, ParamType, Promotion, Semantic, Slot, Swizzle, TensorMap, TensorType};
 
 use super::Problem;
+use super::hopper::PROCESSORS;
 
 /// A kernel specialised to a step.
 #[derive(Clone, PartialEq, Debug)]
@@ -257,4 +258,14 @@ fn c_param(ty: ParamType, constant: bool) -> String {
         ParamType::Float => "float ".into(),
         ParamType::Map(_) => "const __grid_constant__ TensorMap ".into(),
     }
+}
+
+/// Kernels of which a thread has so many adjacent elements, each with its number of threads: first the widest that still gives every
+/// multiprocessor a few warps, else the narrowest.
+pub fn by_width(specialise: impl Fn(u64) -> Option<(u64, Specialised)>) -> Vec<Specialised> {
+    let mut found: Vec<(u64, Specialised)> = [8, 4, 2, 1].into_iter().filter_map(specialise).collect();
+    let enough = |(threads, _): &(u64, Specialised)| *threads >= PROCESSORS * 128;
+    let first = found.iter().position(enough).unwrap_or(found.len().saturating_sub(1));
+    let rest = found.split_off(first);
+    rest.into_iter().chain(found.into_iter().rev()).map(|(_, specialised)| specialised).collect()
 }

@@ -1,6 +1,6 @@
 //! `kernels/weighted_sum.cu`: the sum over a token's experts, grouped or not, what follows it elementwise, and the RMSNorm of that.
 
-use super::builder::{Builder, Specialised};
+use super::builder::{Builder, Specialised, by_width};
 use super::expression::Epilogue;
 use super::hopper::PROCESSORS;
 use super::pattern::{args, dims, dtype, results, rows_and_last, ty};
@@ -26,13 +26,7 @@ impl Twin for WeightedSum {
     }
 
     fn candidates(&self, problem: &Problem) -> Vec<Specialised> {
-        let mut found: Vec<(u64, Specialised)> =
-            [8, 4, 2, 1].into_iter().filter_map(|vector| specialise(problem, vector)).collect();
-        // The widest that still gives every multiprocessor a few warps, else the narrowest.
-        let first =
-            found.iter().position(|(threads, _)| *threads >= PROCESSORS * 128).unwrap_or(found.len().saturating_sub(1));
-        let rest = found.split_off(first);
-        rest.into_iter().chain(found.into_iter().rev()).map(|(_, specialised)| specialised).collect()
+        by_width(|vector| specialise(problem, vector))
     }
 }
 

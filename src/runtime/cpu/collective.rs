@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::tensor::byte_len;
 use super::{CpuExecutor, bucket_of, part, place_of};
 use crate::plan::{Bucket, Collective, CollectiveKind, Ref, Step, TensorType};
-use crate::runtime::group::Group;
+use crate::runtime::group::{self, Group};
 
 impl CpuExecutor {
     /// Makes the rank one of a group, with which it runs the plan's collectives.
@@ -15,15 +15,7 @@ impl CpuExecutor {
     /// # Errors
     /// The group is not one of the plan's ranks.
     pub fn with_group(mut self, group: Box<dyn Group>) -> Result<Self> {
-        let (expected, found) = ((self.rank, self.manifest.ranks.len()), (group.rank(), group.size()));
-        ensure!(
-            expected == found,
-            "ranks: expected rank {} of {}, as the plan has, found rank {} of {}",
-            expected.0,
-            expected.1,
-            found.0,
-            found.1
-        );
+        group::check(&*group, self.rank, self.manifest.ranks.len())?;
         self.group = Some(group);
         Ok(self)
     }

@@ -10,7 +10,7 @@ use super::program::{Ready, offset};
 use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
 use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step};
 use crate::runtime::cuda::Graphs;
-use crate::runtime::group::Group;
+use crate::runtime::group::{self, Group};
 
 /// What a step of a plan is on the stream.
 #[derive(Clone, Debug)]
@@ -86,15 +86,7 @@ impl CudaExecutor {
     /// # Errors
     /// The group is not one of the plan's ranks, or the GPUs cannot reach each other.
     pub fn with_group(mut self, mut group: Box<dyn Group>) -> Result<Self> {
-        let (expected, found) = ((self.rank, self.manifest.ranks.len()), (group.rank(), group.size()));
-        ensure!(
-            expected == found,
-            "ranks: expected rank {} of {}, as the plan has, found rank {} of {}",
-            expected.0,
-            expected.1,
-            found.0,
-            found.1
-        );
+        group::check(&*group, self.rank, self.manifest.ranks.len())?;
         let id = agree_on_id(&mut *group)?;
         let communicator = Communicator::new(&self.device, id, group.rank(), group.size())?;
         self.others = Some(Others { group, communicator });

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::CudaExecutor;
 use crate::cuda::{Argument, Event, Function, HostMemory, LaunchShape};
 use crate::plan::{DType, SERVICE_THREADS, ServiceRole, WeightSource};
-use crate::runtime::weights::{Origin, Places, Room, Span, Transfer, WeightError, places, synthetic};
+use crate::runtime::weights::{Origin, Places, Room, Span, Transfer, Unpackable, WeightError, places, synthetic};
 
 /// Parts in work at a time, and the most bytes of each.
 const PARTS: usize = 4;
@@ -159,7 +159,7 @@ impl CudaExecutor {
         let failed = counters.as_chunks().0.iter().map(|&bytes| u64::from(u32::from_le_bytes(bytes)));
         match packed.into_iter().zip(failed).find(|(_, failed)| *failed > 0) {
             Some(((weight, rows), failed)) => {
-                Err(WeightError::Unpackable { weight: weight.name.clone(), failed, rows }.into())
+                Err(WeightError::Unpackable(Unpackable { weight: weight.name.clone(), failed, rows }).into())
             }
             None => Ok(()),
         }

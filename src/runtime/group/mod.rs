@@ -3,7 +3,7 @@
 
 mod local;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 pub use self::local::LocalGroup;
 
@@ -27,6 +27,21 @@ pub trait Group {
     /// # Errors
     /// A rank is no more, or sends another size.
     fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()>;
+}
+
+/// Holds a group against what a plan's rank expects: its number, and how many ranks there are.
+///
+/// # Errors
+/// It is another.
+pub(super) fn check(group: &dyn Group, rank: usize, ranks: usize) -> Result<()> {
+    let found = (group.rank(), group.size());
+    ensure!(
+        (rank, ranks) == found,
+        "ranks: expected rank {rank} of {ranks}, as the plan has, found rank {} of {}",
+        found.0,
+        found.1
+    );
+    Ok(())
 }
 
 /// Block `number` of so many equal ones.

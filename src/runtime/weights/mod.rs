@@ -30,18 +30,11 @@ pub enum WeightError {
     Mismatch(#[from] CheckpointMismatch),
     /// A weight that a plan wants packed does not pack.
     #[error(
-        "weight {weight}: {failed} of {rows} rows do not pack, because more than {MAX_EXCEPTIONS} of their numbers lie outside of the 15 \
-         binades that hold most; compile the plan again from this checkpoint (--model DIR), which leaves such weights as they are, or without \
-         --pack"
+        "weight {}: {} of {} rows do not pack, because more than {MAX_EXCEPTIONS} of their numbers lie outside of the 15 binades that hold \
+         most; compile the plan again from this checkpoint (--model DIR), which leaves such weights as they are, or without --pack",
+        .0.weight, .0.failed, .0.rows
     )]
-    Unpackable {
-        /// Its name.
-        weight: String,
-        /// Rows that do not pack.
-        failed: u64,
-        /// All rows.
-        rows: u64,
-    },
+    Unpackable(Unpackable),
     /// The plan's tensors or weights contradict each other.
     #[error("{entity} of the plan: {what}; the plan is damaged, compile it again")]
     Plan {

@@ -98,7 +98,7 @@ pub fn pack(program: &Program, region: &mut [u8]) -> Result<(), WeightError> {
         });
         let failed = failed.sum();
         if failed > 0 {
-            return Err(WeightError::Unpackable { weight: weight.name.clone(), failed, rows: rows.0 });
+            return Err(WeightError::Unpackable(Unpackable { weight: weight.name.clone(), failed, rows: rows.0 }));
         }
     }
     Ok(())
@@ -106,13 +106,10 @@ pub fn pack(program: &Program, region: &mut [u8]) -> Result<(), WeightError> {
 
 /// Whether a row packs.
 fn packs(row: &[u16]) -> bool {
-    let mut counts = [0u32; 256];
-    row.iter().filter(|&&bits| bits & 0x7fff != 0).for_each(|&bits| counts[exponent(bits)] += 1);
-    let outside = |base: usize| {
-        let coded = base + 1..=base + CODES;
-        counts.iter().enumerate().filter(|(exponent, _)| !coded.contains(exponent)).map(|(_, count)| count).sum::<u32>()
-    };
-    outside(base_of(row)) as usize <= MAX_EXCEPTIONS
+    let base = base_of(row);
+    let coded = base + 1..=base + CODES;
+    let outside = |bits: u16| bits & 0x7fff != 0 && !coded.contains(&exponent(bits));
+    row.iter().filter(|&&bits| outside(bits)).count() <= MAX_EXCEPTIONS
 }
 
 /// A weight with rows that do not pack.
