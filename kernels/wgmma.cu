@@ -26,11 +26,16 @@
 // after reading that buffer. With finishers a piece is a whole tile, in one buffer, which FILLED hands over and DRAINED hands
 // back, while the next tile is multiplied; the block's last tile is finished by those who multiplied it.
 //
-// Which instructions add up an element, and in which order, depends on K alone.
+// With two SHARES a tile is a cluster's of two blocks, where there are too few tiles for all multiprocessors: each block has one half
+// of K, and finishes one half of x's rows. It sends its sums of the other half, and adds those that it gets to its own: the sum of
+// two numbers, whoever adds them. A cluster has one tile at the most, so that nobody need say that there is room for sums again.
+//
+// Which instructions add up an element, and in which order, depends on K and SHARES alone.
 
 #include "wgmma.cuh"
+#include "cluster.cuh"
 
-constexpr int BK = 64, ROW_BYTES = BK * 2, K_TILES = (K + BK - 1) / BK, K_STEPS = BK / 16;
+constexpr int BK = 64, ROW_BYTES = BK * 2, K_TILES = (K + BK - 1) / BK / SHARES, K_STEPS = BK / 16;
 constexpr int W_BYTES = BM * ROW_BYTES, X_BYTES = BN * ROW_BYTES, STAGE_BYTES = W_BYTES + TERMS * X_BYTES;
 constexpr int COLUMN_TILES = (N + BM - 1) / BM;
 constexpr int GROUP_THREADS = 128, MULTIPLIERS = THREADS / GROUP_THREADS - 1;
@@ -45,7 +50,10 @@ static_assert(K % 8 == 0 && N % (8 * HALVES) == 0 && BN % UNIT == 0 && UNIT % 8 
 constexpr int OUT_ROW = WM + 16 / (int)sizeof(P), OUT_BYTES = PIECE * OUT_ROW * (int)sizeof(P), OUT_BUFFERS = FINISHERS ? 1 : 2;
 constexpr int OUT_PIECE = PIECE * OUT_ROW;
 constexpr int OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + MULTIPLIERS * OUT_BUFFERS * OUT_BYTES;
-constexpr int PARTS_AT = BARRIERS_AT + STAGES * 16;
+constexpr int SUMS_AT = BARRIERS_AT + STAGES * 16, SUMS_BYTES = SHARES > 1 ? BM * BN / SHARES * 4 : 0;
+constexpr int PARTS_AT = SUMS_AT + SUMS_BYTES + (SHARES > 1 ? 16 : 0);
+static_assert(SHARES == 1 || (!GROUPED && !SPLIT && FINISHERS == 0 && SUMS_AT % 16 == 0), "a tile for each cluster");
+static_assert(SHARES == 1 || ((K + BK - 1) / BK % SHARES == 0 && BN / PIECE % SHARES == 0 && BN % 32 == 0), "even shares");
 static_assert(COPIERS + FINISHERS <= 4 && PIECE % 16 == 0 && BN % PIECE == 0 && (FINISHERS == 0 || PIECE == BN), "whole pieces");
 // Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once, fewer where
 // there are few registers.
@@ -107,6 +115,26 @@ __device__ __forceinline__ void multiply_some(int count, float (&d)[MT][BN / 2],
     }
 }
 
+// Sends the other block of the cluster this thread's sums of the rows of x that it finishes, and adds its sums of those that this
+// block finishes, the MINEth half.
+template <int MINE> __device__ __forceinline__ void exchange_sums(float (&d)[MT][BN / 2], float* sums, u64* arrived) {
+    constexpr int HALF = BN / 4, FOURS = HALF / 4, STEP = MULTIPLIERS * GROUP_THREADS * 4;
+    const u32 barrier = remote_address(arrived, 1 - MINE), to = remote_address(sums + threadIdx.x * 4, 1 - MINE);
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) send_four(to + (m * FOURS + i) * STEP * 4, d[m] + (1 - MINE) * HALF + i * 4, barrier);
+    barrier_wait_for_cluster(arrived, 0);
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < FOURS; i++) {
+            const auto four = *(const Pack<float, 4>*)(sums + (m * FOURS + i) * STEP + threadIdx.x * 4);
+#pragma unroll
+            for (int j = 0; j < 4; j++) d[m][MINE * HALF + i * 4 + j] += four.at[j];
+        }
+}
+
 // Stores a warp's part of a product, 16 columns of 16 rows. A lane has rows 2t and 2t + 1, then 8 further, for columns g and g + 8
 // each, with g = lane / 4 and t = lane % 4.
 template <class P> __device__ __forceinline__ void put_sixteen(P* to, const float* of) {
@@ -126,6 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 ring = shared_address(shared);
     u64 *full = (u64*)(shared + BARRIERS_AT), *empty = full + STAGES;
+    [[maybe_unused]] float* const sums = (float*)(shared + SUMS_AT);
+    [[maybe_unused]] u64* const arrived = (u64*)(shared + SUMS_AT + SUMS_BYTES);
     Parts* parts = (Parts*)(shared + PARTS_AT);
     const int warp = (int)warp_id(), thread = (int)threadIdx.x % GROUP_THREADS;
 
@@ -133,6 +163,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         for (int s = 0; s < STAGES; s++) {
             barrier_make(full + s, SPLIT ? 1 + COPIERS : GATHERED ? 1 + COPY_THREADS : 1);
             barrier_make(empty + s, MULTIPLIERS * 4);
+        }
+        if (SHARES > 1) {
+            barrier_make(arrived, 1);
+            barrier_expect(arrived, SUMS_BYTES);
         }
         barriers_made();
         prefetch(&w_map);
@@ -148,7 +182,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         parts->starts[0] = parts->before[0] = 0, parts->starts[1] = rows, parts->before[1] = (rows + BN - 1) / BN;
 #endif
     __syncthreads();
+    // Those who write into the other block wait for its barriers to be there.
+    cluster_arrive_relaxed<SHARES>();
     const int tiles = parts->before[GROUPS] * COLUMN_TILES;
+    // This block's place among those with tiles of their own, how many there are, and the first step of K.
+    const int block = (int)blockIdx.x / SHARES, blocks = (int)gridDim.x / SHARES;
+    const int k0 = (int)cluster_rank<SHARES>() * K_TILES;
     int group = 0;
     Cursor at = {0, 0};
     P* const out = (P*)(shared + OUT_AT);
@@ -196,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
             wait_for_previous();
             const int finisher = (int)threadIdx.x - MULTIPLIERS * GROUP_THREADS - COPY_THREADS;
             if (finisher < FINISH_THREADS)
-                for (int index = (int)blockIdx.x; index + (int)gridDim.x < tiles; index += (int)gridDim.x) {
+                for (int index = block; index + blocks < tiles; index += blocks) {
                     const Tile tile = find_tile(parts, index, group);
                     for (int mine = 0; mine < MULTIPLIERS; mine++) {
                         warps_sync(FILLED + mine, GROUP_THREADS + FINISH_THREADS);
@@ -209,14 +248,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         // Announces a buffer with so many bytes of x, and begins the copy of its weights.
         auto copy_weights = [&](int stage, const Tile& tile, int k, u32 x_bytes) {
             barrier_expect(full + stage, W_BYTES + x_bytes);
-            copy_box<W_ONCE>(ring + stage * STAGE_BYTES, &w_map, k * BK, tile.column * BM, tile.group, full + stage);
+            copy_box<W_ONCE>(ring + stage * STAGE_BYTES, &w_map, (k0 + k) * BK, tile.column * BM, tile.group, full + stage);
         };
         const bool first = warp == MULTIPLIERS * 4 && elected();
         [[maybe_unused]] int early = 0;
 #if !GROUPED
         // Weights may be read while the kernel before is still at work.
-        if (first && (int)blockIdx.x < tiles) {
-            const Tile tile = find_tile(parts, (int)blockIdx.x, group);
+        if (first && block < tiles) {
+            const Tile tile = find_tile(parts, block, group);
             const u32 x_bytes = SPLIT ? 0 : (tile.count + BOX - 1) / BOX * BOX * ROW_BYTES;
             for (; early < STAGES && early < K_TILES; early++) copy_weights(early, tile, early, x_bytes);
         }
@@ -247,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
             barrier_arrive(full + done.stage);
             done.next();
         };
-        for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        for (int index = block; index < tiles; index += blocks) {
             const Tile tile = find_tile(parts, index, group);
             if (tile.group == EXPERTS) break;
             auto has = [&](int i) { return i * ROUND < tile.count && (BN % ROUND == 0 || row0 + i * ROUND < BN); };
@@ -283,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         for (; begun > 0; begun--) arrive();
 #else
         if (first) {
-            for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+            for (int index = block; index < tiles; index += blocks) {
                 const Tile tile = find_tile(parts, index, group);
 #if GROUPED
                 if (tile.group == EXPERTS) break;
@@ -299,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
                         copy_weights(at.stage, tile, k, boxes * BOX * ROW_BYTES);
                     }
                     for (int i = 0; i < boxes; i++)
-                        copy_box<false>(buffer + W_BYTES + i * BOX * ROW_BYTES, &x_map, k * BK, tile.first + i * BOX, 0,
+                        copy_box<false>(buffer + W_BYTES + i * BOX * ROW_BYTES, &x_map, (k0 + k) * BK, tile.first + i * BOX, 0,
                                         full + at.stage);
                     at.next();
                 }
@@ -314,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         const int mine = warp / 4;
         int which = 0;
         float d[MT][BN / 2];
-        for (int index = (int)blockIdx.x; index < tiles; index += (int)gridDim.x) {
+        for (int index = block; index < tiles; index += blocks) {
             const Tile tile = find_tile(parts, index, group);
 #pragma unroll
             for (int m = 0; m < MT; m++)
@@ -329,13 +368,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
 #pragma unroll
                 for (int i = 0; i < BN / 2; i++) pin(d[m][i]);
 
-            const bool last = FINISHERS == 0 || index + (int)gridDim.x >= tiles;
+            if constexpr (SHARES > 1) {
+                cluster_wait<SHARES>();
+                if (k0 == 0)
+                    exchange_sums<0>(d, sums, arrived);
+                else
+                    exchange_sums<1>(d, sums, arrived);
+            }
+            const bool last = FINISHERS == 0 || index + blocks >= tiles;
 #pragma unroll
             for (int piece = 0; piece < BN / PIECE; piece++) {
                 if (piece * PIECE >= tile.end - tile.first) break;
+                if (SHARES > 1 && piece / (BN / PIECE / SHARES) * K_TILES != k0) continue;
                 P* const to = out + mine * OUT_BUFFERS * OUT_PIECE + (FINISHERS ? 0 : which * OUT_PIECE);
                 which ^= 1;
-                if (FINISHERS && index >= (int)gridDim.x) warps_sync(DRAINED + mine, GROUP_THREADS + FINISH_THREADS);
+                if (FINISHERS && index >= blocks) warps_sync(DRAINED + mine, GROUP_THREADS + FINISH_THREADS);
 #pragma unroll
                 for (int j = 0; j < PIECE / 8; j += 2)
                     if (piece * PIECE + j * 8 < tile.end - tile.first)

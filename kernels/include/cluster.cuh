@@ -63,6 +63,13 @@ __device__ __forceinline__ void send(u32 to, float x, u32 barrier) {
                  : "memory");
 }
 
+// The same of four numbers, to a multiple of sixteen bytes.
+__device__ __forceinline__ void send_four(u32 to, const float* x, u32 barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
+                 : "memory");
+}
+
 // A barrier of all threads of the cluster. What they wrote to shared memory before it is visible after it; it orders nothing
 // else, and so does not wait for global memory. The last thing that a block does with a cluster is a barrier, so that no block
 // ends while another reads its shared memory.

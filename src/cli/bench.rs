@@ -65,6 +65,8 @@ enum BlockChoice {
     Attn,
     /// Feed-forward with experts.
     Moe,
+    /// Products of rows with one matrix, of all layers.
+    Dense,
 }
 
 impl BlockChoice {
@@ -73,6 +75,7 @@ impl BlockChoice {
             BlockChoice::Conv => Block::Conv,
             BlockChoice::Attn => Block::Attention,
             BlockChoice::Moe => Block::Experts,
+            BlockChoice::Dense => Block::Dense,
         }
     }
 }
@@ -292,15 +295,16 @@ fn block_table(reports: &[BlockReport], ceilings: &Ceilings) -> String {
                 format!("{:.3}", stage.work.flops / 1e9),
                 stage.tflops.map_or_else(|| "-".into(), |tflops| format!("{tflops:.1}")),
                 format!("{:.4}", stage.floor_ms),
+                stage.kernels.join(", "),
             ]
         })
         .collect();
-    let of_stages = ["bucket", "step", "steps", "adds, ms", "each, us", "GB", "Gflop", "TFLOP/s", &floor];
+    let of_stages = ["bucket", "step", "steps", "adds, ms", "each, us", "GB", "Gflop", "TFLOP/s", &floor, "kernel"];
     table(&header, &rows)
         + "\n"
         + &table(&of_stages, &stages)
         + "\nms: all layers' blocks as one graph, over random activations, from the end of one replay to the end of the next\n\
-           adds: to the graph of the steps before it of all layers\n\
+           adds: to the graph of the steps before it of all layers; dense products, the time of their own graph\n\
            experts: mean of the layers' distinct ones (fewest, mean of uniform routing)\n"
 }
 

@@ -4,15 +4,14 @@
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c                        # bf16: 512, 2048 and 8192 rows
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c --dtype f32 --f32 split
 
-lfm2c: medians over a bucket's steps of that shape, by `profile`: what a step adds to the graph of all steps before it, and beside it its
-time alone, less what a mark takes; with the step's whole epilogue, and for experts with the gather of their rows. cuBLAS: the bare product by torch (`linear`; in f32 without TF32), experts'
-by `_grouped_mm` over groups of equal size, without gather or epilogue. It goes through as many copies of the weight as the second
-cache cannot hold, as a graph; the median of twenty replays counts.
+lfm2c: the steps of that shape of all layers, by `bench --block moe,dense`: dense products as a graph of their own, experts' as what they add to
+a graph of their blocks; with the step's whole epilogue, and for experts with the gather of their rows. cuBLAS: the bare product by
+torch (`linear`; in f32 without TF32), experts' by `_grouped_mm` over groups of equal size, without gather or epilogue. It goes
+through as many copies of the weight as the second cache cannot hold, as a graph. Medians of twenty replays count.
 """
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -44,18 +43,18 @@ def shapes(config):
     ]
 
 
-def profile(args, rows):
-    """The steps of a bucket of prefill: name, kernel, times in the graph and alone in microseconds, and operations."""
+def measure(args, rows):
+    """The machine, and the products of a bucket of prefill: their kernels, time of one in microseconds, and operations of one."""
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "products.plan"
         how = ["--synthetic", 1, "--dtype", args.dtype, *(["--f32", args.f32] if args.dtype == "f32" else [])]
-        sizes = ["--decode", "1", "--prefill", rows]
-        run(args.lfm2c, "compile", args.recipe, "--target", "sm_90a", *how, *sizes, "-o", plan)
-        found = json.loads(run(args.lfm2c, "profile", plan, "--bucket", f"prefill_{rows}", "--format", "json"))
-    mark = found["profile"]["mark_us"]
-    steps = found["profile"]["steps"]
+        run(args.lfm2c, "compile", args.recipe, "--target", "sm_90a", *how, "--decode", "1", "--prefill", rows, "-o", plan)
+        sizes = ["--prefill", rows, "--steps", REPLAYS]
+        found = json.loads(run(args.lfm2c, "bench", plan, "--block", "moe,dense", *sizes, "--format", "json"))
+    stages = [(block["block"] == "Experts", stage) for block in found["blocks"] for stage in block["stages"]]
     return found["machine"], [
-        (s["name"], s["kernel"], s["in_graph_us"], s["us"] - mark, s["work"]["flops"]) for s in steps
+        (experts, ", ".join(s["kernels"]), 1e3 * s["added_ms"] / s["steps"], s["work"]["flops"] / s["steps"])
+        for experts, s in stages
     ]
 
 
@@ -66,12 +65,9 @@ def run(*command):
     return result.stdout
 
 
-def steps_of(steps, flops, experts):
-    """The products of so many operations: an epilogue adds few to them."""
-    is_product = lambda name: re.search(r"\b(matmul|expert|grouped_matmul)\b", name)
-    of_experts = lambda name: "expert" in name or "grouped" in name
-    wanted = [s for s in steps if is_product(s[0]) and of_experts(s[0]) == experts]
-    return [s for s in wanted if flops <= s[4] <= 1.02 * flops]
+def product_of(products, flops, experts):
+    """The product of so many operations: an epilogue adds few to them."""
+    return next((p for p in products if p[0] == experts and flops <= p[3] <= 1.02 * flops), None)
 
 
 def replay_us(work, count):
@@ -121,10 +117,10 @@ def main():
     parser.add_argument("--f32", choices=["exact", "split"], default="exact")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    header = f"{'product':24} {'rows':>5} {'shape':>20} {'lfm2c, us':>10} {'alone':>7} {'TFLOP/s':>8} {'cuBLAS, us':>11} {'TFLOP/s':>8} {'times':>6}  kernel"
+    header = f"{'product':24} {'rows':>5} {'shape':>20} {'lfm2c, us':>10} {'TFLOP/s':>8} {'cuBLAS, us':>11} {'TFLOP/s':>8} {'times':>6}  kernel"
     missing = 0
     for rows in args.rows:
-        machine, steps = profile(args, rows)
+        machine, products = measure(args, rows)
         if rows == args.rows[0]:
             what = args.dtype if args.dtype != "f32" else f"f32 ({args.f32})"
             print(f"{machine['device']}, torch {torch.__version__}, CUDA {torch.version.cuda}; {what}\n\n{header}")
@@ -132,19 +128,18 @@ def main():
             groups = FULL["num_experts"] if experts else 1
             met = rows * (FULL["num_experts_per_tok"] if experts else 1)
             flops = 2 * met * columns * depth
-            found = steps_of(steps, flops, experts)
-            if not found:
+            found = product_of(products, flops, experts)
+            if found is None:
                 print(f"{name:24} {rows:5} no step of {flops} operations")
                 missing += 1
                 continue
-            ours, alone = (statistics.median(s[i] for s in found) for i in (2, 3))
+            _, kernels, ours, _ = found
             theirs = cublas_us(met, columns, depth, groups, DTYPES[args.dtype])
             speed = lambda us: "-" if us is None else f"{flops / us / 1e6:.1f}"
             shown = "-" if theirs is None else f"{theirs:.1f}"
             ratio = "-" if theirs is None else f"{theirs / ours:.2f}"
             shape = f"{met} x {columns} x {depth}"
-            kernels = ", ".join(sorted({s[1] for s in found}))
-            times = f"{ours:10.1f} {alone:7.1f} {speed(ours):>8} {shown:>11} {speed(theirs):>8} {ratio:>6}"
+            times = f"{ours:10.1f} {speed(ours):>8} {shown:>11} {speed(theirs):>8} {ratio:>6}"
             print(f"{name:24} {rows:5} {shape:>20} {times}  {kernels}")
             torch.cuda.empty_cache()
     sys.exit(1 if missing else 0)

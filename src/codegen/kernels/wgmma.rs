@@ -28,11 +28,11 @@ const MOST_STAGES: u64 = 8;
 /// Rows of x in a box.
 const BOX: u64 = 64;
 /// Candidates that are worth a try.
-const MOST_CANDIDATES: usize = 8;
+const MOST_CANDIDATES: usize = 12;
 
 /// A way to divide the work: rows of the weight and of x in a tile, multiplying warpgroups, blocks on a multiprocessor, whether
-/// other warps finish a tile while the next is multiplied, whether the weight is multiplied from registers, and of how many terms a
-/// row of x is the sum.
+/// other warps finish a tile while the next is multiplied, whether the weight is multiplied from registers, of how many terms a
+/// row of x is the sum, and how many blocks of a cluster share a tile's K.
 #[derive(Clone, Copy, PartialEq, Debug)]
 struct Shape {
     weights: u64,
@@ -42,14 +42,19 @@ struct Shape {
     apart: bool,
     held: bool,
     terms: u64,
+    shares: u64,
 }
 
 const fn shape(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
-    Shape { weights, rows, groups, resident, apart: false, held: false, terms: 1 }
+    Shape { weights, rows, groups, resident, apart: false, held: false, terms: 1, shares: 1 }
 }
 
 const fn apart(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
     Shape { apart: true, ..shape(weights, rows, groups, resident) }
+}
+
+const fn shared(weights: u64, rows: u64, groups: u64) -> Shape {
+    Shape { shares: 2, ..shape(weights, rows, groups, 1) }
 }
 
 const fn terms(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
@@ -60,8 +65,19 @@ const fn held(weights: u64, rows: u64, groups: u64, resident: u64) -> Shape {
     Shape { held: true, ..terms(weights, rows, groups, resident) }
 }
 
-const SHAPES: [Shape; 16] = [
+const SHAPES: [Shape; 27] = [
     shape(256, 192, 2, 1),
+    shape(192, 192, 3, 1),
+    apart(192, 192, 3, 1),
+    shape(192, 128, 3, 1),
+    apart(192, 128, 3, 1),
+    shape(192, 64, 3, 1),
+    shared(192, 128, 3),
+    shared(128, 256, 2),
+    shared(128, 128, 2),
+    shared(128, 64, 2),
+    shape(128, 112, 2, 1),
+    shape(128, 64, 2, 1),
     shape(128, 256, 2, 1),
     apart(128, 256, 2, 1),
     shape(256, 128, 2, 1),
@@ -160,13 +176,16 @@ impl Shape {
         let most = MOST_SHARED.min(ALL_SHARED / self.resident - SYSTEM_SHARED);
         let stage = self.stage_bytes() + 16;
         let pieces = if self.apart { [self.rows; 2] } else { [(64 / bytes).min(self.rows), 16] };
-        pieces.into_iter().find_map(|piece| {
+        let whole = pieces.into_iter().filter(|piece| self.rows.is_multiple_of(*piece));
+        let memory = whole.filter_map(|piece| {
             let buffers = if self.apart { 1 } else { 2 };
             let results = self.groups * buffers * piece * (self.weights / self.groups * bytes + 16);
-            let fixed = results + 2 * (groups + 1) * 4;
+            let sums = if self.shares > 1 { self.weights * self.rows / self.shares * 4 + 16 } else { 0 };
+            let fixed = results + sums + 2 * (groups + 1) * 4;
             let stages = (most.checked_sub(fixed)? / stage).min(MOST_STAGES);
             (stages >= FEWEST_STAGES).then_some((stages, piece, stages * stage + fixed))
-        })
+        });
+        memory.max_by_key(|(stages, piece, _)| (*stages, *piece))
     }
 
     /// Warps that copy, and that finish.
@@ -183,6 +202,9 @@ impl Shape {
     /// more than a block begins with.
     fn registers(&self, gathers: bool) -> Option<(u64, u64)> {
         let sums = self.weights / self.groups / 64 * self.rows / 2;
+        if self.groups == 3 {
+            return (sums > 64).then_some((40, 152));
+        }
         match (self.groups, self.resident, sums) {
             // Those who multiply have every sum twice, and the weight if they hold it; those who copy have rows on their way.
             (2, 1, 64..) if self.held => Some(if self.rows > 64 { (136, 184) } else { (104, 200) }),
@@ -201,7 +223,11 @@ impl Shape {
         // A tile taller than the weight or the rows, where a lower one does, is work for nothing.
         let wasteful = (self.weights > 64 && self.weights / 2 >= product.n)
             || (self.rows > 16 && self.rows as f64 / 2.0 >= product.rows as f64);
-        if wasteful || tiles > i32::MAX as u64 {
+        // Blocks that share a tile have no other: what they send each other has one place.
+        let k_tiles = product.k.div_ceil(64);
+        let shares = self.shares == 1
+            || (product.form == Form::Plain && tiles * self.shares <= PROCESSORS && k_tiles.is_multiple_of(self.shares));
+        if wasteful || tiles > i32::MAX as u64 || !shares || (self.rows / piece) % self.shares != 0 {
             return None;
         }
         let (copiers, finishers) = self.warps(product.gathers());
@@ -214,6 +240,7 @@ impl Shape {
             ("BN", self.rows),
             ("UNIT", self.unit()),
             ("TERMS", self.terms),
+            ("SHARES", self.shares),
             ("BOX", self.rows.min(BOX)),
             ("STAGES", stages),
             ("RESIDENT", self.resident),
@@ -253,12 +280,14 @@ impl Shape {
         };
         product.declare_rest(&mut builder);
         product.epilogue.declare_vectors(&mut builder);
-        let blocks = tiles.min(PROCESSORS * self.resident);
+        let blocks = if self.shares > 1 { tiles * self.shares } else { tiles.min(PROCESSORS * self.resident) };
+        builder.cluster(self.shares as u32);
         let apart = if self.apart { " apart" } else { "" };
         let held = if self.held { " held" } else { "" };
         let terms = if self.terms > 1 { format!("terms={} ", self.terms) } else { String::new() };
+        let shares = if self.shares > 1 { format!(" shares={}", self.shares) } else { String::new() };
         let (weights, rows, resident) = (self.weights, self.rows, self.resident);
-        let config = format!("{terms}tile={weights}x{rows} stages={stages} blocks={resident}{apart}{held}");
+        let config = format!("{terms}tile={weights}x{rows} stages={stages} blocks={resident}{apart}{held}{shares}");
         Some(builder.finish(config, [blocks, 1, 1], self.threads() as u32, shared))
     }
 
@@ -274,14 +303,17 @@ impl Shape {
         let rows = ((together / parts / unit).ceil() * unit).min(self.rows as f64);
         let tiles = groups * parts * columns;
         let each = (tiles / (PROCESSORS * self.resident) as f64).ceil();
-        // An instruction reads the weight's 64 rows and those of x while it multiplies. With terms, those of each row are stored
-        // before a step of 64 columns, and sums are added up after it.
-        let step = |rate: f64| 128.0 * weights * rows * self.terms as f64 / rate;
+        // 64 columns of K: cycles of the tensor cores, or of shared memory, 128 bytes each, which copies write and every instruction
+        // reads 64 rows of the weight and all of x from. With terms, those of each row are stored before a step, and sums are
+        // added up after it.
+        let products = weights * rows / 32.0;
         let step = match self.terms {
-            1 => step(5.8e12 * (rows / (rows + 30.0))),
-            _ => step(5.3e12) + rows * 3.75e-9 + 6e-8,
+            1 => products.max(2.0 * weights + rows + weights * rows / 64.0) / 1.9e9,
+            terms => 128.0 * weights * rows * terms as f64 / 5.3e12 + rows * 3.75e-9 + 6e-8,
         };
-        let arithmetic = each * self.resident as f64 * k / 64.0 * step / if self.groups == 1 { 0.85 } else { 1.0 };
+        let steps = k / 64.0 / self.shares as f64;
+        let arithmetic = each * self.resident as f64 * steps * step / if self.groups == 1 { 0.85 } else { 1.0 };
+        let sending = if self.shares > 1 { 2e-6 } else { 0.0 };
         // A copying warp begins the copies of four gathered rows in some 50 cycles, and takes a row apart in some 20.
         let row = if self.terms > 1 { 12e-9 } else { 7.5e-9 };
         let copies = match self.warps(true).0 {
@@ -290,14 +322,14 @@ impl Shape {
         };
         let arithmetic = arithmetic.max(copies);
         let x_bytes = if self.terms > 1 { 4.0 } else { 2.0 };
-        let cache = tiles * (weights * 2.0 + rows * x_bytes) * k / 5.5e12;
+        let cache = tiles * (weights * 2.0 + rows * x_bytes) * k / 1.1e13;
         let memory = groups * product.n as f64 * k * 2.0 / 4.2e12;
-        let fill = (tiles / PROCESSORS as f64).min(1.0);
+        let fill = (tiles * self.shares as f64 / PROCESSORS as f64).min(1.0);
         // What follows the products, beside them if it is left to others but for a block's last tile.
         let more = product.halves() == 2 || product.epilogue.reads();
         let finish = if more { 3e-6 } else { 1.5e-6 } * weights * rows / 32768.0;
         let after = if self.apart { finish + each * 0.7e-6 } else { finish * each };
-        arithmetic.max(cache / fill).max(memory / fill) + after + each * 0.5e-6
+        arithmetic.max(cache / fill).max(memory / fill) + sending + after + each * 0.5e-6
     }
 }
 

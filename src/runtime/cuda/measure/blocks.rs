@@ -9,9 +9,9 @@ use super::experts::Distinct;
 use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
-use crate::plan::{Bucket, DType, scope};
-use crate::runtime::cuda::CudaExecutor;
+use crate::plan::{Bucket, DType, Instr, Op, Semantic, Step, scope};
 use crate::runtime::cuda::capture::Lanes;
+use crate::runtime::cuda::{CudaExecutor, kernel_name};
 
 /// Replays before those that count.
 const WARM: usize = 3;
@@ -25,19 +25,28 @@ pub enum Block {
     Attention,
     /// Feed-forward with experts: router, sorting, products, sum.
     Experts,
+    /// Products of rows with one matrix, and what follows in their kernels.
+    Dense,
 }
 
 impl Block {
-    /// Positions of its steps in a bucket, in order.
-    pub fn steps(self, bucket: &Bucket) -> Vec<usize> {
+    /// Positions of its steps in a bucket, in order, by what they compute.
+    pub fn steps(self, semantics: &[Semantic], bucket: &Bucket) -> Vec<usize> {
+        let is_product = |step: &Step| {
+            let semantic = semantics.get(step.op as usize);
+            // Integers would be what other steps leave in the arena.
+            let floats = |semantic: &Semantic| semantic.inputs.iter().all(|ty| ty.0 != DType::I32);
+            semantic.is_some_and(|s| floats(s) && s.body.iter().any(|Instr(op, ..)| matches!(op, Op::Matmul)))
+        };
         let scopes = bucket.steps.iter().filter(|step| step.cost.bytes_per_expert > 0).map(|step| scope(&step.name));
         let experts: BTreeSet<&str> = scopes.collect();
-        let is_part = |name: &str| match self {
-            Block::Conv => name.contains(".conv."),
-            Block::Attention => name.contains(".attention."),
-            Block::Experts => experts.contains(scope(name)),
+        let is_part = |step: &Step| match self {
+            Block::Conv => step.name.contains(".conv."),
+            Block::Attention => step.name.contains(".attention."),
+            Block::Experts => experts.contains(scope(&step.name)),
+            Block::Dense => is_product(step),
         };
-        (0..bucket.steps.len()).filter(|&i| is_part(&bucket.steps[i].name)).collect()
+        (0..bucket.steps.len()).filter(|&i| is_part(&bucket.steps[i])).collect()
     }
 }
 
@@ -77,7 +86,9 @@ pub struct StageReport {
     pub name: String,
     /// Steps of all layers.
     pub steps: usize,
-    /// What they add to the graph of the stages before them, median to median.
+    /// Their kernels.
+    pub kernels: Vec<String>,
+    /// What they add to the graph of the stages before them, median to median; dense products make a graph of their own.
     pub added_ms: f64,
     /// What they must do at the least.
     pub work: Work,
@@ -102,7 +113,7 @@ pub fn measure_block(
     ceilings: &Ceilings,
 ) -> Result<BlockReport> {
     let at = executor.program().buckets.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
-    let (name, steps) = (at.name.clone(), block.steps(at));
+    let (name, steps) = (at.name.clone(), block.steps(&executor.program().semantics, at));
     let scopes: BTreeSet<&str> = steps.iter().map(|&i| scope(&at.steps[i].name)).collect();
     let layers = scopes.len();
     ensure!(!steps.is_empty(), "bucket {name}: expected steps of {block:?} blocks, found none");
@@ -117,13 +128,20 @@ pub fn measure_block(
         // All layers up to this stage: what a step reads was written by its own block.
         so_far.extend(&own);
         let part: Vec<usize> = so_far.iter().copied().collect();
-        let times = replay(executor, bucket, &part, options.runs());
-        let times = times.with_context(|| format!("{block:?} blocks of bucket {name} up to {stage}"))?;
-        let (work, added_ms) = (total(&own)?, times.median_ms - before);
+        let measured = |part: &[usize]| {
+            let times = replay(executor, bucket, part, options.runs());
+            times.with_context(|| format!("{block:?} blocks of bucket {name} up to {stage}"))
+        };
+        let times = measured(&part)?;
+        // Dense products read nothing that each other write and that matters.
+        let added_ms =
+            if block == Block::Dense { measured(&own)?.median_ms } else { times.median_ms - before };
+        let work = total(&own)?;
         before = times.median_ms;
         let tflops = (added_ms > 0.0).then(|| work.flops / (added_ms * 1e-3) / 1e12);
         let floor_ms = ceilings.floor_ms(&work);
-        stages.push(StageReport { name: stage, steps: own.len(), added_ms, work, floor_ms, tflops });
+        let kernels = kernels(executor, bucket, &own);
+        stages.push(StageReport { name: stage, steps: own.len(), kernels, added_ms, work, floor_ms, tflops });
         device = Some(times);
     }
     let device = device.context("a block without stages")?;
@@ -143,6 +161,13 @@ pub fn measure_block(
         device,
         stages,
     })
+}
+
+/// The kernels of steps, each once.
+fn kernels(executor: &CudaExecutor, bucket: usize, steps: &[usize]) -> Vec<String> {
+    let steps = steps.iter().filter_map(|&i| executor.program().buckets[bucket].steps[i].launch.as_ref());
+    let names = steps.filter_map(|launch| executor.manifest.kernels.get(launch.kernel as usize)).map(kernel_name);
+    names.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// Steps by what they are called in every layer, in the order of the first layer that has them.
@@ -165,7 +190,7 @@ fn stage(name: &str) -> &str {
 }
 
 /// Times a graph of some steps of a bucket, one after the other.
-fn replay(executor: &CudaExecutor, bucket: usize, steps: &[usize], runs: usize) -> Result<Times> {
+pub(super) fn replay(executor: &CudaExecutor, bucket: usize, steps: &[usize], runs: usize) -> Result<Times> {
     let tasks: Vec<_> = steps.iter().map(|&i| executor.tasks[bucket][i].clone()).collect();
     let before: Vec<Vec<u32>> = (0..tasks.len() as u32).map(|i| i.checked_sub(1).into_iter().collect()).collect();
     let lanes = Lanes::new(&before.iter().map(Vec::as_slice).collect::<Vec<_>>());
@@ -192,7 +217,7 @@ fn fill_arena(executor: &CudaExecutor, bucket: usize, seed: u64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Cost, Phase, Step};
+    use crate::plan::{Cost, Phase, Slot, TensorType};
 
     #[test]
     fn blocks_are_told_by_names_and_experts() {
@@ -225,9 +250,19 @@ mod tests {
             outputs: vec![],
             text: 0,
         };
-        assert_eq!(Block::Conv.steps(&bucket), [1]);
-        assert_eq!(Block::Attention.steps(&bucket), [3]);
-        assert_eq!(Block::Experts.steps(&bucket), [4, 5, 6]);
+        assert_eq!(Block::Conv.steps(&[], &bucket), [1]);
+        assert_eq!(Block::Attention.steps(&[], &bucket), [3]);
+        assert_eq!(Block::Experts.steps(&[], &bucket), [4, 5, 6]);
+        let product = |op: Op, last: DType| Semantic {
+            name: "product".into(),
+            inputs: vec![TensorType(DType::BF16, vec![2, 8]), TensorType(last, vec![4, 8])],
+            outputs: vec![TensorType(DType::BF16, vec![2, 4])],
+            temps: vec![],
+            body: vec![Instr(op, vec![Slot::In(0), Slot::In(1)], vec![Slot::Out(0)])],
+        };
+        let dense = |op: Op, last: DType| Block::Dense.steps(&[product(op, last)], &bucket).len();
+        assert_eq!(dense(Op::Matmul, DType::BF16), bucket.steps.len(), "all steps are of this one semantic");
+        assert_eq!((dense(Op::Matmul, DType::I32), dense(Op::Embed, DType::BF16)), (0, 0));
         let steps = [3, 4, 5, 6];
         let stages = by_stage(&bucket, &steps);
         assert_eq!(stages.iter().flat_map(|(_, steps)| steps.clone()).collect::<Vec<_>>(), steps);

@@ -1,12 +1,16 @@
 //! Times of all steps of a plan, by which kernels are chosen, and what a device refuses to run of it.
 //!
 //! Each step is timed as in a profile: by itself, begun when everything before it is done. What neighbours gain or lose by
-//! overlapping in the captured graph does not show there: [`graph_us`] times whole graphs.
+//! overlapping in the captured graph does not show there: [`graph_us`] times whole graphs. Dense products of prompts are timed as a
+//! graph of all steps that compute the same, because what a kernel takes to begin and to end is a good part of them, and most of it
+//! goes by beside the one before.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 
+use super::blocks::{Block, replay};
 use super::bucket::replays;
 use super::inputs::{Inputs, Options};
 use super::profile::{PASSES, step_times};
@@ -107,8 +111,21 @@ fn bucket_times(executor: &mut CudaExecutor, bucket: usize, options: &Options) -
     let count = executor.program().buckets[bucket].steps.len();
     // Warms up, and finds candidates that are no match for their bucket.
     let (_, once) = step_times(executor, bucket, count, 1)?;
-    let passes = (PATIENCE_US / once.iter().sum::<f64>()) as usize;
-    Ok(step_times(executor, bucket, count, passes.clamp(LEAST_PASSES, PASSES))?.1)
+    let passes = ((PATIENCE_US / once.iter().sum::<f64>()) as usize).clamp(LEAST_PASSES, PASSES);
+    let mut times = step_times(executor, bucket, count, passes)?.1;
+    let program = executor.program();
+    let at = &program.buckets[bucket];
+    if at.phase == Phase::Prefill {
+        let mut alike: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+        for i in Block::Dense.steps(&program.semantics, at) {
+            alike.entry(at.steps[i].op).or_default().push(i);
+        }
+        for steps in alike.values() {
+            let each = 1e3 * replay(executor, bucket, steps, passes)?.median_ms / steps.len() as f64;
+            steps.iter().for_each(|&i| times[i] = each);
+        }
+    }
+    Ok(times)
 }
 
 /// Runs a bucket step by step over padding alone, up to the first step that does not run: what follows would read what nobody
