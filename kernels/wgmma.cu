@@ -42,6 +42,7 @@ constexpr int GROUP_THREADS = 128, MULTIPLIERS = THREADS / GROUP_THREADS - 1;
 constexpr int COPY_THREADS = COPIERS * 32, FINISH_THREADS = FINISHERS * 32;
 constexpr int WM = BM / MULTIPLIERS, MT = WM / 64;
 static_assert(WM * MULTIPLIERS == BM && MT * 64 == WM, "whole instructions");
+static_assert(BN % BOX == 0 && BOX % 8 == 0, "boxes stay within their buffer");
 static_assert(K % 8 == 0 && N % (8 * HALVES) == 0 && BN % UNIT == 0 && UNIT % 8 == 0 && BN % 16 == 0, "whole chunks");
 
 #include "parts.cuh"

@@ -216,7 +216,7 @@ def main():
         p99, floor = (report["host"]["p99_ms"], report["floor_ms"]) if report else (None, None)
         rows.append([sequences, floor, *theirs, our, p99, ratio(floor, our), ratio(best, our)])
     compiled = "compiled " if args.compile else ""
-    header = ["sequences", "memory floor", *[f"{compiled}{e}" for e in EXPERTS], "lfm2c", "p99", "of floor", "times as fast"]
+    header = ["sequences", "floor", *[f"{compiled}{e}" for e in EXPERTS], "lfm2c", "p99", "of floor", "times as fast"]
     table(header, rows)
 
     model.set_experts_implementation("grouped_mm")

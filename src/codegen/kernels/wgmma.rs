@@ -25,7 +25,7 @@ const FEW_ROWS: u64 = 8;
 /// Buffers without which copies do not run ahead.
 const FEWEST_STAGES: u64 = 3;
 const MOST_STAGES: u64 = 8;
-/// Rows of x in a box.
+/// Rows of x in a box, at the most.
 const BOX: u64 = 64;
 /// Candidates that are worth a try.
 const MOST_CANDIDATES: usize = 12;
@@ -165,6 +165,12 @@ impl Shape {
         (self.groups + 1) * 128
     }
 
+    /// Rows of x in a box: whole atoms of eight, and a tile's rows are whole boxes, because what a box copies too much would lie in
+    /// the next buffer.
+    fn box_rows(&self) -> u64 {
+        (8..=BOX).rev().step_by(8).find(|rows| self.rows.is_multiple_of(*rows)).unwrap_or(8)
+    }
+
     fn stage_bytes(&self) -> u64 {
         (self.weights + self.terms * self.rows) * ROW_BYTES
     }
@@ -241,7 +247,7 @@ impl Shape {
             ("UNIT", self.unit()),
             ("TERMS", self.terms),
             ("SHARES", self.shares),
-            ("BOX", self.rows.min(BOX)),
+            ("BOX", self.box_rows()),
             ("STAGES", stages),
             ("RESIDENT", self.resident),
             ("PIECE", piece),
@@ -276,7 +282,7 @@ impl Shape {
         builder.map("w_map", product.w, self.weights as u32);
         match product.gathers() || self.terms > 1 {
             true => builder.alias("X", dtype(semantic, product.x)).pointer("x", product.x),
-            false => builder.map("x_map", product.x, self.rows.min(BOX) as u32),
+            false => builder.map("x_map", product.x, self.box_rows() as u32),
         };
         product.declare_rest(&mut builder);
         product.epilogue.declare_vectors(&mut builder);

@@ -116,6 +116,7 @@ fn blocks_on_a_multiprocessor_have_room_and_large_products_large_tiles() {
             };
             assert!((shared + SYSTEM_SHARED) * shape.resident <= ALL_SHARED && shared <= MOST_SHARED);
             assert!(stages >= FEWEST_STAGES && shape.rows % piece == 0 && piece % 16 == 0);
+            assert!(shape.rows % shape.box_rows() == 0 && shape.box_rows() % 8 == 0 && shape.box_rows() <= BOX);
             let first = 65_536 / (shape.threads() * shape.resident) / 8 * 8;
             let registers = [true, false].into_iter().filter_map(|gathers| shape.registers(gathers));
             for (copy, multiply) in registers {
