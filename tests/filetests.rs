@@ -118,13 +118,26 @@ fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassCont
     Ok(context)
 }
 
-/// `4,5/8@2`: experts 4 and 5 of 8, which 2 ranks share.
+/// `4,5/8@2`: experts 4 and 5 of 8, which 2 ranks share. `4,5=1of2/8@2`: of expert 5, this is copy 1 of 2.
 fn expert_share(text: &str) -> Result<ExpertShare, String> {
     let parts = || {
         let (local, rest) = text.split_once('/')?;
         let (of, ranks) = rest.split_once('@')?;
-        let local = local.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
-        Some(ExpertShare { ranks: ranks.parse().ok()?, of: of.parse().ok()?, local })
+        let (mut copies, mut copy) = (vec![], vec![]);
+        let mut expert = |text: &str| -> Option<u64> {
+            let (expert, (nth, of)) = match text.split_once('=') {
+                Some((expert, turn)) => (expert, turn.split_once("of")?),
+                None => (text, ("0", "1")),
+            };
+            copy.push(nth.parse().ok()?);
+            copies.push(of.parse().ok()?);
+            expert.parse().ok()
+        };
+        let local = local.split(',').map(&mut expert).collect::<Option<_>>()?;
+        if copies.iter().all(|&copies| copies == 1) {
+            (copies, copy) = (vec![], vec![]);
+        }
+        Some(ExpertShare { ranks: ranks.parse().ok()?, of: of.parse().ok()?, local, copies, copy })
     };
     parts().ok_or_else(|| format!("`experts`: expected such as `4,5/8@2`, found `{text}`"))
 }

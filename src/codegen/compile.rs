@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::codegen::cubins::{self, Compilation};
-use crate::codegen::expert_ranks::{Balance, expert_ranks};
+use crate::codegen::expert_placement::Balance;
+use crate::codegen::expert_ranks::expert_ranks;
 use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::lower;
 use crate::codegen::pipeline::Pipeline;
@@ -66,6 +67,8 @@ pub struct CompileOptions {
     pub expert_ranks: u64,
     /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
     pub expert_counts: Option<PathBuf>,
+    /// How many experts a rank may have beyond its share, each one that another rank has too; they are chosen by the counts.
+    pub expert_replicas: u64,
     /// How products of f32 are computed that tactics do not choose a kernel for.
     pub f32: F32,
     /// Which weights get a packed form.
@@ -92,6 +95,7 @@ impl Default for CompileOptions {
             forced_routing: false,
             expert_ranks: 1,
             expert_counts: None,
+            expert_replicas: 0,
             tactics: Tactics::default(),
             f32: F32::default(),
             pack: Pack::default(),
@@ -183,11 +187,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
     let (mut tensors, mut programs, mut kernels) = (vec![], vec![], KernelTable::default());
     for rank in 0..pipeline.ranks {
-        let share = experts.get(rank).map(|local| ExpertShare {
-            ranks: experts.len() as u64,
-            of: experts.iter().map(|local| local.len() as u64).sum(),
-            local: local.clone(),
-        });
+        let share = (rank < experts.len()).then(|| ExpertShare::of_rank(&experts, rank));
         let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
         let lowered = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels)
             .map_err(|fault| anyhow!(fault))?;

@@ -250,12 +250,18 @@ pub enum OpKind {
         /// Ranks of the group.
         ranks: u64,
     },
-    /// `(experts i32[T,k]) -> i32[T,k]`: each expert's position in the list of those that this rank has; -1 where it has it not.
+    /// `(experts i32[T,k]) -> i32[T,k]`: each expert's position in the list of those that this rank has; -1 where it has it not, and where
+    /// another of the ranks that have it runs it for this row. Of `n` ranks it is number `n * h / 2^32`, where `h` is a hash of the row's
+    /// experts in their order: from 0, `h = (h ^ expert) * 0x9e3779b1` in 32 bits.
     LocalExperts {
         /// All experts.
         of: u64,
         /// Those that this rank has, ascending.
         experts: Vec<u64>,
+        /// For each of these, how many ranks have it; empty if none but this has any of them.
+        copies: Vec<u64>,
+        /// For each, which of those ranks this is, counted from 0; empty as `copies` is.
+        copy: Vec<u64>,
     },
     /// `(x [blocks*N,C]) -> [N,C]`: the sum of the blocks, in ascending order in f32.
     BlockSum {
@@ -321,8 +327,14 @@ impl OpKind {
             OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
             OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
             OpKind::AllGather { ranks } | OpKind::AllToAll { ranks } => vec![("ranks", Attribute::Int(*ranks))],
-            OpKind::LocalExperts { of, experts } => {
-                vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))]
+            OpKind::LocalExperts { of, experts, copies, copy } => {
+                let mut list = vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))];
+                if !copies.is_empty() || !copy.is_empty() {
+                    list.extend(
+                        [("copies", copies), ("copy", copy)].map(|(name, all)| (name, Attribute::Ints(all.clone()))),
+                    );
+                }
+                list
             }
             OpKind::BlockSum { blocks } => vec![("blocks", Attribute::Int(*blocks))],
             _ => vec![],
@@ -357,7 +369,12 @@ impl OpKind {
             "grouped_weighted_sum" => OpKind::GroupedWeightedSum,
             "all_gather" => OpKind::AllGather { ranks: attributes.int("ranks")? },
             "all_to_all" => OpKind::AllToAll { ranks: attributes.int("ranks")? },
-            "local_experts" => OpKind::LocalExperts { of: attributes.int("of")?, experts: attributes.ints("experts")? },
+            "local_experts" => OpKind::LocalExperts {
+                of: attributes.int("of")?,
+                experts: attributes.ints("experts")?,
+                copies: attributes.optional_ints("copies")?.unwrap_or_default(),
+                copy: attributes.optional_ints("copy")?.unwrap_or_default(),
+            },
             "block_sum" => OpKind::BlockSum { blocks: attributes.int("blocks")? },
             "sample" => OpKind::Sample,
             name => {

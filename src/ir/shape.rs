@@ -158,12 +158,22 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
             rule.blocks("ranks", x[0], *ranks)?;
             vec![x.to_vec()]
         }
-        OpKind::LocalExperts { of, experts } => {
+        OpKind::LocalExperts { of, experts, copies, copy } => {
             let [chosen] = rule.operands([&[2]])?;
             if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
                 return Err(format!(
                     "`experts`: expected ascending numbers below {of}, at least one, found {experts:?}"
                 ));
+            }
+            let count = experts.len();
+            if !(copies.is_empty() && copy.is_empty()) && !(copies.len() == count && copy.len() == count) {
+                let (copies, copy) = (copies.len(), copy.len());
+                return Err(format!(
+                    "expected {count} `copies` and `copy`, as of `experts`, or none, found {copies} and {copy}"
+                ));
+            }
+            if let Some((copies, copy)) = copies.iter().zip(copy).find(|(copies, copy)| copy >= copies) {
+                return Err(format!("`copy`: expected numbers below `copies`, found {copy} of {copies}"));
             }
             vec![chosen.to_vec()]
         }

@@ -106,12 +106,19 @@ pub enum Op {
         /// Ranks of the group.
         ranks: u64,
     },
-    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not.
+    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not, or where another of
+    /// the ranks that have it runs it for this row: of `n` of them the one with number [`turn`]`(row, n)`.
     LocalExperts {
         /// All experts.
         of: u64,
         /// Those of this rank, ascending.
         experts: Vec<u64>,
+        /// For each of these, how many ranks have it; empty if no other has any of them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        copies: Vec<u64>,
+        /// For each, which of those ranks this is, counted from 0; empty as `copies` is.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        copy: Vec<u64>,
     },
     /// `(x [blocks*N,C]) -> [N,C]`: sum of the blocks, ascending order, f32.
     BlockSum {
@@ -120,6 +127,13 @@ pub enum Op {
     },
     /// `(logits [R,V], rows i32[R], pos i32[T], slot i32[T], sampling state) -> i32[R]`; -1 where the row is negative.
     Sample,
+}
+
+/// Which of so many ranks with the same expert runs it for a row of these experts. It follows from these alone, so that a row is run, and
+/// its sums grouped, the same way wherever it stands, and whatever stands beside it.
+pub fn turn(row: &[i32], copies: u64) -> u64 {
+    let hash = row.iter().fold(0u32, |hash, &expert| (hash ^ expert as u32).wrapping_mul(0x9e37_79b1));
+    (u64::from(hash) * copies) >> 32
 }
 
 /// One register of a pointwise expression: numbered from 0, each made of operands and earlier registers, in f32.

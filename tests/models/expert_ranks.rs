@@ -224,7 +224,7 @@ fn the_validator_compares_ranks() {
             m.ranks.push(m.ranks[0].clone());
             m.experts = vec![m.experts[0].clone(), vec![4, 5], vec![6, 7]];
         }),
-        ("experts: expected each on one rank", |m| m.experts[1][0] = 0),
+        ("experts: expected each on a rank or more", |m| m.experts[1][0] = 0),
         ("expected those of each of 2 ranks", |m| m.experts.clear()),
         ("rank 1, bucket prefill_16, step layers.2.ffn.all_gather: `collective`: expected Some", |m| {
             let step = m.ranks[1].buckets[0].steps.iter_mut().find(|step| step.collective.is_some());
@@ -238,7 +238,7 @@ fn the_validator_compares_ranks() {
         }),
         ("(local+group): expected experts [4, 5, 6, 7] of 8, found [0, 1, 2, 3] of 8", |m| {
             let semantic = semantic(m, 1, |op| matches!(op, Op::LocalExperts { .. }));
-            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3] };
+            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3], copies: vec![], copy: vec![] };
         }),
         ("AllGather: expected it to be alone in its step", |m| {
             let semantic = semantic(m, 0, |op| matches!(op, Op::AllGather { .. }));

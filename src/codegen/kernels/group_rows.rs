@@ -42,8 +42,8 @@ pub fn scratch_bytes(experts: u64, warps: u64) -> u64 {
 struct Sort<'a> {
     experts: Slot,
     results: [Slot; 3],
-    /// How many experts there are and which are sorted for, if not all.
-    local: Option<(u64, &'a [u64])>,
+    /// The look-up of those that are sorted for, if not all.
+    local: Option<&'a Op>,
 }
 
 impl<'a> Sort<'a> {
@@ -53,9 +53,9 @@ impl<'a> Sort<'a> {
         let (Op::GroupRows, [experts], results) = (&sort.0, args(sort)?, results(sort)?) else { return None };
         match before {
             [] => Some(Sort { experts, results, local: None }),
-            [look_up @ Instr(Op::LocalExperts { of, experts: local }, ..)] if look_up.2 == [experts] => {
+            [look_up @ Instr(local @ Op::LocalExperts { .. }, ..)] if look_up.2 == [experts] => {
                 let [experts @ Slot::In(_)] = args(look_up)? else { return None };
-                Some(Sort { experts, results, local: Some((*of, local)) })
+                Some(Sort { experts, results, local: Some(local) })
             }
             _ => None,
         }
@@ -74,8 +74,8 @@ fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised
     let mut builder = Builder::new(problem);
     builder.cluster(cluster).constant("CLUSTER", u64::from(cluster)).constant("EXPERTS", bounds - 1);
     builder.line(format_args!("#define LOCAL {}", u8::from(local.is_some())));
-    if let Some((of, local)) = local {
-        local_experts::declare(&mut builder, of, local)?;
+    if let Some(local) = local {
+        local_experts::declare(&mut builder, local, k)?;
     }
     builder.pointer("experts", experts).int("count", count);
     builder.pointer("pairs", pairs).pointer("places", places).pointer("offsets", offsets);
@@ -113,11 +113,16 @@ mod tests {
         let mut semantic = group(64, 4, 3);
         semantic.temps.push(semantic.inputs[0].clone());
         semantic.body[0].1 = vec![Slot::Temp(0)];
-        let op = |experts: &[u64]| Op::LocalExperts { of: 70, experts: experts.to_vec() };
-        semantic.body.insert(0, Instr(op(&[0, 5, 69]), vec![Slot::In(0)], vec![Slot::Temp(0)]));
+        let op = |copies: &[u64], copy: &[u64]| {
+            let (experts, copies, copy) = (vec![0, 5, 69], copies.to_vec(), copy.to_vec());
+            Op::LocalExperts { of: 70, experts, copies, copy }
+        };
+        semantic.body.insert(0, Instr(op(&[], &[]), vec![Slot::In(0)], vec![Slot::Temp(0)]));
         let found = &candidates(&GroupRows, &semantic)[0];
         assert_eq!(found.launch.args[..2], [Arg::Long(33), Arg::Long(32)]);
         write_text(&GroupRows, &semantic, 1, "local");
+        semantic.body[0].0 = op(&[1, 2, 2], &[0, 1, 0]);
+        write_text(&GroupRows, &semantic, 1, "copies");
         // What is looked up is needed elsewhere.
         semantic.body[0].2 = vec![Slot::Out(0)];
         assert!(candidates(&GroupRows, &semantic).is_empty());

@@ -174,11 +174,19 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
             whole_blocks(rows, *ranks)?;
             rule.result(Some(x.0), &x.1)
         }
-        Op::LocalExperts { of, experts } => {
+        Op::LocalExperts { of, experts, copies, copy } => {
             let [chosen] = rule.arguments()?;
             let [_, _] = index(chosen)?;
             if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
                 return Err(format!("expected ascending experts below {of}, at least one, found {experts:?}"));
+            }
+            let none = copies.is_empty() && copy.is_empty();
+            let each = copies.len() == experts.len() && copy.len() == experts.len();
+            if !none && (!each || copies.iter().zip(copy).any(|(copies, copy)| copy >= copies)) {
+                let count = experts.len();
+                return Err(format!(
+                    "expected a copy below its copies for each of {count} experts, found {copy:?} of {copies:?}"
+                ));
             }
             rule.result(Some(DType::I32), &chosen.1)
         }

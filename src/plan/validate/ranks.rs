@@ -1,5 +1,6 @@
 //! What ranks do together: each finds of the others what it expects.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use super::{Faults, order};
@@ -32,7 +33,7 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
     }
 }
 
-/// Checks that each expert is on one rank, if they are spread.
+/// Checks that each expert is on some rank, if they are spread.
 fn spread(manifest: &Manifest) -> Result<(), String> {
     let (experts, ranks) = (&manifest.experts, manifest.ranks.len());
     if experts.is_empty() && ranks == 1 {
@@ -41,30 +42,39 @@ fn spread(manifest: &Manifest) -> Result<(), String> {
     if experts.len() != ranks || ranks < 2 {
         return Err(format!("expected those of each of {ranks} ranks, none for one rank, found {}", experts.len()));
     }
-    let mut all: Vec<u64> = experts.iter().flatten().copied().collect();
-    all.sort_unstable();
-    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted());
+    let all: BTreeSet<u64> = experts.iter().flatten().copied().collect();
+    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted_by(|a, b| a < b));
     if ascend && all.iter().copied().eq(0..all.len() as u64) {
         return Ok(());
     }
-    Err(format!("expected each on one rank, ascending, and some on every rank, found {experts:?}"))
+    Err(format!("expected each on a rank or more, ascending, and some on every rank, found {experts:?}"))
 }
 
-/// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
+/// Checks that a program has the weights of its rank's experts alone, finds experts by them, and of those that other ranks have too runs
+/// the rows that they leave to it, so that each choice is run by one rank.
 fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), String> {
     let local = manifest.experts.get(rank).map_or(&[][..], Vec::as_slice);
-    let of = manifest.experts.iter().map(Vec::len).sum::<usize>() as u64;
+    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last + 1);
+    let having = |ranks: &[Vec<u64>], expert| ranks.iter().filter(|local| local.binary_search(expert).is_ok()).count();
+    let turns = |ranks: &[Vec<u64>]| local.iter().map(|expert| having(ranks, expert) as u64).collect::<Vec<_>>();
+    let (copies, copy) = (turns(&manifest.experts), turns(manifest.experts.get(..rank).unwrap_or_default()));
+    let alone = copies.iter().all(|&copies| copies == 1);
     if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
         return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
     }
     for (i, semantic) in program.semantics.iter().enumerate() {
         for instr in &semantic.body {
-            if let Op::LocalExperts { of: all, experts } = &instr.0
-                && (*all != of || experts != local)
-            {
-                let name = &semantic.name;
+            let Op::LocalExperts { of: all, experts, copies: n, copy: nth } = &instr.0 else { continue };
+            let name = &semantic.name;
+            if *all != of || experts != local {
                 return Err(format!(
                     "semantic {i} ({name}): expected experts {local:?} of {of}, found {experts:?} of {all}"
+                ));
+            }
+            let none = n.is_empty() && nth.is_empty();
+            if !(alone && none || *n == copies && *nth == copy) {
+                return Err(format!(
+                    "semantic {i} ({name}): experts {local:?}: expected copies {copy:?} of {copies:?}, found {nth:?} of {n:?}"
                 ));
             }
         }

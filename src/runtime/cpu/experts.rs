@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use super::matmul;
 use super::parallel::{SMALL, map};
 use super::tensor::{View, dims};
-use crate::plan::TensorType;
+use crate::plan::{TensorType, turn};
 
 /// For each row of a result: its expert and the row of x, or none for zeros.
 pub(super) type Assignment = Vec<Option<(usize, usize)>>;
@@ -38,10 +38,16 @@ pub(super) fn product(x: &[f32], weight: View, weight_ty: &TensorType, assignmen
     Ok(out)
 }
 
-/// For each choice, its position in the ascending list of local experts; -1 if it is none of them.
-pub(super) fn local(chosen: &[i32], experts: &[u64]) -> Vec<i32> {
-    let position = |&expert: &i32| experts.binary_search(&u64::try_from(expert).ok()?).ok();
-    chosen.iter().map(|expert| position(expert).map_or(-1, |at| at as i32)).collect()
+/// For each choice of rows of k, its position in the ascending list of local experts; -1 if it is none of them, or if it is another rank's turn
+/// to run it.
+pub(super) fn local(chosen: &[i32], k: usize, experts: &[u64], copies: &[u64], copy: &[u64]) -> Vec<i32> {
+    let position = |row: &[i32], expert: i32| {
+        let at = experts.binary_search(&u64::try_from(expert).ok()?).ok()?;
+        let copied = copies.get(at).zip(copy.get(at)).filter(|(copies, _)| **copies > 1);
+        copied.is_none_or(|(&copies, &copy)| turn(row, copies) == copy).then_some(at as i32)
+    };
+    let rows = chosen.chunks(k.max(1));
+    rows.flat_map(|row| row.iter().map(move |&expert| position(row, expert).unwrap_or(-1))).collect()
 }
 
 /// The sum of so many blocks of x, in ascending order.

@@ -167,9 +167,10 @@ impl<'a> Frame<'a, '_> {
                 let assignment = experts::by_pair(self.i32(chosen)?, k, self.ty(x)?.1.len() == 3);
                 experts::product(&self.view(x)?.to_f32()?, self.view(weight)?, self.ty(weight)?, &assignment)?
             }
-            Op::LocalExperts { experts: local, .. } => {
+            Op::LocalExperts { experts: local, copies, copy, .. } => {
                 let [chosen] = slots(args)?;
-                return Ok(vec![Value::I32(experts::local(self.i32(chosen)?, local))]);
+                let [_, k] = dims(self.ty(chosen)?)?;
+                return Ok(vec![Value::I32(experts::local(self.i32(chosen)?, k, local, copies, copy))]);
             }
             Op::BlockSum { blocks } => {
                 let [x] = slots(args)?;
