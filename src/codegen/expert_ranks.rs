@@ -1,18 +1,40 @@
 //! Which rank has which experts, as `--ranks` asks for.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::codegen::compile::OptionError;
-use crate::codegen::expert_placement::{Balance, place};
+use crate::codegen::expert_placement::{Balance, Placed, place};
 use crate::codegen::{CompileOptions, Source};
 use crate::ir::config::{Config, FeedForward};
+use crate::passes::ExpertShare;
 use crate::plan::ExpertCounts;
 
+/// How experts are spread.
+#[derive(Default)]
+pub(super) struct Spread {
+    /// Of each rank, ascending; none if there is one rank.
+    pub(super) experts: Vec<Vec<u64>>,
+    /// If several ranks have the same, the turns that each rank runs each of its experts at, by the scope of a layer's operators.
+    parts: BTreeMap<String, Vec<Vec<(u64, u64)>>>,
+    /// How even that is, if choices were counted.
+    pub(super) balance: Option<Balance>,
+}
+
+impl Spread {
+    /// What a rank has; none if there is one rank.
+    pub(super) fn share(&self, rank: usize) -> Option<ExpertShare> {
+        let local = self.experts.get(rank)?.clone();
+        let of = self.experts.iter().flatten().max().map_or(0, |last| last + 1);
+        let parts = self.parts.iter().map(|(scope, parts)| (scope.clone(), parts[rank].clone())).collect();
+        Some(ExpertShare { ranks: self.experts.len() as u64, of, local, parts })
+    }
+}
+
 /// The experts of each rank, if they are to be spread over several: as even as can be, neighbours together, or by counts.
-pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<(Vec<Vec<u64>>, Option<Balance>)> {
+pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<Spread> {
     let (ranks, replicas) = (options.expert_ranks, options.expert_replicas);
     let refuse_replicas = |expected: String, found: String, fix: &str| {
         Err(OptionError(format!("--expert-replicas {replicas}: expected {expected}, found {found}; {fix}")).into())
@@ -24,7 +46,7 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<
         return refuse_replicas(expected, format!("{ranks} rank(s) and {counts}"), "give both, or leave replicas out");
     }
     if ranks == 1 {
-        return Ok((vec![], None));
+        return Ok(Spread::default());
     }
     let refuse = |expected: String, found: &str, fix: &str| {
         Err(OptionError(format!("--ranks expert={ranks}: expected {expected}, found {found}; {fix}")).into())
@@ -53,17 +75,19 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<
                 return refuse_replicas(expected, replicas.to_string(), "choose a number up to that");
             }
             if replicas > 0 && per_token.first() == Some(&1) {
-                let expected = "rows that choose several experts each, which decide whose turn it is".into();
+                let expected = "rows that choose several experts each, whose weights say whose turn it is".into();
                 return refuse_replicas(expected, "one expert a row".into(), "leave replicas out");
             }
             match &options.expert_counts {
-                None => Ok((neighbours, None)),
+                None => Ok(Spread { experts: neighbours, ..Spread::default() }),
                 Some(path) => {
                     let counts = read(path, &config, experts as usize)
                         .with_context(|| format!("--expert-counts {}", path.display()))?;
-                    let layers = counts.layers.into_values().collect::<Vec<_>>();
-                    let (placed, balance) = place(&neighbours, &layers, replicas);
-                    Ok((placed, Some(balance)))
+                    let (scopes, layers): (Vec<String>, Vec<Vec<u64>>) = counts.layers.into_iter().unzip();
+                    let Placed { experts: placed, parts, balance } = place(&neighbours, &layers, replicas);
+                    let shared = placed.iter().map(Vec::len).sum::<usize>() as u64 > experts;
+                    let parts = if shared { scopes.into_iter().zip(parts).collect() } else { BTreeMap::new() };
+                    Ok(Spread { experts: placed, parts, balance: Some(balance) })
                 }
             }
         }
@@ -81,6 +105,14 @@ fn read(path: &Path, config: &Config, experts: usize) -> Result<ExpertCounts> {
         expected == *found,
         "expected counts of this model, whose configuration is {expected:.12}, found {found:.12}; count with this model"
     );
+    let expected =
+        config.layers.iter().enumerate().filter(|(_, layer)| matches!(layer.feed_forward, FeedForward::Experts(_)));
+    let expected: BTreeSet<String> = expected.map(|(i, _)| format!("layers.{i}.ffn")).collect();
+    let found = counts.layers.keys().cloned().collect();
+    if let Some(layer) = expected.symmetric_difference(&found).next() {
+        let (yes, no) = if found.contains(layer) { ("no counts", "some") } else { ("counts", "none") };
+        anyhow::bail!("{layer}: expected {yes}, found {no}; count again");
+    }
     if let Some((layer, found)) = counts.layers.iter().find(|(_, counts)| counts.len() != experts) {
         anyhow::bail!("{layer}: expected counts of {experts} experts, found {}; count again", found.len());
     }

@@ -1,5 +1,7 @@
 //! What a pass may know beside the graph.
 
+use std::collections::BTreeMap;
+
 use crate::ir::Extents;
 
 /// What the plan is lowered for.
@@ -62,23 +64,7 @@ pub struct ExpertShare {
     pub of: u64,
     /// Those of this rank, ascending.
     pub local: Vec<u64>,
-    /// For each of these, how many ranks have it; empty if no other has any of them.
-    pub copies: Vec<u64>,
-    /// For each, which of those ranks this is, counted from 0; empty as `copies` is.
-    pub copy: Vec<u64>,
-}
-
-impl ExpertShare {
-    /// That of a rank, where each has these, ascending, and all together have all.
-    pub fn of_rank(experts: &[Vec<u64>], rank: usize) -> ExpertShare {
-        let local = experts[rank].clone();
-        let on = |ranks: &[Vec<u64>], expert| ranks.iter().filter(|local| local.contains(expert)).count() as u64;
-        let mut copies: Vec<u64> = local.iter().map(|expert| on(experts, expert)).collect();
-        let mut copy: Vec<u64> = local.iter().map(|expert| on(&experts[..rank], expert)).collect();
-        if copies.iter().all(|&copies| copies == 1) {
-            (copies, copy) = (vec![], vec![]);
-        }
-        let of = experts.iter().flatten().max().map_or(0, |last| last + 1);
-        ExpertShare { ranks: experts.len() as u64, of, local, copies, copy }
-    }
+    /// For operators of a scope: for each of these, the turns that this rank runs it at, from the first number on, up to the second, without
+    /// that. Of other scopes it runs them at all, so none of them is on another rank.
+    pub parts: BTreeMap<String, Vec<(u64, u64)>>,
 }

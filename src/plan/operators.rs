@@ -106,19 +106,16 @@ pub enum Op {
         /// Ranks of the group.
         ranks: u64,
     },
-    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not, or where another of
-    /// the ranks that have it runs it for this row: of `n` of them the one with number [`turn`]`(row, n)`.
+    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not. With `parts` `(experts,
+    /// weights f32[T,k]) -> i32[T,k]`: -1 also where it is another rank's [`turn`] to run it for this row.
     LocalExperts {
         /// All experts.
         of: u64,
         /// Those of this rank, ascending.
         experts: Vec<u64>,
-        /// For each of these, how many ranks have it; empty if no other has any of them.
+        /// For each of these, the turns that this rank runs it at: from the first number on, up to the second, without that; empty if all.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        copies: Vec<u64>,
-        /// For each, which of those ranks this is, counted from 0; empty as `copies` is.
-        #[serde(default, skip_serializing_if = "Vec::is_empty")]
-        copy: Vec<u64>,
+        parts: Vec<(u64, u64)>,
     },
     /// `(x [blocks*N,C]) -> [N,C]`: sum of the blocks, ascending order, f32.
     BlockSum {
@@ -129,11 +126,15 @@ pub enum Op {
     Sample,
 }
 
-/// Which of so many ranks with the same expert runs it for a row of these experts. It follows from these alone, so that a row is run, and
-/// its sums grouped, the same way wherever it stands, and whatever stands beside it.
-pub fn turn(row: &[i32], copies: u64) -> u64 {
-    let hash = row.iter().fold(0u32, |hash, &expert| (hash ^ expert as u32).wrapping_mul(0x9e37_79b1));
-    (u64::from(hash) * copies) >> 32
+/// How many turns there are, by which ranks with the same expert share its rows.
+pub const TURNS: u64 = 1 << 10;
+
+/// The turn of a row whose experts have these weights, below [`TURNS`]. It follows from their bits alone, which differ from row to row, so that
+/// turns come up about as often as each other in any batch; and a row is run on the same ranks, and its sums are grouped the same way,
+/// wherever it stands and whatever stands beside it.
+pub fn turn(weights: &[f32]) -> u64 {
+    let hash = weights.iter().fold(0u32, |hash, weight| (hash ^ weight.to_bits()).wrapping_mul(0x9e37_79b1));
+    u64::from(hash >> 22)
 }
 
 /// One register of a pointwise expression: numbered from 0, each made of operands and earlier registers, in f32.

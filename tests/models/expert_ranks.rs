@@ -5,7 +5,7 @@ use std::path::Path;
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
-use lfm2c::plan::{CollectiveKind, DType, Manifest, Op, PlanFile, Semantic};
+use lfm2c::plan::{CollectiveKind, DType, ExpertCounts, Manifest, Op, PlanFile, Semantic, scope};
 use lfm2c::runtime::cpu::CpuEnsemble;
 use lfm2c::runtime::group::LocalGroup;
 use lfm2c::runtime::{Options, Request};
@@ -14,6 +14,23 @@ use crate::common::*;
 
 fn spread(ranks: u64) -> CompileOptions {
     CompileOptions { target: Target::Cpu, expert_ranks: ranks, ..options() }
+}
+
+/// The plan of so many ranks with up to so many replicas each, of a model of 8 experts, by counts that differ much from expert to expert and from layer to layer.
+fn with_replicas(one: &PlanFile, ranks: u64, replicas: u64, plan: &dyn Fn(&CompileOptions) -> PlanFile) -> PlanFile {
+    let mut counts = ExpertCounts::new(&one.manifest.model.config_hash);
+    let program = &one.manifest.ranks[0];
+    for (i, step) in program.buckets[0].steps.iter().enumerate() {
+        let semantic = &program.semantics[step.op as usize];
+        if semantic.body.iter().any(|instr| instr.0 == Op::TopK) {
+            let count = |expert: u64| 10 + 7 * (expert * (i as u64 + 3) % 8) + 90 * u64::from(expert == 3);
+            counts.layers.insert(scope(&step.name).to_owned(), (0..8).map(count).collect());
+        }
+    }
+    let file = tempfile::NamedTempFile::new().expect("a file can be made");
+    std::fs::write(file.path(), serde_json::to_string(&counts).expect("JSON")).expect("it is written");
+    let expert_counts = Some(file.path().to_owned());
+    plan(&CompileOptions { expert_counts, expert_replicas: replicas, ..spread(ranks) })
 }
 
 /// All ranks in one process, with everything not live poisoned.
@@ -65,6 +82,30 @@ fn logits_of_prompts_differ_by_the_order_of_sums_alone() {
     }
     let again = run(&mut ensemble(&four, None), requests, all_logits(Some(7)));
     assert!(found == again, "the same bits in every run");
+}
+
+/// Of an expert that several ranks have, each runs some of the rows: all are run once, and a row's company makes no difference.
+#[test]
+fn replicas_share_the_rows_of_their_expert() {
+    let one = demo_plan(&spread(1));
+    let requests = requests(13, one.manifest.model.vocab);
+    let options = Options { chunk: Some(23), ..Options::default() };
+    let expected = run(&mut cpu_executor(&one, None), requests.clone(), options);
+    let logits = run(&mut cpu_executor(&one, None), requests.clone(), all_logits(Some(7)));
+    for (ranks, replicas) in [(2, 1), (3, 2), (4, 6)] {
+        let file = with_replicas(&one, ranks, replicas, &demo_plan);
+        let most = file.manifest.experts.iter().map(Vec::len).max().expect("there are ranks") as u64;
+        assert!((8 / ranks + 1..=8u64.div_ceil(ranks) + replicas).contains(&most), "{:?}", file.manifest.experts);
+        assert!(file.manifest.experts.iter().filter(|local| local.contains(&3)).count() > 1, "the hottest one");
+        assert_eq!(run(&mut ensemble(&file, None), requests.clone(), options), expected, "{ranks} ranks");
+        let together = run(&mut ensemble(&file, None), requests.clone(), all_logits(Some(7)));
+        for (i, (found, expected)) in together.iter().zip(&logits).enumerate() {
+            let error = relative_l2(&found.prompt_logits, &expected.prompt_logits);
+            assert!(error < 1e-5, "{ranks} ranks, request {i}: relative L2 distance {error:e}");
+            let alone = run(&mut ensemble(&file, None), vec![requests[i].clone()], all_logits(None)).remove(0);
+            assert!(alone.prompt_logits == found.prompt_logits, "{ranks} ranks, request {i}: other bits alone");
+        }
+    }
 }
 
 /// Each rank is a thread with requests of its own, in lockstep with the others: also where it has none left, or never had one.
@@ -123,16 +164,20 @@ fn nobody_waits_for_a_rank_that_fails() {
     assert!(error.to_string().contains("expected rank 0 of 2, as the plan has, found rank 0 of 3"), "{error}");
 }
 
-/// A rank loads its experts alone, and their numbers are those of the plan of one rank.
+/// A rank loads its experts alone, those too that others have as well, and their numbers are those of the plan of one rank.
 #[test]
 fn a_rank_has_the_weights_of_its_experts() {
     let directory = project("tests/goldens/moe-base");
-    for directory in [None, Some(&*directory)] {
-        let plan = |ranks| match directory {
-            None => demo_plan(&spread(ranks)),
-            Some(directory) => directory_plan(directory, &spread(ranks)),
+    for (directory, replicas) in [(None, 0), (Some(&*directory), 0), (None, 1), (Some(&*directory), 1)] {
+        let plan = |options: &CompileOptions| match directory {
+            None => demo_plan(options),
+            Some(directory) => directory_plan(directory, options),
         };
-        let (one, three) = (plan(1), plan(3));
+        let one = plan(&spread(1));
+        let three = match replicas {
+            0 => plan(&spread(3)),
+            _ => with_replicas(&one, 3, replicas, &plan),
+        };
         let all = cpu_executor(&one, directory);
         let bytes = |manifest: &Manifest, rank: usize, name: &str, pool: &[u8]| {
             let program = &manifest.ranks[rank];
@@ -159,7 +204,9 @@ fn a_rank_has_the_weights_of_its_experts() {
                 seen += weight.indices.len();
             }
         }
-        assert!(seen > 0 && seen.is_multiple_of(8), "each expert is on one rank: {seen}");
+        let experts = three.manifest.experts.iter().map(Vec::len).sum::<usize>();
+        assert!(seen > 0 && seen.is_multiple_of(experts), "each rank loads its experts in all layers: {seen}");
+        assert_eq!(experts > 8, replicas > 0, "each expert is on one rank, unless there are replicas");
     }
 }
 
@@ -238,7 +285,7 @@ fn the_validator_compares_ranks() {
         }),
         ("(local+group): expected experts [4, 5, 6, 7] of 8, found [0, 1, 2, 3] of 8", |m| {
             let semantic = semantic(m, 1, |op| matches!(op, Op::LocalExperts { .. }));
-            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3], copies: vec![], copy: vec![] };
+            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3], parts: vec![] };
         }),
         ("AllGather: expected it to be alone in its step", |m| {
             let semantic = semantic(m, 0, |op| matches!(op, Op::AllGather { .. }));
@@ -262,6 +309,40 @@ fn the_validator_compares_ranks() {
         change(&mut file.manifest);
         let text = format!("{:#}", file.validate().expect_err(expected));
         assert!(text.contains(expected), "expected `{expected}`: {text}");
+    }
+}
+
+/// Ranks that have the same expert run each row once together.
+#[test]
+fn the_validator_compares_turns() {
+    fn parts(manifest: &mut Manifest, rank: usize) -> &mut Vec<(u64, u64)> {
+        let op = &mut semantic(manifest, rank, |op| matches!(op, Op::LocalExperts { .. })).body[0].0;
+        let Op::LocalExperts { parts, .. } = op else { panic!("it is one") };
+        parts
+    }
+    let file = with_replicas(&demo_plan(&spread(1)), 2, 1, &demo_plan);
+    let shared = file.manifest.experts[0].iter().position(|expert| file.manifest.experts[1].contains(expert));
+    let at = shared.expect("an expert is on both ranks");
+    let (expert, part) = (file.manifest.experts[0][at], parts(&mut file.manifest.clone(), 0)[at]);
+    assert!(part.0 == 0 && (1..1024).contains(&part.1), "{part:?}");
+    let end = part.1;
+    let each_once = |found: &str| format!("expert {expert}: expected each of 1024 turns on one rank, found [{found}]");
+    type Change<'a> = Box<dyn Fn(&mut Manifest) + 'a>;
+    let cases: [(String, Change); 6] = [
+        // Twice, not at all, at all turns by each of both, an expert that no other rank has, and what is no part.
+        (each_once(&format!("(0, {}), ({end}, 1024)", end + 1)), Box::new(|m| parts(m, 0)[at].1 += 1)),
+        (each_once(&format!("(0, {}), ({end}, 1024)", end - 1)), Box::new(|m| parts(m, 0)[at].1 -= 1)),
+        (each_once(&format!("(0, {end}), (0, 1024)")), Box::new(|m| parts(m, 1).fill((0, 1024)))),
+        ("turns on one rank, found [(0, 1023)]".into(), Box::new(|m| parts(m, 0)[usize::from(at == 0)].1 -= 1)),
+        ("expected 5 parts of 1024 turns, or none, found 1".into(), Box::new(|m| parts(m, 0).truncate(1))),
+        ("parts of 1024 turns, or none, found 5, of them Some((9, 8))".into(), Box::new(|m| parts(m, 0)[at] = (9, 8))),
+    ];
+    assert!(file.validate().is_ok());
+    for (expected, change) in cases {
+        let mut file = file.clone();
+        change(&mut file.manifest);
+        let text = format!("{:#}", file.validate().expect_err(&expected));
+        assert!(text.contains(&expected), "expected `{expected}`: {text}");
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use super::{Faults, order};
-use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step};
+use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step, TURNS};
 
 /// Checks programs that are valid by themselves against each other.
 pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
@@ -31,6 +31,9 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
             in_order(bucket, &at, faults);
         }
     }
+    for (at, bucket) in first.buckets.iter().enumerate() {
+        faults.note(format_args!("bucket {}", bucket.name), turns(manifest, at));
+    }
 }
 
 /// Checks that each expert is on some rank, if they are spread.
@@ -50,36 +53,76 @@ fn spread(manifest: &Manifest) -> Result<(), String> {
     Err(format!("expected each on a rank or more, ascending, and some on every rank, found {experts:?}"))
 }
 
-/// Checks that a program has the weights of its rank's experts alone, finds experts by them, and of those that other ranks have too runs
-/// the rows that they leave to it, so that each choice is run by one rank.
+/// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
 fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), String> {
     let local = manifest.experts.get(rank).map_or(&[][..], Vec::as_slice);
-    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last + 1);
-    let having = |ranks: &[Vec<u64>], expert| ranks.iter().filter(|local| local.binary_search(expert).is_ok()).count();
-    let turns = |ranks: &[Vec<u64>]| local.iter().map(|expert| having(ranks, expert) as u64).collect::<Vec<_>>();
-    let (copies, copy) = (turns(&manifest.experts), turns(manifest.experts.get(..rank).unwrap_or_default()));
-    let alone = copies.iter().all(|&copies| copies == 1);
+    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last.saturating_add(1));
     if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
         return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
     }
     for (i, semantic) in program.semantics.iter().enumerate() {
         for instr in &semantic.body {
-            let Op::LocalExperts { of: all, experts, copies: n, copy: nth } = &instr.0 else { continue };
-            let name = &semantic.name;
-            if *all != of || experts != local {
+            if let Op::LocalExperts { of: all, experts, .. } = &instr.0
+                && (*all != of || experts != local)
+            {
+                let name = &semantic.name;
                 return Err(format!(
                     "semantic {i} ({name}): expected experts {local:?} of {of}, found {experts:?} of {all}"
-                ));
-            }
-            let none = n.is_empty() && nth.is_empty();
-            if !(alone && none || *n == copies && *nth == copy) {
-                return Err(format!(
-                    "semantic {i} ({name}): experts {local:?}: expected copies {copy:?} of {copies:?}, found {nth:?} of {n:?}"
                 ));
             }
         }
     }
     Ok(())
+}
+
+/// Checks that ranks share the rows of experts that several of them have: each time that they look up their experts in a bucket, one of them
+/// runs each expert at each turn.
+fn turns(manifest: &Manifest, bucket: usize) -> Result<(), String> {
+    let look_ups: Vec<Vec<LookUp>> = manifest.ranks.iter().map(|program| look_ups(program, bucket)).collect();
+    for (rank, found) in look_ups.iter().enumerate() {
+        if found.len() != look_ups[0].len() {
+            let expected = look_ups[0].len();
+            return Err(format!(
+                "rank {rank}: expected {expected} look-ups of experts, as on rank 0, found {}",
+                found.len()
+            ));
+        }
+    }
+    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last + 1);
+    for at in 0..look_ups[0].len() {
+        for expert in 0..of {
+            let part = |ranks: &Vec<LookUp>| -> Option<(u64, u64)> {
+                let (_, experts, parts) = ranks[at];
+                let position = experts.binary_search(&expert).ok()?;
+                Some(parts.get(position).copied().unwrap_or((0, TURNS))).filter(|(from, to)| from < to)
+            };
+            let mut found: Vec<(u64, u64)> = look_ups.iter().filter_map(part).collect();
+            found.sort_unstable();
+            let end = found.iter().try_fold(0, |end, &(from, to)| (from == end).then_some(to));
+            if end != Some(TURNS) {
+                let step = look_ups[0][at].0;
+                return Err(format!(
+                    "step {step}: expert {expert}: expected each of {TURNS} turns on one rank, found {found:?}"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A look-up of experts: its step, the rank's experts, and the turns that it runs them at.
+type LookUp<'a> = (&'a str, &'a [u64], &'a [(u64, u64)]);
+
+/// Those of a bucket's steps, in their order; collectives stand between them.
+fn look_ups(program: &Program, bucket: usize) -> Vec<LookUp<'_>> {
+    let of_step = |step: &'_ Step| program.semantics[step.op as usize].body.iter();
+    let steps = program.buckets[bucket].steps.iter();
+    let ops = steps.flat_map(|step| of_step(step).map(move |instr| (step.name.as_str(), &instr.0)));
+    ops.filter_map(|(name, op)| match op {
+        Op::LocalExperts { experts, parts, .. } => Some((name, &experts[..], &parts[..])),
+        _ => None,
+    })
+    .collect()
 }
 
 /// Checks that a program takes the same batches as another.

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use super::matmul;
 use super::parallel::{SMALL, map};
 use super::tensor::{View, dims};
-use crate::plan::{TensorType, turn};
+use crate::plan::TensorType;
 
 /// For each row of a result: its expert and the row of x, or none for zeros.
 pub(super) type Assignment = Vec<Option<(usize, usize)>>;
@@ -38,16 +38,12 @@ pub(super) fn product(x: &[f32], weight: View, weight_ty: &TensorType, assignmen
     Ok(out)
 }
 
-/// For each choice of rows of k, its position in the ascending list of local experts; -1 if it is none of them, or if it is another rank's turn
-/// to run it.
-pub(super) fn local(chosen: &[i32], k: usize, experts: &[u64], copies: &[u64], copy: &[u64]) -> Vec<i32> {
-    let position = |row: &[i32], expert: i32| {
-        let at = experts.binary_search(&u64::try_from(expert).ok()?).ok()?;
-        let copied = copies.get(at).zip(copy.get(at)).filter(|(copies, _)| **copies > 1);
-        copied.is_none_or(|(&copies, &copy)| turn(row, copies) == copy).then_some(at as i32)
-    };
-    let rows = chosen.chunks(k.max(1));
-    rows.flat_map(|row| row.iter().map(move |&expert| position(row, expert).unwrap_or(-1))).collect()
+/// For each choice, its position in the ascending list of local experts; -1 if it is none of them, or if `own(choice, position)` says that
+/// another rank runs it.
+pub(super) fn local(chosen: &[i32], experts: &[u64], own: impl Fn(usize, usize) -> bool) -> Vec<i32> {
+    let position = |expert: i32| experts.binary_search(&u64::try_from(expert).ok()?).ok();
+    let local = |(i, &expert): (usize, &i32)| position(expert).filter(|&at| own(i, at)).map_or(-1, |at| at as i32);
+    chosen.iter().enumerate().map(local).collect()
 }
 
 /// The sum of so many blocks of x, in ascending order.
