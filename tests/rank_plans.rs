@@ -146,7 +146,7 @@ fn experts_are_placed_by_counts() {
     let first = text.find("\"layers.").expect("a layer");
     let next = first + text[first..].find("],").expect("two layers") + 2;
     std::fs::write(at.join("less.json"), text[..first].to_owned() + &text[next..]).expect("it is written");
-    placed("less.json", 1, "layers.1.ffn: expected counts, found none; count again");
+    placed("less.json", 1, "layers.2.ffn: expected counts, found none; count again");
     let many = |replicas: &str, ranks: &str, said: &str| {
         let compile =
             ["compile", "--model", &model, "--target", "cpu", "--expert-counts", "counts.json", "-o", "x.plan"];

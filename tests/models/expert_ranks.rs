@@ -5,42 +5,27 @@ use std::path::Path;
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
-use lfm2c::plan::{CollectiveKind, DType, ExpertCounts, Manifest, Op, PlanFile, Semantic, scope};
+use lfm2c::plan::{CollectiveKind, DType, Manifest, Op, PlanFile, Semantic};
+
 use lfm2c::runtime::cpu::CpuEnsemble;
 use lfm2c::runtime::group::LocalGroup;
 use lfm2c::runtime::{Options, Request};
 
 use crate::common::*;
+use crate::expert_replicas::with_replicas;
 
-fn spread(ranks: u64) -> CompileOptions {
+pub fn spread(ranks: u64) -> CompileOptions {
     CompileOptions { target: Target::Cpu, expert_ranks: ranks, ..options() }
 }
 
-/// The plan of so many ranks with up to so many replicas each, of a model of 8 experts, by counts that differ much from expert to expert and from layer to layer.
-fn with_replicas(one: &PlanFile, ranks: u64, replicas: u64, plan: &dyn Fn(&CompileOptions) -> PlanFile) -> PlanFile {
-    let mut counts = ExpertCounts::new(&one.manifest.model.config_hash);
-    let program = &one.manifest.ranks[0];
-    for (i, step) in program.buckets[0].steps.iter().enumerate() {
-        let semantic = &program.semantics[step.op as usize];
-        if semantic.body.iter().any(|instr| instr.0 == Op::TopK) {
-            let count = |expert: u64| 10 + 7 * (expert * (i as u64 + 3) % 8) + 90 * u64::from(expert == 3);
-            counts.layers.insert(scope(&step.name).to_owned(), (0..8).map(count).collect());
-        }
-    }
-    let file = tempfile::NamedTempFile::new().expect("a file can be made");
-    std::fs::write(file.path(), serde_json::to_string(&counts).expect("JSON")).expect("it is written");
-    let expert_counts = Some(file.path().to_owned());
-    plan(&CompileOptions { expert_counts, expert_replicas: replicas, ..spread(ranks) })
-}
-
 /// All ranks in one process, with everything not live poisoned.
-fn ensemble(file: &PlanFile, directory: Option<&Path>) -> CpuEnsemble {
+pub fn ensemble(file: &PlanFile, directory: Option<&Path>) -> CpuEnsemble {
     let ranks = 0..file.manifest.ranks.len();
     CpuEnsemble::new(ranks.map(|rank| cpu_rank(file, rank, directory).with_poison(true)).collect()).expect("all ranks")
 }
 
 /// Requests of many lengths: some longer than the largest bucket, some of no new token.
-fn requests(count: u64, vocab: u64) -> Vec<Request> {
+pub fn requests(count: u64, vocab: u64) -> Vec<Request> {
     let request = |i: u64| {
         let length = [1, 3, 17, 40, 2, 70][i as usize % 6] + i as usize % 5;
         Request {
@@ -82,30 +67,6 @@ fn logits_of_prompts_differ_by_the_order_of_sums_alone() {
     }
     let again = run(&mut ensemble(&four, None), requests, all_logits(Some(7)));
     assert!(found == again, "the same bits in every run");
-}
-
-/// Of an expert that several ranks have, each runs some of the rows: all are run once, and a row's company makes no difference.
-#[test]
-fn replicas_share_the_rows_of_their_expert() {
-    let one = demo_plan(&spread(1));
-    let requests = requests(13, one.manifest.model.vocab);
-    let options = Options { chunk: Some(23), ..Options::default() };
-    let expected = run(&mut cpu_executor(&one, None), requests.clone(), options);
-    let logits = run(&mut cpu_executor(&one, None), requests.clone(), all_logits(Some(7)));
-    for (ranks, replicas) in [(2, 1), (3, 2), (4, 6)] {
-        let file = with_replicas(&one, ranks, replicas, &demo_plan);
-        let most = file.manifest.experts.iter().map(Vec::len).max().expect("there are ranks") as u64;
-        assert!((8 / ranks + 1..=8u64.div_ceil(ranks) + replicas).contains(&most), "{:?}", file.manifest.experts);
-        assert!(file.manifest.experts.iter().filter(|local| local.contains(&3)).count() > 1, "the hottest one");
-        assert_eq!(run(&mut ensemble(&file, None), requests.clone(), options), expected, "{ranks} ranks");
-        let together = run(&mut ensemble(&file, None), requests.clone(), all_logits(Some(7)));
-        for (i, (found, expected)) in together.iter().zip(&logits).enumerate() {
-            let error = relative_l2(&found.prompt_logits, &expected.prompt_logits);
-            assert!(error < 1e-5, "{ranks} ranks, request {i}: relative L2 distance {error:e}");
-            let alone = run(&mut ensemble(&file, None), vec![requests[i].clone()], all_logits(None)).remove(0);
-            assert!(alone.prompt_logits == found.prompt_logits, "{ranks} ranks, request {i}: other bits alone");
-        }
-    }
 }
 
 /// Each rank is a thread with requests of its own, in lockstep with the others: also where it has none left, or never had one.
@@ -258,7 +219,7 @@ fn ranks_have_the_same_collectives() {
 }
 
 /// The semantic of a rank's first step that is there because experts are spread.
-fn semantic(manifest: &mut Manifest, rank: usize, is_it: fn(&Op) -> bool) -> &mut Semantic {
+pub fn semantic(manifest: &mut Manifest, rank: usize, is_it: fn(&Op) -> bool) -> &mut Semantic {
     let semantics = &mut manifest.ranks[rank].semantics;
     semantics.iter_mut().find(|semantic| is_it(&semantic.body[0].0)).expect("there is one")
 }
@@ -309,40 +270,6 @@ fn the_validator_compares_ranks() {
         change(&mut file.manifest);
         let text = format!("{:#}", file.validate().expect_err(expected));
         assert!(text.contains(expected), "expected `{expected}`: {text}");
-    }
-}
-
-/// Ranks that have the same expert run each row once together.
-#[test]
-fn the_validator_compares_turns() {
-    fn parts(manifest: &mut Manifest, rank: usize) -> &mut Vec<(u64, u64)> {
-        let op = &mut semantic(manifest, rank, |op| matches!(op, Op::LocalExperts { .. })).body[0].0;
-        let Op::LocalExperts { parts, .. } = op else { panic!("it is one") };
-        parts
-    }
-    let file = with_replicas(&demo_plan(&spread(1)), 2, 1, &demo_plan);
-    let shared = file.manifest.experts[0].iter().position(|expert| file.manifest.experts[1].contains(expert));
-    let at = shared.expect("an expert is on both ranks");
-    let (expert, part) = (file.manifest.experts[0][at], parts(&mut file.manifest.clone(), 0)[at]);
-    assert!(part.0 == 0 && (1..1024).contains(&part.1), "{part:?}");
-    let end = part.1;
-    let each_once = |found: &str| format!("expert {expert}: expected each of 1024 turns on one rank, found [{found}]");
-    type Change<'a> = Box<dyn Fn(&mut Manifest) + 'a>;
-    let cases: [(String, Change); 6] = [
-        // Twice, not at all, at all turns by each of both, an expert that no other rank has, and what is no part.
-        (each_once(&format!("(0, {}), ({end}, 1024)", end + 1)), Box::new(|m| parts(m, 0)[at].1 += 1)),
-        (each_once(&format!("(0, {}), ({end}, 1024)", end - 1)), Box::new(|m| parts(m, 0)[at].1 -= 1)),
-        (each_once(&format!("(0, {end}), (0, 1024)")), Box::new(|m| parts(m, 1).fill((0, 1024)))),
-        ("turns on one rank, found [(0, 1023)]".into(), Box::new(|m| parts(m, 0)[usize::from(at == 0)].1 -= 1)),
-        ("expected 5 parts of 1024 turns, or none, found 1".into(), Box::new(|m| parts(m, 0).truncate(1))),
-        ("parts of 1024 turns, or none, found 5, of them Some((9, 8))".into(), Box::new(|m| parts(m, 0)[at] = (9, 8))),
-    ];
-    assert!(file.validate().is_ok());
-    for (expected, change) in cases {
-        let mut file = file.clone();
-        change(&mut file.manifest);
-        let text = format!("{:#}", file.validate().expect_err(&expected));
-        assert!(text.contains(&expected), "expected `{expected}`: {text}");
     }
 }
 
