@@ -1,5 +1,6 @@
 //! Runs every `tests/filetests/**/*.ir` as a test of its own; `tests/filetests/README.md` describes the files.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lfm2c::ir::{Extents, Graph, parse, verify};
@@ -118,15 +119,28 @@ fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassCont
     Ok(context)
 }
 
-/// `4,5/8@2`: experts 4 and 5 of 8, which 2 ranks share.
+/// `4,5/8@2`: experts 4 and 5 of 8, which 2 ranks share. `4,5=0..512/8@2`: expert 5 at these turns alone.
 fn expert_share(text: &str) -> Result<ExpertShare, String> {
-    let parts = || {
+    let mut parts = vec![];
+    let mut expert = |text: &str| -> Option<u64> {
+        let (expert, (from, to)) = match text.split_once('=') {
+            Some((expert, part)) => (expert, part.split_once("..")?),
+            None => (text, ("0", "1024")),
+        };
+        parts.push((from.parse().ok()?, to.parse().ok()?));
+        expert.parse().ok()
+    };
+    let mut share = || {
         let (local, rest) = text.split_once('/')?;
         let (of, ranks) = rest.split_once('@')?;
-        let local = local.split(',').map(str::parse).collect::<Result<_, _>>().ok()?;
-        Some(ExpertShare { ranks: ranks.parse().ok()?, of: of.parse().ok()?, local })
+        let local = local.split(',').map(&mut expert).collect::<Option<_>>()?;
+        Some(ExpertShare { ranks: ranks.parse().ok()?, of: of.parse().ok()?, local, parts: BTreeMap::new() })
     };
-    parts().ok_or_else(|| format!("`experts`: expected such as `4,5/8@2`, found `{text}`"))
+    let mut share = share().ok_or_else(|| format!("`experts`: expected such as `4,5/8@2`, found `{text}`"))?;
+    if text.contains('=') {
+        share.parts.insert(String::new(), parts);
+    }
+    Ok(share)
 }
 
 /// An error as (line, message).

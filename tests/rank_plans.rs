@@ -119,17 +119,21 @@ fn experts_are_placed_by_counts() {
         assert_eq!(rows, 2 * (6 + 2 + 2 * 5), "{layer}");
     }
     let report = compile("placed.plan", &["--ranks", "expert=2", "--expert-counts", "counts.json"]);
-    let numbers: Vec<f64> = report
-        .lines()
-        .find(|line| line.starts_with("rows of the busiest rank"))
-        .expect("it is told")
-        .split_whitespace()
-        .filter_map(|word| word.parse().ok())
-        .collect();
+    fn balance(report: &str) -> &str {
+        report.lines().find(|line| line.starts_with("rows of the busiest rank")).expect("it is told")
+    }
+    let numbers: Vec<f64> = balance(&report).split_whitespace().filter_map(|word| word.parse().ok()).collect();
     assert!(numbers[1] < numbers[0] && numbers[1] >= 1.0, "{report}");
     let experts = |plan| done(at, &["inspect", plan]).lines().filter(|line| line.starts_with("1 ")).collect::<String>();
     assert_ne!(experts("placed.plan"), experts("two.plan"));
     assert_eq!(run("placed.plan"), run("one.plan"));
+    let replicas = ["--ranks", "expert=2", "--expert-counts", "counts.json", "--expert-replicas", "1"];
+    let report = compile("hot.plan", &replicas);
+    assert!(balance(&report).ends_with(" as placed, 1.000 with replicas"), "{report}");
+    assert!(report.contains("of several ranks"), "{report}");
+    assert!(experts("hot.plan").split_whitespace().count() > experts("placed.plan").split_whitespace().count());
+    assert_eq!(run("hot.plan"), run("one.plan"));
+    fails(at, 2, &["inspect", "hot.plan", "--expert-replicas", "1"], "unexpected argument");
 
     let placed = |file: &str, code: i32, said: &str| {
         let compile = ["compile", "--model", &model, "--target", "cpu", "--ranks", "expert=2", "-o", "x.plan"];
@@ -139,6 +143,20 @@ fn experts_are_placed_by_counts() {
     placed("in.jsonl", 1, "expected what `lfm2c run --count-experts` writes");
     std::fs::write(at.join("short.json"), text.replacen("[", "[1,", 1)).expect("it is written");
     placed("short.json", 1, "expected counts of 8 experts, found 9");
+    let first = text.find("\"layers.").expect("a layer");
+    let next = first + text[first..].find("],").expect("two layers") + 2;
+    std::fs::write(at.join("less.json"), text[..first].to_owned() + &text[next..]).expect("it is written");
+    placed("less.json", 1, "layers.2.ffn: expected counts, found none; count again");
+    let many = |replicas: &str, ranks: &str, said: &str| {
+        let compile =
+            ["compile", "--model", &model, "--target", "cpu", "--expert-counts", "counts.json", "-o", "x.plan"];
+        fails(at, 2, &[&compile[..], &["--ranks", ranks, "--expert-replicas", replicas]].concat(), said);
+    };
+    many("5", "expert=2", "--expert-replicas 5: expected at most 4, with which a rank has all 8 experts, found 5;");
+    many("1", "expert=1", "--expert-replicas 1: expected --ranks expert=M of 2 or more, and --expert-counts FILE");
+    let compile = ["compile", "--model", &model, "--target", "cpu", "--ranks", "expert=2", "-o", "x.plan"];
+    fails(at, 2, &[&compile[..], &["--expert-replicas", "1"]].concat(), "--expert-counts");
+
     let other = project("plans/synthetic.ron");
     let compile = ["compile", &other, "--target", "cpu", "-o", "x.plan", "--expert-counts", "counts.json"];
     fails(at, 2, &compile, "--ranks");

@@ -174,9 +174,10 @@ fn report(compiled: &Compiled) -> String {
     if !ranks.is_empty() {
         text += &format!("\n{}\n", ranks.trim_end());
     }
-    if let Some(Balance { neighbours, placed }) = compiled.balance {
+    if let Some(Balance { neighbours, placed, replicated }) = compiled.balance {
+        let replicated = replicated.map(|replicated| format!(", {replicated:.3} with replicas")).unwrap_or_default();
         text += &format!(
-            "rows of the busiest rank, layer by layer, as counted: {neighbours:.3} of the mean with neighbours together, {placed:.3} as placed\n"
+            "rows of the busiest rank, layer by layer, as counted: {neighbours:.3} of the mean with neighbours together, {placed:.3} as placed{replicated}\n"
         );
     }
     text

@@ -148,16 +148,24 @@ pub fn ranks(manifest: &Manifest) -> String {
     let rows = manifest.ranks.iter().zip(&manifest.experts).enumerate().map(|(rank, (program, experts))| {
         let of_experts = program.weights.iter().filter(|weight| !weight.indices.is_empty());
         let bytes: u64 = of_experts.filter_map(|weight| weight.ty.bytes()).sum();
-        let experts: Vec<String> = experts.iter().map(ToString::to_string).collect();
+        let replicated = |expert: &&u64| manifest.experts.iter().filter(|local| local.contains(expert)).count() > 1;
+        let list = |experts: Vec<&u64>| experts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         vec![
             rank.to_string(),
-            experts.join(" "),
+            list(experts.iter().collect()),
+            list(experts.iter().filter(replicated).collect()),
             size(bytes),
             size(program.pool.weights.bytes),
             size(program.pool.bytes()),
         ]
     });
-    let mut text = table(&["rank", "experts", "their weights", "all weights", "pool"], &rows.collect::<Vec<_>>());
+    let mut columns = vec!["rank", "experts", "of several ranks", "their weights", "all weights", "pool"];
+    let mut rows: Vec<Vec<String>> = rows.collect();
+    if rows.iter().all(|cells| cells[2].is_empty()) {
+        columns.remove(2);
+        rows.iter_mut().for_each(|cells| drop(cells.remove(2)));
+    }
+    let mut text = table(&columns, &rows);
     let rows = manifest.ranks[0].buckets.iter().map(|bucket| {
         let sent: u64 = bucket.steps.iter().map(|step| step.cost.link_bytes).sum();
         let steps = bucket.steps.iter().filter(|step| step.collective.is_some()).count();

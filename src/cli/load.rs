@@ -68,6 +68,10 @@ pub struct Choices {
     /// Counts of choices that `lfm2c run` has written: experts are spread such that the ranks get as equally many rows as can be
     #[arg(long, value_name = "FILE", requires = "ranks")]
     pub expert_counts: Option<PathBuf>,
+    /// Gives each rank up to N more of the experts, those of other ranks that take most rows from the busiest: the ranks that have an expert
+    /// share its rows
+    #[arg(long, value_name = "N", requires = "expert_counts")]
+    pub expert_replicas: Option<u64>,
     /// Leaves a pass out; may be repeated
     #[arg(long, value_name = "NAME")]
     pub disable_pass: Vec<String>,
@@ -145,6 +149,7 @@ impl Choices {
             without_cubins: self.without_cubins,
             expert_ranks: self.ranks.unwrap_or(1),
             expert_counts: self.expert_counts.clone(),
+            expert_replicas: self.expert_replicas.unwrap_or(0),
             ..CompileOptions::default()
         }
     }

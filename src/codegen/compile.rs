@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, bail};
 
 use crate::codegen::cubins::{self, Compilation};
-use crate::codegen::expert_ranks::{Balance, expert_ranks};
+use crate::codegen::expert_placement::Balance;
+use crate::codegen::expert_ranks::{Spread, expert_ranks};
 use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::lower;
 use crate::codegen::pipeline::Pipeline;
@@ -16,7 +17,7 @@ use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
 use crate::passes::driver::PassReport;
-use crate::passes::{BucketSpec, ExpertShare, Phase, Target, names};
+use crate::passes::{BucketSpec, Phase, Target, names};
 use crate::plan::{self, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
 
 /// Positions of one KV page.
@@ -66,6 +67,8 @@ pub struct CompileOptions {
     pub expert_ranks: u64,
     /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
     pub expert_counts: Option<PathBuf>,
+    /// How many experts a rank may have beyond its share, each one that another rank has too; they are chosen by the counts.
+    pub expert_replicas: u64,
     /// How products of f32 are computed that tactics do not choose a kernel for.
     pub f32: F32,
     /// Which weights get a packed form.
@@ -92,6 +95,7 @@ impl Default for CompileOptions {
             forced_routing: false,
             expert_ranks: 1,
             expert_counts: None,
+            expert_replicas: 0,
             tactics: Tactics::default(),
             f32: F32::default(),
             pack: Pack::default(),
@@ -172,23 +176,19 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         let known = names().join(", ");
         bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
     }
-    let (experts, balance) = expert_ranks(source, options)?;
+    let spread = expert_ranks(source, options)?;
+    let Spread { experts, balance, .. } = &spread;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let selector = (options.target != Target::Cpu).then(|| {
-        Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts).leaving(&options.unpacked)
+        Selector::new(&options.tactics, options.f32, options.pack).with_experts(experts).leaving(&options.unpacked)
     });
     let pipeline =
         Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
     let (mut tensors, mut programs, mut kernels) = (vec![], vec![], KernelTable::default());
     for rank in 0..pipeline.ranks {
-        let share = experts.get(rank).map(|local| ExpertShare {
-            ranks: experts.len() as u64,
-            of: experts.iter().map(|local| local.len() as u64).sum(),
-            local: local.clone(),
-        });
-        let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
+        let passed = pipeline.run(graph.clone(), spread.share(rank), rank, &mut texts)?;
         let lowered = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels)
             .map_err(|fault| anyhow!(fault))?;
         programs.push(lowered.program);
@@ -217,7 +217,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         tensors,
         kernels,
         services: vec![],
-        experts,
+        experts: experts.clone(),
         ranks: programs,
     };
     let (mut cubins, mut compilation) = (vec![], Compilation::default());
@@ -233,7 +233,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance: *balance })
 }
 
 /// What the driver needs of a source.

@@ -3,6 +3,7 @@
 pub mod compile;
 mod cost;
 pub mod cubins;
+mod expert_placement;
 mod expert_ranks;
 mod kernel_table;
 pub mod kernels;
@@ -20,7 +21,7 @@ pub mod tuning;
 mod types;
 
 pub use compile::{CompileOptions, Compiled, Source, compile};
-pub use expert_ranks::Balance;
+pub use expert_placement::Balance;
 pub use lock::Lock;
 pub use recipe::{Prompt, Recipe};
 pub use tuning::Tuning;

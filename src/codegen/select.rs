@@ -78,7 +78,7 @@ pub fn problem_key(problem: &Problem) -> String {
 /// A semantic whose products by expert are over all experts, where they were over those of a rank; none if it has no such product. A rank
 /// has about as many rows of each of its experts as one that has all of them, out of as many rows.
 fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semantic> {
-    let of: usize = ranks.iter().map(Vec::len).sum();
+    let of = ranks.iter().flatten().max().map_or(0, |last| last + 1);
     let mut found = false;
     for Instr(op, args, _) in &semantic.body {
         // Weights by their position among the arguments, and offsets of each expert's rows.
@@ -93,7 +93,7 @@ fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semant
             if let Some(size) = semantic.inputs.get_mut(*i as usize).and_then(|ty| ty.1.first_mut())
                 && ranks.iter().any(|local| local.len() as u64 + more == *size)
             {
-                *size = of as u64 + more;
+                *size = of + more;
                 found = true;
             }
         }

@@ -181,7 +181,9 @@ fn plan_op(kind: &OpKind) -> Result<PlanOp, String> {
     Ok(match *kind {
         OpKind::AllGather { ranks } => PlanOp::AllGather { ranks },
         OpKind::AllToAll { ranks } => PlanOp::AllToAll { ranks },
-        OpKind::LocalExperts { of, ref experts } => PlanOp::LocalExperts { of, experts: experts.clone() },
+        OpKind::LocalExperts { of, ref experts, ref parts } => {
+            PlanOp::LocalExperts { of, experts: experts.clone(), parts: parts.clone() }
+        }
         OpKind::BlockSum { blocks } => PlanOp::BlockSum { blocks },
         OpKind::Embed => PlanOp::Embed,
         OpKind::RmsNorm { eps } => PlanOp::RmsNorm { eps },

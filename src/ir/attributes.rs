@@ -69,9 +69,14 @@ impl AttributeReader<'_> {
     }
 
     pub(super) fn ints(&mut self, name: &str) -> Result<Vec<u64>, String> {
-        match self.take(name).ok_or_else(|| self.missing(name))? {
-            Attribute::Ints(list) => Ok(list),
-            other => Err(self.mistyped(name, "a list of whole numbers", &other)),
+        self.optional_ints(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    pub(super) fn optional_ints(&mut self, name: &str) -> Result<Option<Vec<u64>>, String> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Attribute::Ints(list)) => Ok(Some(list)),
+            Some(other) => Err(self.mistyped(name, "a list of whole numbers", &other)),
         }
     }
 }

@@ -26,7 +26,7 @@ pub use fault::{Fault, VerifyErrors};
 pub use graph::{Graph, Layout, Op, Operand, Value, Weight, outside_operands};
 pub use ids::{ValueId, WeightId};
 pub use location::{Location, SourceMap};
-pub use op::{BinaryFn, OpKind, Stage, UnaryFn};
+pub use op::{BinaryFn, OpKind, Stage, TURNS, UnaryFn};
 pub use parse::{ParsedGraph, parse};
 pub use print::stage_list;
 pub use types::{DType, Dim, Extents, Sym, Type};

@@ -7,6 +7,9 @@ use std::fmt;
 
 use crate::ir::attributes::{Attribute, AttributeReader};
 
+/// How many turns there are, by which ranks with the same expert share its rows ([`OpKind::LocalExperts`]).
+pub const TURNS: u64 = 1 << 10;
+
 /// An elementwise function of one operand.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum UnaryFn {
@@ -251,11 +254,17 @@ pub enum OpKind {
         ranks: u64,
     },
     /// `(experts i32[T,k]) -> i32[T,k]`: each expert's position in the list of those that this rank has; -1 where it has it not.
+    ///
+    /// With `parts` `(experts i32[T,k], weights f32[T,k]) -> i32[T,k]`: -1 also where it is another rank's turn to run it for this row. The
+    /// turn, below [`TURNS`], is made of the bits of the row's weights in their order: from 0, `h = (h ^ bits) * 0x9e3779b1` in 32 bits, of
+    /// which the upper 10 are the turn.
     LocalExperts {
         /// All experts.
         of: u64,
         /// Those that this rank has, ascending.
         experts: Vec<u64>,
+        /// For each of these, the turns that this rank runs it at: from the first number on, up to the second, without that; empty if all.
+        parts: Vec<(u64, u64)>,
     },
     /// `(x [blocks*N,C]) -> [N,C]`: the sum of the blocks, in ascending order in f32.
     BlockSum {
@@ -321,8 +330,13 @@ impl OpKind {
             OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
             OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
             OpKind::AllGather { ranks } | OpKind::AllToAll { ranks } => vec![("ranks", Attribute::Int(*ranks))],
-            OpKind::LocalExperts { of, experts } => {
-                vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))]
+            OpKind::LocalExperts { of, experts, parts } => {
+                let mut list = vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))];
+                if !parts.is_empty() {
+                    let (from, to) = parts.iter().copied().unzip();
+                    list.extend([("from", Attribute::Ints(from)), ("to", Attribute::Ints(to))]);
+                }
+                list
             }
             OpKind::BlockSum { blocks } => vec![("blocks", Attribute::Int(*blocks))],
             _ => vec![],
@@ -357,7 +371,15 @@ impl OpKind {
             "grouped_weighted_sum" => OpKind::GroupedWeightedSum,
             "all_gather" => OpKind::AllGather { ranks: attributes.int("ranks")? },
             "all_to_all" => OpKind::AllToAll { ranks: attributes.int("ranks")? },
-            "local_experts" => OpKind::LocalExperts { of: attributes.int("of")?, experts: attributes.ints("experts")? },
+            "local_experts" => {
+                let (of, experts) = (attributes.int("of")?, attributes.ints("experts")?);
+                let [from, to] = ["from", "to"].map(|name| attributes.optional_ints(name));
+                let (from, to) = (from?.unwrap_or_default(), to?.unwrap_or_default());
+                if from.len() != to.len() {
+                    return Err(format!("expected as many `from` as `to`, found {} and {}", from.len(), to.len()));
+                }
+                OpKind::LocalExperts { of, experts, parts: from.into_iter().zip(to).collect() }
+            }
             "block_sum" => OpKind::BlockSum { blocks: attributes.int("blocks")? },
             "sample" => OpKind::Sample,
             name => {

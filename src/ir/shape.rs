@@ -1,6 +1,6 @@
 //! The shape and type rules of every operator: the one place where they stand.
 
-use crate::ir::{DType, Dim, OpKind, Type};
+use crate::ir::{DType, Dim, OpKind, TURNS, Type};
 
 /// Columns of the sampling parameter table.
 pub const SAMPLING_COLUMNS: u64 = 8;
@@ -158,11 +158,32 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
             rule.blocks("ranks", x[0], *ranks)?;
             vec![x.to_vec()]
         }
-        OpKind::LocalExperts { of, experts } => {
-            let [chosen] = rule.operands([&[2]])?;
+        OpKind::LocalExperts { of, experts, parts } => {
+            let chosen = if parts.is_empty() {
+                let [chosen] = rule.operands([&[2]])?;
+                chosen
+            } else {
+                let [chosen, weights] = rule.operands([&[2], &[2]])?;
+                if (operands[1].dtype, weights) != (DType::F32, chosen) {
+                    return Err(format!("operand 1: expected f32{}, found {}", show(chosen), operands[1]));
+                }
+                chosen
+            };
             if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
                 return Err(format!(
                     "`experts`: expected ascending numbers below {of}, at least one, found {experts:?}"
+                ));
+            }
+            if !parts.is_empty() && parts.len() != experts.len() {
+                return Err(format!(
+                    "`from`: expected {} numbers, as of `experts`, found {}",
+                    experts.len(),
+                    parts.len()
+                ));
+            }
+            if let Some((from, to)) = parts.iter().find(|(from, to)| from > to || *to > TURNS) {
+                return Err(format!(
+                    "`from` and `to`: expected ascending numbers up to {TURNS}, found {from} and {to}"
                 ));
             }
             vec![chosen.to_vec()]

@@ -1,5 +1,7 @@
 //! What a pass may know beside the graph.
 
+use std::collections::BTreeMap;
+
 use crate::ir::Extents;
 
 /// What the plan is lowered for.
@@ -62,4 +64,7 @@ pub struct ExpertShare {
     pub of: u64,
     /// Those of this rank, ascending.
     pub local: Vec<u64>,
+    /// For operators of a scope: for each of these, the turns that this rank runs it at, from the first number on, up to the second, without
+    /// that. Of other scopes it runs them at all, so none of them is on another rank.
+    pub parts: BTreeMap<String, Vec<(u64, u64)>>,
 }

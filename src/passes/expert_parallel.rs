@@ -2,7 +2,8 @@
 //!
 //! - The rows that experts read, their weights and their choices are gathered of all ranks: `ranks * T` rows, in the order of the ranks.
 //! - Each rank runs those rows through the experts that it has. A choice of another rank's expert becomes none (-1), which products
-//!   and weighted sums leave out, so that extents do not depend on what was chosen.
+//!   and weighted sums leave out, so that extents do not depend on what was chosen. Of an expert that several ranks have, each runs
+//!   some of the rows: which ones, a row's weights say ([`OpKind::LocalExperts`]).
 //! - Every rank gets the partial sums of its own rows back, one of each rank, and adds them in the order of the ranks: the same bits
 //!   in every run, whoever was first.
 //!
@@ -70,8 +71,12 @@ impl<'a> Spreading<'a> {
         spreading.gathered = own.into_iter().zip(all.iter().copied()).collect();
         let operands = own.map(Operand::Value).to_vec();
         spreading.insert(OpKind::AllGather { ranks: share.ranks }, operands, all.clone(), scope);
-        let kind = OpKind::LocalExperts { of: share.of, experts: share.local.clone() };
-        spreading.insert(kind, vec![all[2].into()], vec![local], scope);
+        let parts = share.parts.get(scope).cloned().unwrap_or_default();
+        let kind = OpKind::LocalExperts { of: share.of, experts: share.local.clone(), parts };
+        // The weights say whose turn it is to run an expert that several ranks have.
+        let parted = matches!(&kind, OpKind::LocalExperts { parts, .. } if !parts.is_empty());
+        let operands = [all[2], all[1]][..if parted { 2 } else { 1 }].iter().map(|&value| value.into()).collect();
+        spreading.insert(kind, operands, vec![local], scope);
         Some(spreading)
     }
 

@@ -44,7 +44,8 @@ pub struct Manifest {
     /// The kernels that the runtime launches by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Service>,
-    /// The experts of each rank, ascending, where they are spread over several; empty where there is one rank.
+    /// The experts of each rank, ascending, where they are spread over several; empty where there is one rank. Each is on one of them or more,
+    /// which then run it for different rows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<Vec<u64>>,
     /// One program a rank. Several run in lockstep, as a group.

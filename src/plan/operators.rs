@@ -106,12 +106,16 @@ pub enum Op {
         /// Ranks of the group.
         ranks: u64,
     },
-    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not.
+    /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not. With `parts` `(experts,
+    /// weights f32[T,k]) -> i32[T,k]`: -1 also where it is another rank's [`turn`] to run it for this row.
     LocalExperts {
         /// All experts.
         of: u64,
         /// Those of this rank, ascending.
         experts: Vec<u64>,
+        /// For each of these, the turns that this rank runs it at: from the first number on, up to the second, without that; empty if all.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        parts: Vec<(u64, u64)>,
     },
     /// `(x [blocks*N,C]) -> [N,C]`: sum of the blocks, ascending order, f32.
     BlockSum {
@@ -120,6 +124,17 @@ pub enum Op {
     },
     /// `(logits [R,V], rows i32[R], pos i32[T], slot i32[T], sampling state) -> i32[R]`; -1 where the row is negative.
     Sample,
+}
+
+/// How many turns there are, by which ranks with the same expert share its rows.
+pub const TURNS: u64 = 1 << 10;
+
+/// The turn of a row whose experts have these weights, below [`TURNS`]. It follows from their bits alone, which differ from row to row, so that
+/// turns come up about as often as each other in any batch; and a row is run on the same ranks, and its sums are grouped the same way,
+/// wherever it stands and whatever stands beside it.
+pub fn turn(weights: &[f32]) -> u64 {
+    let hash = weights.iter().fold(0u32, |hash, weight| (hash ^ weight.to_bits()).wrapping_mul(0x9e37_79b1));
+    u64::from(hash >> 22)
 }
 
 /// One register of a pointwise expression: numbered from 0, each made of operands and earlier registers, in f32.

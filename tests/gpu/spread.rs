@@ -8,7 +8,8 @@ use lfm2c::codegen::CompileOptions;
 use lfm2c::codegen::select::Tactics;
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
-use lfm2c::plan::{Collective, PlanFile, Ref, Step};
+use lfm2c::ir::config::FeedForward;
+use lfm2c::plan::{Collective, ExpertCounts, PlanFile, Ref, Step};
 use lfm2c::runtime::compare::{bound, compare_step};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, offset};
@@ -16,16 +17,15 @@ use lfm2c::runtime::weights::{self, Origin};
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::Trial;
 
-use crate::models::{SHAPES, Shape, fail, plan};
+use crate::models::{SHAPES, Shape, fail, plan, recipe};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![];
     for shape in SHAPES {
         for (dtype, ranks) in [(DType::F32, 2), (DType::BF16, 3), (DType::F16, 2)] {
-            for nth in [0, 1, 2] {
-                trials.push(Trial::test(format!("spread over {ranks} {} {dtype} {nth}", shape.name), move || {
-                    check(shape, dtype, ranks, nth).map_err(fail)
-                }));
+            for (nth, replicas) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 2)] {
+                let name = format!("spread over {ranks} {} {dtype} {nth} with {replicas} replicas", shape.name);
+                trials.push(Trial::test(name, move || check(shape, dtype, ranks, nth, replicas).map_err(fail)));
             }
         }
     }
@@ -33,8 +33,11 @@ pub fn trials() -> Vec<Trial> {
 }
 
 /// Compares every step of the first and the last rank, from what the steps before it left on the GPU.
-fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize) -> Result<()> {
+fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize, replicas: u64) -> Result<()> {
+    let counts = counts(shape)?;
     let options = CompileOptions {
+        expert_counts: (replicas > 0).then(|| counts.path().to_owned()),
+        expert_replicas: replicas,
         dtype: Some(dtype),
         prefill: Some(vec![5, 300]),
         decode: Some(vec![1, 8, 33]),
@@ -71,6 +74,21 @@ fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize) -> Result<()> {
     }
     ensure!(faults.is_empty(), "{}", faults.join("\n"));
     Ok(())
+}
+
+/// Counts of a shape's experts that differ from expert to expert and from layer to layer.
+fn counts(shape: &Shape) -> Result<tempfile::NamedTempFile> {
+    let config = recipe(shape).config()?;
+    let mut counts = ExpertCounts::new(&config.hash());
+    for (i, layer) in config.layers.iter().enumerate() {
+        if let FeedForward::Experts(experts) = &layer.feed_forward {
+            let count = |expert: u64| 10 + 7 * (expert * (i as u64 + 3) % experts.count) + 90 * u64::from(expert == 3);
+            counts.layers.insert(format!("layers.{i}.ffn"), (0..experts.count).map(count).collect());
+        }
+    }
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), serde_json::to_string(&counts)?)?;
+    Ok(file)
 }
 
 /// A rank's executors, with the same weights.

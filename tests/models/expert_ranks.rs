@@ -6,24 +6,26 @@ use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
 use lfm2c::plan::{CollectiveKind, DType, Manifest, Op, PlanFile, Semantic};
+
 use lfm2c::runtime::cpu::CpuEnsemble;
 use lfm2c::runtime::group::LocalGroup;
 use lfm2c::runtime::{Options, Request};
 
 use crate::common::*;
+use crate::expert_replicas::with_replicas;
 
-fn spread(ranks: u64) -> CompileOptions {
+pub fn spread(ranks: u64) -> CompileOptions {
     CompileOptions { target: Target::Cpu, expert_ranks: ranks, ..options() }
 }
 
 /// All ranks in one process, with everything not live poisoned.
-fn ensemble(file: &PlanFile, directory: Option<&Path>) -> CpuEnsemble {
+pub fn ensemble(file: &PlanFile, directory: Option<&Path>) -> CpuEnsemble {
     let ranks = 0..file.manifest.ranks.len();
     CpuEnsemble::new(ranks.map(|rank| cpu_rank(file, rank, directory).with_poison(true)).collect()).expect("all ranks")
 }
 
 /// Requests of many lengths: some longer than the largest bucket, some of no new token.
-fn requests(count: u64, vocab: u64) -> Vec<Request> {
+pub fn requests(count: u64, vocab: u64) -> Vec<Request> {
     let request = |i: u64| {
         let length = [1, 3, 17, 40, 2, 70][i as usize % 6] + i as usize % 5;
         Request {
@@ -123,16 +125,20 @@ fn nobody_waits_for_a_rank_that_fails() {
     assert!(error.to_string().contains("expected rank 0 of 2, as the plan has, found rank 0 of 3"), "{error}");
 }
 
-/// A rank loads its experts alone, and their numbers are those of the plan of one rank.
+/// A rank loads its experts alone, those too that others have as well, and their numbers are those of the plan of one rank.
 #[test]
 fn a_rank_has_the_weights_of_its_experts() {
     let directory = project("tests/goldens/moe-base");
-    for directory in [None, Some(&*directory)] {
-        let plan = |ranks| match directory {
-            None => demo_plan(&spread(ranks)),
-            Some(directory) => directory_plan(directory, &spread(ranks)),
+    for (directory, replicas) in [(None, 0), (Some(&*directory), 0), (None, 1), (Some(&*directory), 1)] {
+        let plan = |options: &CompileOptions| match directory {
+            None => demo_plan(options),
+            Some(directory) => directory_plan(directory, options),
         };
-        let (one, three) = (plan(1), plan(3));
+        let one = plan(&spread(1));
+        let three = match replicas {
+            0 => plan(&spread(3)),
+            _ => with_replicas(&one, 3, replicas, &plan),
+        };
         let all = cpu_executor(&one, directory);
         let bytes = |manifest: &Manifest, rank: usize, name: &str, pool: &[u8]| {
             let program = &manifest.ranks[rank];
@@ -159,7 +165,9 @@ fn a_rank_has_the_weights_of_its_experts() {
                 seen += weight.indices.len();
             }
         }
-        assert!(seen > 0 && seen.is_multiple_of(8), "each expert is on one rank: {seen}");
+        let experts = three.manifest.experts.iter().map(Vec::len).sum::<usize>();
+        assert!(seen > 0 && seen.is_multiple_of(experts), "each rank loads its experts in all layers: {seen}");
+        assert_eq!(experts > 8, replicas > 0, "each expert is on one rank, unless there are replicas");
     }
 }
 
@@ -211,7 +219,7 @@ fn ranks_have_the_same_collectives() {
 }
 
 /// The semantic of a rank's first step that is there because experts are spread.
-fn semantic(manifest: &mut Manifest, rank: usize, is_it: fn(&Op) -> bool) -> &mut Semantic {
+pub fn semantic(manifest: &mut Manifest, rank: usize, is_it: fn(&Op) -> bool) -> &mut Semantic {
     let semantics = &mut manifest.ranks[rank].semantics;
     semantics.iter_mut().find(|semantic| is_it(&semantic.body[0].0)).expect("there is one")
 }
@@ -224,7 +232,7 @@ fn the_validator_compares_ranks() {
             m.ranks.push(m.ranks[0].clone());
             m.experts = vec![m.experts[0].clone(), vec![4, 5], vec![6, 7]];
         }),
-        ("experts: expected each on one rank", |m| m.experts[1][0] = 0),
+        ("experts: expected each on a rank or more", |m| m.experts[1][0] = 0),
         ("expected those of each of 2 ranks", |m| m.experts.clear()),
         ("rank 1, bucket prefill_16, step layers.2.ffn.all_gather: `collective`: expected Some", |m| {
             let step = m.ranks[1].buckets[0].steps.iter_mut().find(|step| step.collective.is_some());
@@ -238,7 +246,7 @@ fn the_validator_compares_ranks() {
         }),
         ("(local+group): expected experts [4, 5, 6, 7] of 8, found [0, 1, 2, 3] of 8", |m| {
             let semantic = semantic(m, 1, |op| matches!(op, Op::LocalExperts { .. }));
-            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3] };
+            semantic.body[0].0 = Op::LocalExperts { of: 8, experts: vec![0, 1, 2, 3], parts: vec![] };
         }),
         ("AllGather: expected it to be alone in its step", |m| {
             let semantic = semantic(m, 0, |op| matches!(op, Op::AllGather { .. }));

@@ -17,6 +17,7 @@
 mod bugs;
 mod common;
 mod expert_ranks;
+mod expert_replicas;
 mod generations;
 mod goldens;
 mod router;

@@ -42,8 +42,8 @@ pub fn scratch_bytes(experts: u64, warps: u64) -> u64 {
 struct Sort<'a> {
     experts: Slot,
     results: [Slot; 3],
-    /// How many experts there are and which are sorted for, if not all.
-    local: Option<(u64, &'a [u64])>,
+    /// The look-up of those that are sorted for, if not all, with the choices' weights if it needs them.
+    local: Option<(&'a Op, Option<Slot>)>,
 }
 
 impl<'a> Sort<'a> {
@@ -53,9 +53,12 @@ impl<'a> Sort<'a> {
         let (Op::GroupRows, [experts], results) = (&sort.0, args(sort)?, results(sort)?) else { return None };
         match before {
             [] => Some(Sort { experts, results, local: None }),
-            [look_up @ Instr(Op::LocalExperts { of, experts: local }, ..)] if look_up.2 == [experts] => {
-                let [experts @ Slot::In(_)] = args(look_up)? else { return None };
-                Some(Sort { experts, results, local: Some((*of, local)) })
+            [look_up @ Instr(local @ Op::LocalExperts { .. }, ..)] if look_up.2 == [experts] => {
+                let (experts @ Slot::In(_), weights) = local_experts::operands(look_up)? else { return None };
+                if matches!(weights, Some(Slot::Out(_) | Slot::Temp(_))) {
+                    return None;
+                }
+                Some(Sort { experts, results, local: Some((local, weights)) })
             }
             _ => None,
         }
@@ -74,8 +77,8 @@ fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised
     let mut builder = Builder::new(problem);
     builder.cluster(cluster).constant("CLUSTER", u64::from(cluster)).constant("EXPERTS", bounds - 1);
     builder.line(format_args!("#define LOCAL {}", u8::from(local.is_some())));
-    if let Some((of, local)) = local {
-        local_experts::declare(&mut builder, of, local)?;
+    if let Some((local, weights)) = local {
+        local_experts::declare(&mut builder, local, weights, k)?;
     }
     builder.pointer("experts", experts).int("count", count);
     builder.pointer("pairs", pairs).pointer("places", places).pointer("offsets", offsets);
@@ -86,7 +89,7 @@ fn specialise(problem: &Problem, cluster: u32, warps: u32) -> Option<Specialised
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{Arg, DType};
+    use crate::plan::{Arg, DType, TensorType};
 
     fn group(rows: u64, k: u64, experts: u64) -> Semantic {
         let body = vec![Instr(Op::GroupRows, vec![Slot::In(0)], vec![Slot::Out(0), Slot::Out(1), Slot::Out(2)])];
@@ -113,11 +116,18 @@ mod tests {
         let mut semantic = group(64, 4, 3);
         semantic.temps.push(semantic.inputs[0].clone());
         semantic.body[0].1 = vec![Slot::Temp(0)];
-        let op = |experts: &[u64]| Op::LocalExperts { of: 70, experts: experts.to_vec() };
-        semantic.body.insert(0, Instr(op(&[0, 5, 69]), vec![Slot::In(0)], vec![Slot::Temp(0)]));
+        let op = |parts: &[(u64, u64)]| Op::LocalExperts { of: 70, experts: vec![0, 5, 69], parts: parts.to_vec() };
+        semantic.body.insert(0, Instr(op(&[]), vec![Slot::In(0)], vec![Slot::Temp(0)]));
         let found = &candidates(&GroupRows, &semantic)[0];
         assert_eq!(found.launch.args[..2], [Arg::Long(33), Arg::Long(32)]);
         write_text(&GroupRows, &semantic, 1, "local");
+        semantic.inputs.push(TensorType(DType::F32, vec![64, 4]));
+        semantic.body[0] = Instr(
+            op(&[(0, 1024), (100, 700), (512, 1024)]),
+            vec![Slot::In(0), Slot::In(1)],
+            semantic.body[0].2.clone(),
+        );
+        write_text(&GroupRows, &semantic, 1, "parts");
         // What is looked up is needed elsewhere.
         semantic.body[0].2 = vec![Slot::Out(0)];
         assert!(candidates(&GroupRows, &semantic).is_empty());

@@ -1,7 +1,7 @@
 //! The shape and type rules of a plan's operators. Shapes are constant here, because a bucket fixes them.
 
 use super::Show;
-use crate::plan::{DType, Expr, Op, SAMPLING_COLUMNS, StateRole, TensorType};
+use crate::plan::{DType, Expr, Op, SAMPLING_COLUMNS, StateRole, TURNS, TensorType};
 
 /// Registers of one pointwise expression.
 const MAX_REGISTERS: usize = 1 << 12;
@@ -174,11 +174,29 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
             whole_blocks(rows, *ranks)?;
             rule.result(Some(x.0), &x.1)
         }
-        Op::LocalExperts { of, experts } => {
-            let [chosen] = rule.arguments()?;
+        Op::LocalExperts { of, experts, parts } => {
+            let chosen = if parts.is_empty() {
+                let [chosen] = rule.arguments()?;
+                chosen
+            } else {
+                let [chosen, weights] = rule.arguments()?;
+                if weights.0 != DType::F32 {
+                    return Err(format!("expected weights in f32, found {}", Show(weights)));
+                }
+                shape("weights", weights, &chosen.1)?;
+                chosen
+            };
             let [_, _] = index(chosen)?;
             if experts.is_empty() || !experts.is_sorted_by(|a, b| a < b) || experts.last() >= Some(of) {
                 return Err(format!("expected ascending experts below {of}, at least one, found {experts:?}"));
+            }
+            let count = parts.len();
+            let wrong = parts.iter().find(|(from, to)| from > to || *to > TURNS);
+            if count > 0 && count != experts.len() || wrong.is_some() {
+                let expected = experts.len();
+                return Err(format!(
+                    "expected {expected} parts of {TURNS} turns, or none, found {count}, of them {wrong:?}"
+                ));
             }
             rule.result(Some(DType::I32), &chosen.1)
         }

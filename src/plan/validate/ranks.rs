@@ -1,9 +1,10 @@
 //! What ranks do together: each finds of the others what it expects.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use super::{Faults, order};
-use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step};
+use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step, TURNS};
 
 /// Checks programs that are valid by themselves against each other.
 pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
@@ -30,9 +31,12 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
             in_order(bucket, &at, faults);
         }
     }
+    for (at, bucket) in first.buckets.iter().enumerate() {
+        faults.note(format_args!("bucket {}", bucket.name), turns(manifest, at));
+    }
 }
 
-/// Checks that each expert is on one rank, if they are spread.
+/// Checks that each expert is on some rank, if they are spread.
 fn spread(manifest: &Manifest) -> Result<(), String> {
     let (experts, ranks) = (&manifest.experts, manifest.ranks.len());
     if experts.is_empty() && ranks == 1 {
@@ -41,25 +45,24 @@ fn spread(manifest: &Manifest) -> Result<(), String> {
     if experts.len() != ranks || ranks < 2 {
         return Err(format!("expected those of each of {ranks} ranks, none for one rank, found {}", experts.len()));
     }
-    let mut all: Vec<u64> = experts.iter().flatten().copied().collect();
-    all.sort_unstable();
-    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted());
+    let all: BTreeSet<u64> = experts.iter().flatten().copied().collect();
+    let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted_by(|a, b| a < b));
     if ascend && all.iter().copied().eq(0..all.len() as u64) {
         return Ok(());
     }
-    Err(format!("expected each on one rank, ascending, and some on every rank, found {experts:?}"))
+    Err(format!("expected each on a rank or more, ascending, and some on every rank, found {experts:?}"))
 }
 
 /// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
 fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), String> {
     let local = manifest.experts.get(rank).map_or(&[][..], Vec::as_slice);
-    let of = manifest.experts.iter().map(Vec::len).sum::<usize>() as u64;
+    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last.saturating_add(1));
     if let Some(weight) = program.weights.iter().find(|weight| !weight.indices.is_empty() && weight.indices != local) {
         return Err(format!("weight {}: expected experts {local:?}, found {:?}", weight.name, weight.indices));
     }
     for (i, semantic) in program.semantics.iter().enumerate() {
         for instr in &semantic.body {
-            if let Op::LocalExperts { of: all, experts } = &instr.0
+            if let Op::LocalExperts { of: all, experts, .. } = &instr.0
                 && (*all != of || experts != local)
             {
                 let name = &semantic.name;
@@ -70,6 +73,56 @@ fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), St
         }
     }
     Ok(())
+}
+
+/// Checks that ranks share the rows of experts that several of them have: each time that they look up their experts in a bucket, one of them
+/// runs each expert at each turn.
+fn turns(manifest: &Manifest, bucket: usize) -> Result<(), String> {
+    let look_ups: Vec<Vec<LookUp>> = manifest.ranks.iter().map(|program| look_ups(program, bucket)).collect();
+    for (rank, found) in look_ups.iter().enumerate() {
+        if found.len() != look_ups[0].len() {
+            let expected = look_ups[0].len();
+            return Err(format!(
+                "rank {rank}: expected {expected} look-ups of experts, as on rank 0, found {}",
+                found.len()
+            ));
+        }
+    }
+    let of = manifest.experts.iter().flatten().max().map_or(0, |last| last + 1);
+    for at in 0..look_ups[0].len() {
+        for expert in 0..of {
+            let part = |ranks: &Vec<LookUp>| -> Option<(u64, u64)> {
+                let (_, experts, parts) = ranks[at];
+                let position = experts.binary_search(&expert).ok()?;
+                Some(parts.get(position).copied().unwrap_or((0, TURNS))).filter(|(from, to)| from < to)
+            };
+            let mut found: Vec<(u64, u64)> = look_ups.iter().filter_map(part).collect();
+            found.sort_unstable();
+            let end = found.iter().try_fold(0, |end, &(from, to)| (from == end).then_some(to));
+            if end != Some(TURNS) {
+                let step = look_ups[0][at].0;
+                return Err(format!(
+                    "step {step}: expert {expert}: expected each of {TURNS} turns on one rank, found {found:?}"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A look-up of experts: its step, the rank's experts, and the turns that it runs them at.
+type LookUp<'a> = (&'a str, &'a [u64], &'a [(u64, u64)]);
+
+/// Those of a bucket's steps, in their order; collectives stand between them.
+fn look_ups(program: &Program, bucket: usize) -> Vec<LookUp<'_>> {
+    let of_step = |step: &'_ Step| program.semantics[step.op as usize].body.iter();
+    let steps = program.buckets[bucket].steps.iter();
+    let ops = steps.flat_map(|step| of_step(step).map(move |instr| (step.name.as_str(), &instr.0)));
+    ops.filter_map(|(name, op)| match op {
+        Op::LocalExperts { experts, parts, .. } => Some((name, &experts[..], &parts[..])),
+        _ => None,
+    })
+    .collect()
 }
 
 /// Checks that a program takes the same batches as another.

@@ -38,10 +38,12 @@ pub(super) fn product(x: &[f32], weight: View, weight_ty: &TensorType, assignmen
     Ok(out)
 }
 
-/// For each choice, its position in the ascending list of local experts; -1 if it is none of them.
-pub(super) fn local(chosen: &[i32], experts: &[u64]) -> Vec<i32> {
-    let position = |&expert: &i32| experts.binary_search(&u64::try_from(expert).ok()?).ok();
-    chosen.iter().map(|expert| position(expert).map_or(-1, |at| at as i32)).collect()
+/// For each choice, its position in the ascending list of local experts; -1 if it is none of them, or if `own(choice, position)` says that
+/// another rank runs it.
+pub(super) fn local(chosen: &[i32], experts: &[u64], own: impl Fn(usize, usize) -> bool) -> Vec<i32> {
+    let position = |expert: i32| experts.binary_search(&u64::try_from(expert).ok()?).ok();
+    let local = |(i, &expert): (usize, &i32)| position(expert).filter(|&at| own(i, at)).map_or(-1, |at| at as i32);
+    chosen.iter().enumerate().map(local).collect()
 }
 
 /// The sum of so many blocks of x, in ascending order.

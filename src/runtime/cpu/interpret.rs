@@ -9,7 +9,7 @@ use super::conv::Conv;
 use super::sample::Sample;
 use super::tensor::{Value, View, dims, elements, rows_and_last};
 use super::{attention, conv, experts, matmul, norm, pointwise, select};
-use crate::plan::{Instr, Op, Semantic, Slot, TensorType};
+use crate::plan::{Instr, Op, Semantic, Slot, TensorType, turn};
 
 /// An input of a step.
 pub(super) enum Input<'a> {
@@ -167,9 +167,16 @@ impl<'a> Frame<'a, '_> {
                 let assignment = experts::by_pair(self.i32(chosen)?, k, self.ty(x)?.1.len() == 3);
                 experts::product(&self.view(x)?.to_f32()?, self.view(weight)?, self.ty(weight)?, &assignment)?
             }
-            Op::LocalExperts { experts: local, .. } => {
-                let [chosen] = slots(args)?;
-                return Ok(vec![Value::I32(experts::local(self.i32(chosen)?, local))]);
+            Op::LocalExperts { experts: local, parts, .. } => {
+                let chosen = self.i32(*args.first().context("no choices")?)?;
+                let Some(&weights) = args.get(1) else {
+                    return Ok(vec![Value::I32(experts::local(chosen, local, |_, _| true))]);
+                };
+                let [_, k] = dims(self.ty(weights)?)?;
+                let weights = self.view(weights)?.to_f32()?;
+                let turns: Vec<u64> = weights.chunks(k.max(1)).map(turn).collect();
+                let own = |pair: usize, at: usize| parts[at].0 <= turns[pair / k] && turns[pair / k] < parts[at].1;
+                return Ok(vec![Value::I32(experts::local(chosen, local, own))]);
             }
             Op::BlockSum { blocks } => {
                 let [x] = slots(args)?;

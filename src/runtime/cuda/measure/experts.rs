@@ -99,7 +99,7 @@ fn choice(semantic: &Semantic) -> Option<Choice> {
         (Op::TopK, [scores, ..], [chosen @ Slot::Out(output)]) => {
             Some(Choice { output: *output as usize, offsets: false, experts: last(scores)?, per_token: last(chosen)? })
         }
-        (Op::LocalExperts { experts, .. }, [chosen], [Slot::Out(output)]) => Some(Choice {
+        (Op::LocalExperts { experts, .. }, [chosen, ..], [Slot::Out(output)]) => Some(Choice {
             output: *output as usize,
             offsets: false,
             experts: experts.len() as u64,
