@@ -232,7 +232,9 @@ impl Shape {
         // Blocks that share a tile have no other: what they send each other has one place.
         let k_tiles = product.k.div_ceil(64);
         let shares = self.shares == 1
-            || (product.form == Form::Plain && tiles * self.shares <= PROCESSORS && k_tiles.is_multiple_of(self.shares));
+            || (product.form == Form::Plain
+                && tiles * self.shares <= PROCESSORS
+                && k_tiles.is_multiple_of(self.shares));
         if wasteful || tiles > i32::MAX as u64 || !shares || (self.rows / piece) % self.shares != 0 {
             return None;
         }

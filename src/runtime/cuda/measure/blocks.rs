@@ -134,8 +134,7 @@ pub fn measure_block(
         };
         let times = measured(&part)?;
         // Dense products read nothing that each other write and that matters.
-        let added_ms =
-            if block == Block::Dense { measured(&own)?.median_ms } else { times.median_ms - before };
+        let added_ms = if block == Block::Dense { measured(&own)?.median_ms } else { times.median_ms - before };
         let work = total(&own)?;
         before = times.median_ms;
         let tflops = (added_ms > 0.0).then(|| work.flops / (added_ms * 1e-3) / 1e12);
