@@ -1,0 +1,142 @@
+//! Which rank has which layers, as `--ranks pipeline=K` asks for.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+
+use anyhow::Result;
+
+use crate::codegen::compile::OptionError;
+use crate::codegen::{CompileOptions, Source};
+use crate::ir::{Extents, Graph, Operand};
+use crate::passes::pipeline_parallel::layer;
+
+/// The layers of each rank, if they are to be spread over several: neighbours, such that the rank whose layers have most bytes of weights
+/// has as few as can be, and the others as even as that allows.
+pub(super) fn pipeline_ranks(source: &Source, options: &CompileOptions, graph: &Graph) -> Result<Vec<Range<u64>>> {
+    let ranks = options.pipeline_ranks;
+    if ranks == 1 {
+        return Ok(vec![]);
+    }
+    let refuse = |expected: String, found: &str, fix: &str| {
+        Err(OptionError(format!("--ranks pipeline={ranks}: expected {expected}, found {found}; {fix}")).into())
+    };
+    if !matches!(source, Source::Recipe(..)) {
+        return refuse("a model".into(), "a graph in text form", "compile it without --ranks");
+    }
+    if options.expert_ranks != 1 {
+        let found = format!("expert={} as well", options.expert_ranks);
+        return refuse("layers alone spread over ranks".into(), &found, "choose one of them");
+    }
+    if options.forced_routing {
+        return refuse("routers that choose experts".into(), "--forced-routing", "compile it without --ranks");
+    }
+    let layers = layer_bytes(graph);
+    let count = layers.len() as u64;
+    if ranks == 0 || ranks > count {
+        let expected = format!("1 to {count} ranks, as many as the model has layers");
+        return refuse(expected, &ranks.to_string(), "choose a number in between");
+    }
+    Ok(even(&layers, ranks as usize))
+}
+
+/// The bytes of each layer's weights.
+fn layer_bytes(graph: &Graph) -> Vec<u64> {
+    let mut weights: BTreeMap<u64, BTreeSet<u32>> = BTreeMap::new();
+    for op in &graph.ops {
+        if let Some(layer) = layer(&op.scope) {
+            let taken = op
+                .operands
+                .iter()
+                .filter_map(|operand| if let Operand::Weight(id) = operand { Some(id.0) } else { None });
+            weights.entry(layer).or_default().extend(taken);
+        }
+    }
+    let unbound = Extents { tokens: 1, sequences: 1, rows: 1 };
+    let bytes = |id: &u32| graph.weights[*id as usize].ty.bytes(&unbound).unwrap_or(0);
+    weights.values().map(|ids| ids.iter().map(bytes).sum()).collect()
+}
+
+/// Layers in so many runs, none empty, of which the heaviest is as light as can be; of those, the ones with the least sum of squares.
+fn even(layers: &[u64], runs: usize) -> Vec<Range<u64>> {
+    let upto: Vec<u128> = std::iter::once(0)
+        .chain(layers.iter().scan(0, |sum, &bytes| {
+            *sum += u128::from(bytes);
+            Some(*sum)
+        }))
+        .collect();
+    // For so many first layers in so many runs: the heaviest, the sum of squares (of MiB, to stay small), and where the last run begins.
+    let mut best: Vec<Vec<Option<(u128, u128, usize)>>> = vec![vec![None; layers.len() + 1]; runs + 1];
+    best[0][0] = Some((0, 0, 0));
+    let heaviest = |limit: u128, best: &mut Vec<Vec<Option<(u128, u128, usize)>>>| {
+        for run in 1..=runs {
+            for end in run..=layers.len() {
+                let with = |first: usize| {
+                    let (most, squares, _) = best[run - 1][first]?;
+                    let own = upto[end] - upto[first];
+                    let square = (own >> 10).saturating_mul(own >> 10);
+                    let most = most.max(own);
+                    (most <= limit).then_some((most, squares.saturating_add(square), first))
+                };
+                let found: Vec<_> = (run - 1..end).filter_map(with).collect();
+                best[run][end] = if limit == u128::MAX {
+                    found.into_iter().min()
+                } else {
+                    found.into_iter().min_by_key(|&(_, squares, first)| (squares, first))
+                };
+            }
+        }
+        best[runs][layers.len()].map_or(0, |(most, ..)| most)
+    };
+    let least = heaviest(u128::MAX, &mut best);
+    heaviest(least, &mut best);
+    let mut stages = vec![];
+    let mut end = layers.len();
+    for run in (1..=runs).rev() {
+        let first = best[run][end].map_or(0, |(_, _, first)| first);
+        stages.push(first as u64..end as u64);
+        end = first;
+    }
+    stages.reverse();
+    stages
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ends(layers: &[u64], runs: usize) -> Vec<u64> {
+        even(layers, runs).into_iter().map(|run| run.end).collect()
+    }
+
+    #[test]
+    fn the_heaviest_is_as_light_as_can_be_and_the_others_even() {
+        const K: u64 = 1 << 12;
+        assert_eq!(ends(&[K; 6], 3), [2, 4, 6]);
+        assert_eq!(ends(&[K; 3], 3), [1, 2, 3]);
+        assert_eq!(ends(&[K; 3], 1), [3]);
+        assert_eq!(ends(&[9 * K, K, K, K, K], 3), [1, 3, 5], "9, 2, 2: as even as the first allows");
+        assert_eq!(ends(&[K, K, 2 * K, 2 * K], 2), [3, 4], "4 and 2, as 2 and 4 would be");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_other_runs_are_lighter(layers in proptest::collection::vec(0u64..50, 1..9), runs in 1usize..9) {
+            let runs = runs.min(layers.len());
+            let found = even(&layers, runs);
+            let follow = found.iter().map(|run| run.start).eq(std::iter::once(0).chain(found.iter().map(|run| run.end)).take(runs));
+            proptest::prop_assert!(follow && found.iter().all(|run| !run.is_empty()) && found.len() == runs, "{:?}", found);
+            proptest::prop_assert_eq!(found[runs - 1].end, layers.len() as u64);
+            let weigh = |run: Range<usize>| layers[run].iter().sum::<u64>();
+            let most = found.iter().map(|run| weigh(run.start as usize..run.end as usize)).max();
+            // All ways to cut: a bit for each gap.
+            let gaps = layers.len() - 1;
+            let ways = (0..1u32 << gaps).filter(|cuts| cuts.count_ones() as usize == runs - 1);
+            let least = ways.map(|cuts| {
+                let ends: Vec<usize> = (0..gaps).filter(|gap| cuts >> gap & 1 == 1).map(|gap| gap + 1).chain([layers.len()]).collect();
+                let firsts = std::iter::once(0).chain(ends.iter().copied());
+                firsts.zip(&ends).map(|(first, &end)| weigh(first..end)).max()
+            });
+            proptest::prop_assert_eq!(most, least.min().flatten());
+        }
+    }
+}
