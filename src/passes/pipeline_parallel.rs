@@ -179,26 +179,24 @@ impl<'a> Staging<'a> {
         Some(patch.with_ends(states, outputs))
     }
 
-    /// What this rank does, by (time, whose rows): of rows at that time, it receives them and runs them, or sends them on.
+    /// What this rank does with whose rows, by time: exchanges, in the order of these rows; then it runs those that have come.
     fn tasks(&self) -> Vec<(usize, Task)> {
         let (rank, count) = (self.rank, self.stages.count());
-        let mut timed = vec![(rank, rank, Task::Send(0)), (rank + count, rank, Task::Receive(count))];
+        let mut timed = vec![(rank, false, rank, Task::Send(0)), (rank + count, false, rank, Task::Receive(count))];
         for of in 0..count {
             let time = of + rank;
-            timed.extend([
-                (time, of, Task::Receive(rank)),
-                (time, of, Task::Run),
-                (time + 1, of, Task::Send(rank + 1)),
-            ]);
+            timed.push((time, false, of, Task::Receive(rank)));
+            timed.push((time, true, of, Task::Run));
+            timed.push((time + 1, false, of, Task::Send(rank + 1)));
         }
-        timed.retain(|&(_, of, task)| match task {
-            // Nothing is sent from a rank to itself: its own rows into the first stage, and out of the last.
+        timed.retain(|&(_, _, of, task)| match task {
+            // Nothing is sent from a rank to itself: the first's rows into the first stage, the last's out of the last.
             Task::Send(0) | Task::Receive(0) => (of, rank) != (0, 0),
             Task::Send(stage) | Task::Receive(stage) if stage == count => (of, rank) != (count - 1, count - 1),
             _ => true,
         });
         timed.sort_unstable();
-        timed.into_iter().map(|(_, of, task)| (of, task)).collect()
+        timed.into_iter().map(|(_, _, of, task)| (of, task)).collect()
     }
 
     /// What stands for a value with the rows of a rank; the value itself, where those are this rank's.

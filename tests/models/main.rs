@@ -19,6 +19,7 @@ mod common;
 mod expert_ranks;
 mod generations;
 mod goldens;
+mod pipeline_ranks;
 mod router;
 mod sessions;
 mod text_graph;
