@@ -58,46 +58,34 @@ fn layer_bytes(graph: &Graph) -> Vec<u64> {
 
 /// Layers in so many runs, none empty, of which the heaviest is as light as can be; of those, the ones with the least sum of squares.
 fn even(layers: &[u64], runs: usize) -> Vec<Range<u64>> {
-    let upto: Vec<u128> = std::iter::once(0)
-        .chain(layers.iter().scan(0, |sum, &bytes| {
-            *sum += u128::from(bytes);
-            Some(*sum)
-        }))
-        .collect();
-    // For so many first layers in so many runs: the heaviest, the sum of squares (of MiB, to stay small), and where the last run begins.
-    let mut best: Vec<Vec<Option<(u128, u128, usize)>>> = vec![vec![None; layers.len() + 1]; runs + 1];
-    best[0][0] = Some((0, 0, 0));
-    let heaviest = |limit: u128, best: &mut Vec<Vec<Option<(u128, u128, usize)>>>| {
-        for run in 1..=runs {
-            for end in run..=layers.len() {
-                let with = |first: usize| {
-                    let (most, squares, _) = best[run - 1][first]?;
-                    let own = upto[end] - upto[first];
-                    let square = (own >> 10).saturating_mul(own >> 10);
-                    let most = most.max(own);
-                    (most <= limit).then_some((most, squares.saturating_add(square), first))
-                };
-                let found: Vec<_> = (run - 1..end).filter_map(with).collect();
-                best[run][end] = if limit == u128::MAX {
-                    found.into_iter().min()
-                } else {
-                    found.into_iter().min_by_key(|&(_, squares, first)| (squares, first))
-                };
-            }
-        }
-        best[runs][layers.len()].map_or(0, |(most, ..)| most)
-    };
-    let least = heaviest(u128::MAX, &mut best);
-    heaviest(least, &mut best);
-    let mut stages = vec![];
-    let mut end = layers.len();
-    for run in (1..=runs).rev() {
-        let first = best[run][end].map_or(0, |(_, _, first)| first);
-        stages.push(first as u64..end as u64);
-        end = first;
+    let weigh = |first: usize, end: usize| layers[first..end].iter().map(|&bytes| u128::from(bytes)).sum::<u128>();
+    // For so many first layers: the heaviest run, where they are one run, two, ...
+    let mut heaviest: Vec<u128> = (0..=layers.len()).map(|end| weigh(0, end)).collect();
+    for run in 1..runs {
+        let with = |first: usize, end: usize| heaviest[first].max(weigh(first, end));
+        let least = |end: usize| (run..end).map(|first| with(first, end)).min();
+        heaviest = (0..=layers.len()).map(|end| least(end).unwrap_or(u128::MAX)).collect();
     }
-    stages.reverse();
-    stages
+    let limit = heaviest[layers.len()];
+    // Again, the sum of squares (of KiB, to stay small) and the runs themselves, as far as none is heavier than that.
+    let mut best: Vec<Option<(u128, Vec<Range<u64>>)>> = vec![None; layers.len() + 1];
+    best[0] = Some((0, vec![]));
+    for _ in 0..runs {
+        let with = |first: usize, end: usize| {
+            let (squares, stages) = best[first].as_ref()?;
+            let own = weigh(first, end);
+            let square = (own >> 10).saturating_mul(own >> 10);
+            (own <= limit).then(|| (squares.saturating_add(square), first, stages))
+        };
+        let least = |end: usize| {
+            let (squares, first, stages) =
+                (0..end).filter_map(|first| with(first, end)).min_by_key(|found| (found.0, found.1))?;
+            let last = first as u64..end as u64;
+            Some((squares, stages.iter().cloned().chain([last]).collect()))
+        };
+        best = (0..=layers.len()).map(least).collect();
+    }
+    best.pop().flatten().map(|(_, stages)| stages).unwrap_or_default()
 }
 
 #[cfg(test)]
