@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::ops::{pages, rows};
+use super::payload::{pages, rows};
 use crate::plan::{DType, Limits, Op, TensorType};
 
 /// What the elements of an integer tensor are. All may also be negative, which means none.

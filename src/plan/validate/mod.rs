@@ -25,6 +25,7 @@ mod meaning;
 mod model;
 mod ops;
 mod order;
+mod payload;
 mod pool;
 mod ranks;
 mod semantic;

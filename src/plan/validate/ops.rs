@@ -1,6 +1,7 @@
 //! The shape and type rules of a plan's operators. Shapes are constant here, because a bucket fixes them.
 
 use super::Show;
+use super::payload::{self, pages};
 use crate::plan::{DType, Expr, Op, SAMPLING_COLUMNS, StateRole, TensorType};
 
 /// Registers of one pointwise expression.
@@ -19,17 +20,6 @@ pub(super) fn state_arguments(op: &Op, arguments: &[&TensorType]) -> Vec<(usize,
         }
         _ => vec![],
     }
-}
-
-/// The position of the pages among what one rank sends another.
-pub(super) fn pages(payload: &[&TensorType]) -> Option<usize> {
-    payload.iter().position(|ty| ty.0 == DType::I32 && ty.1.len() == 2)
-}
-
-/// The positions of rows' positions and slots among what one rank sends another, behind `skipped` others.
-pub(super) fn rows(payload: &[&TensorType], skipped: usize) -> Option<(usize, usize)> {
-    let first = payload.iter().skip(skipped).position(|ty| ty.0 == DType::I32 && ty.1.len() == 1)? + skipped;
-    Some((first, first + 1))
 }
 
 /// The state argument that is written in place.
@@ -194,14 +184,14 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
             rule.result(Some(x.0), &x.1)
         }
         Op::Send { to, ranks } => {
-            other("to", *to, *ranks)?;
+            payload::other("to", *to, *ranks)?;
             rule.no_result()?;
-            payload(link(arguments)?)
+            payload::check(payload::behind_link(arguments)?)
         }
         Op::Receive { from, ranks } => {
-            other("from", *from, *ranks)?;
-            match link(arguments)? {
-                [] => payload(results),
+            payload::other("from", *from, *ranks)?;
+            match payload::behind_link(arguments)? {
+                [] => payload::check(results),
                 more => Err(format!("expected a link alone, found {} arguments", more.len() + 1)),
             }
         }
@@ -340,34 +330,6 @@ impl<'a> Rule<'a> {
         index_shape("offsets", offsets, &[experts + 1])?;
         self.result(None, &[rows, columns])
     }
-}
-
-/// Checks the number of another rank.
-fn other(what: &str, number: u64, ranks: u64) -> Result<(), String> {
-    if number < ranks { Ok(()) } else { Err(format!("`{what}`: expected a rank below {ranks}, found {number}")) }
-}
-
-/// What follows the link among the arguments of an exchange between two ranks.
-fn link<'a, 'b>(arguments: &'b [&'a TensorType]) -> Result<&'b [&'a TensorType], String> {
-    match arguments.split_first() {
-        Some((first, rest)) if first.0 == DType::I32 && first.1 == [1] => Ok(rest),
-        _ => Err("expected a link i32[1] as the first argument".into()),
-    }
-}
-
-/// Checks what one rank sends another: numbers, then positions and slots of rows or neither, then pages or none.
-fn payload(types: &[&TensorType]) -> Result<(), String> {
-    let integers = types.iter().position(|ty| ty.0 == DType::I32).unwrap_or(types.len());
-    let vector = |ty: &TensorType| ty.0 == DType::I32 && ty.1.len() == 1;
-    let holds = match &types[integers..] {
-        [] => integers > 0,
-        [pos, slot] => vector(pos) && pos == slot,
-        [pos, slot, table] => vector(pos) && pos == slot && table.0 == DType::I32 && table.1.len() == 2,
-        _ => false,
-    };
-    let found: Vec<String> = types.iter().map(|ty| Show(ty).to_string()).collect();
-    let expected = "expected numbers, then positions and slots or neither, then pages or none";
-    if holds { Ok(()) } else { Err(format!("{expected}, found {}", found.join(", "))) }
 }
 
 /// The rows of one of so many blocks.
