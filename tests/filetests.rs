@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use lfm2c::ir::{Extents, Graph, parse, verify};
-use lfm2c::passes::{BucketSpec, Driver, ExpertShare, PassContext, Phase, Target, find};
+use lfm2c::passes::{BucketSpec, Driver, ExpertShare, LayerShare, PassContext, Phase, Target, find};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Set to 1, expectations are rewritten to what is found.
@@ -100,7 +100,7 @@ fn header(text: &str) -> Result<Test, String> {
 fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassContext, String> {
     let extents = Extents { tokens: 1, sequences: 1, rows: 1 };
     let bucket = BucketSpec { phase: Phase::Fixed, extents };
-    let mut context = PassContext { target: Target::Cpu, bucket, experts: None };
+    let mut context = PassContext { target: Target::Cpu, bucket, experts: None, layers: None };
     while let Some(word) = words.next() {
         let value = words.next().ok_or_else(|| format!("`{word}` needs a value"))?;
         match (word, value) {
@@ -112,6 +112,7 @@ fn pass_context<'a>(mut words: impl Iterator<Item = &'a str>) -> Result<PassCont
             }
             ("target", "cpu") => context.target = Target::Cpu,
             ("experts", share) => context.experts = Some(expert_share(share)?),
+            ("layers", share) => context.layers = Some(layer_share(share)?),
             ("target", "sm_90a") => context.target = Target::Sm90a,
             _ => return Err(format!("unknown option `{word} {value}`")),
         }
@@ -141,6 +142,21 @@ fn expert_share(text: &str) -> Result<ExpertShare, String> {
         share.parts.insert(String::new(), parts);
     }
     Ok(share)
+}
+
+/// `1@2,3,1`: rank 1 of three, whose stages have 2, 3 and 1 layers.
+fn layer_share(text: &str) -> Result<LayerShare, String> {
+    let parts = || {
+        let (rank, counts) = text.split_once('@')?;
+        let mut end = 0;
+        let stage = |count: &str| {
+            let first = end;
+            end += count.parse::<u64>().ok()?;
+            Some(first..end)
+        };
+        Some(LayerShare { rank: rank.parse().ok()?, stages: counts.split(',').map(stage).collect::<Option<_>>()? })
+    };
+    parts().ok_or_else(|| format!("`layers`: expected such as `1@2,3,1`, found `{text}`"))
 }
 
 /// An error as (line, message).

@@ -47,7 +47,7 @@ fn moe(layers: u64) -> RawConfig {
 
 fn context(target: Target, phase: Phase, tokens: u64) -> PassContext {
     let extents = Extents { tokens, sequences: tokens.min(64), rows: tokens.min(64) };
-    PassContext { target, bucket: BucketSpec { phase, extents }, experts: None }
+    PassContext { target, bucket: BucketSpec { phase, extents }, experts: None, layers: None }
 }
 
 fn graph_of(raw: &RawConfig) -> Graph {

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Plans whose experts are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more. Needs two
-# GPUs, NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
-#   tests/gpu_ranks.sh [results] [times] [failures]
+# Plans whose experts, or layers, are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more.
+# Needs two GPUs (RANKS=4: four), NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
+#   [RANKS=2] [SPREAD="expert pipeline"] tests/gpu_ranks.sh [results] [times] [failures]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 LFM2C=$(realpath "${LFM2C:-target/release/lfm2c}")
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 PLANS=$PWD/plans
-RUN=(mpirun --allow-run-as-root --bind-to none -n 2)
+RANKS=${RANKS:-2}
+RUN=(mpirun --allow-run-as-root --bind-to none -n "$RANKS")
+# What SPREAD names alone, or both: experts, layers.
+SPREAD=${SPREAD:-expert pipeline}
 PARTS=("${@:-results times failures}")
 failed=0
 
@@ -52,18 +55,18 @@ synthetic() { quietly "$LFM2C" compile "$PLANS/synthetic.ron" --target sm_90a "$
 if wants results; then
     echo "== results: plans/synthetic.ron, 60 lines"
     lines 60 0 >in.jsonl
-    for dtype in f32 bf16; do
+    for spread in $SPREAD; do for dtype in f32 bf16; do
         TOLD="compiling, $dtype" synthetic --dtype $dtype -o one.plan
-        synthetic --dtype $dtype --ranks expert=2 -o two.plan
+        synthetic --dtype $dtype --ranks $spread=$RANKS -o two.plan
         rm -f ./*.out one.jsonl two.jsonl cpu.jsonl again.jsonl
         quietly "$LFM2C" run one.plan --input in.jsonl --output one.jsonl
         quietly "$LFM2C" run two.plan --device cpu --input in.jsonl --output cpu.jsonl
-        TOLD="two ranks, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
+        TOLD="$spread=$RANKS, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
         quietly "${RUN[@]}" "$LFM2C" run two.plan --chunk 23 --input in.jsonl --output again.jsonl
-        echo "  $dtype, two GPUs beside one:           $(same two.jsonl one.jsonl)"
-        echo "  $dtype, two GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
+        echo "  $dtype, $RANKS GPUs beside one:           $(same two.jsonl one.jsonl)"
+        echo "  $dtype, $RANKS GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
         echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
-    done
+    done; done
     for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
         rm -f other.jsonl
         # shellcheck disable=SC2086
@@ -76,28 +79,32 @@ fi
 if wants times; then
     echo "== times: LFM2-8B-A1B, synthetic weights, 64 sequences a GPU"
     sizes=(--synthetic 1 --target sm_90a --prefill 512 --decode 64 --max-sequences 64 --max-context 1024 --kv-tokens 65536)
-    for ranks in 1 2; do
+    for ranks in 1 $RANKS; do
         TOLD="compiling for $ranks" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks expert=$ranks -o $ranks.plan
     done
-    quietly "$LFM2C" bench 1.plan --decode 64 && cat out.txt
-    for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
+    quietly "$LFM2C" bench 1.plan --decode 64 --prefill 512 && cat out.txt
+    if [[ " $SPREAD " == *" pipeline "* ]]; then
+        echo "  layers spread over $RANKS"
+        TOLD="compiling" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks pipeline=$RANKS -o layers.plan && sed -n '/^rank/,/^$/p' out.txt
+        quietly "${RUN[@]}" "$LFM2C" bench layers.plan --decode 64 --prefill 512 && cat out.txt
+    fi
+    [[ " $SPREAD " == *" expert "* ]] && for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
         echo "  with $set"
-        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench 2.plan --decode 64 && grep -E '^(bucket|decode| )' out.txt
+        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench $RANKS.plan --decode 64 && grep -E '^(bucket|decode| )' out.txt
     done
 fi
 
 if wants failures; then
     echo "== failures: mpirun itself stopped, so that it ends nobody"
     [[ -f long.jsonl ]] || lines 60000 200 >long.jsonl
-    synthetic --dtype f32 --ranks expert=2 -o two.plan
-    for signal in KILL STOP; do
+    for spread in $SPREAD; do synthetic --dtype f32 --ranks $spread=$RANKS -o two.plan; for signal in KILL STOP; do
         rm -f long.out
         "${RUN[@]}" "$LFM2C" run two.plan --input long.jsonl --output long.out >out.txt 2>err.txt &
         launcher=$!
         # Until results come.
         for _ in $(seq 150); do [[ -s long.out ]] && break; sleep 0.2; done
         mapfile -t ranks < <(pgrep -P $launcher)
-        echo "  $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
+        echo "  $spread=$RANKS: $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
         kill -STOP $launcher
         begun=$(date +%s.%N)
         kill -$signal "${ranks[1]}"
@@ -109,6 +116,6 @@ if wants failures; then
         echo "  mpirun: exit code $?; on the GPUs still: $(nvidia-smi --query-compute-apps=pid --format=csv,noheader | wc -l) processes"
         # What ranks say goes through mpirun.
         sed -n 's/^lfm2c: rank/  told: rank/p' err.txt
-    done
+    done; done
 fi
 exit $failed

@@ -21,16 +21,17 @@ fn plan_in(dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
 }
 
 fn plan_on(expert_ranks: u64, dtype: Option<DType>, disabled: Vec<String>) -> PlanFile {
+    plan_with(CompileOptions { expert_ranks, dtype, disabled, ..CompileOptions::default() })
+}
+
+fn plan_with(options: CompileOptions) -> PlanFile {
     let recipe = Recipe::parse(include_str!("../plans/synthetic.ron")).expect("the demo recipe is valid");
     let options = CompileOptions {
         target: Target::Sm90a,
-        dtype,
         without_cubins: true,
         prefill: Some(vec![16, 300]),
         decode: Some(vec![1, 16]),
-        disabled,
-        expert_ranks,
-        ..CompileOptions::default()
+        ..options
     };
     compile(&Source::Recipe(Box::new(recipe), None), &options, &Silent).expect("it compiles").file
 }
@@ -83,6 +84,33 @@ fn what_ranks_do_together_has_no_launch_and_all_else_has_one() {
         assert!((0..kernels.len() as u32).all(|kernel| launched.contains(&kernel) || services.contains(&kernel)));
         let local: Vec<_> = kernels.iter().filter(|kernel| kernel.name == "local_experts").collect();
         assert_eq!(local.len(), 1, "{local:?}");
+        assert_eq!(PlanFile::from_bytes(&file.to_bytes()).expect("it holds"), file);
+    }
+}
+
+/// A stage's steps are those of one rank with all layers, so its kernels are.
+#[test]
+fn stages_need_no_kernels_of_their_own() {
+    let one = plan(vec![]);
+    for ranks in [2, 6] {
+        let file = plan_with(CompileOptions { pipeline_ranks: ranks, ..CompileOptions::default() });
+        for program in &file.manifest.ranks {
+            for (bucket, alone) in program.buckets.iter().zip(&one.manifest.ranks[0].buckets) {
+                for (i, step) in bucket.steps.iter().enumerate() {
+                    assert_ne!(step.launch.is_some(), step.collective.is_some(), "{}", step.name);
+                    // One after the other, so that nothing runs beside what waits for another rank.
+                    assert_eq!(step.after, (0..i as u32).last().into_iter().collect::<Vec<_>>(), "{}", step.name);
+                }
+                assert!(
+                    bucket.steps.iter().filter(|step| step.launch.is_some()).count()
+                        <= ranks as usize * alone.steps.len()
+                );
+            }
+        }
+        let sources = |file: &PlanFile| -> BTreeSet<String> {
+            file.manifest.kernels.iter().map(|kernel| kernel.source.clone()).collect()
+        };
+        assert!(sources(&file).is_subset(&sources(&one)));
         assert_eq!(PlanFile::from_bytes(&file.to_bytes()).expect("it holds"), file);
     }
 }

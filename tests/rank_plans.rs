@@ -62,6 +62,36 @@ fn commands_take_plans_of_several_ranks() {
     fails(at, 1, &["bench", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
 }
 
+#[test]
+fn commands_take_plans_of_several_stages() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let model = project("tests/goldens/moe-base");
+    let compile = |name: &str, more: &[&str]| compile(at, &model, name, more);
+    compile("one.plan", &[]);
+    let report = compile("two.plan", &["--ranks", "pipeline=2"]);
+    assert!(report.contains("pipeline-parallel") && report.contains("sent by the rank"), "{report}");
+    let shown = done(at, &["inspect", "two.plan", "--bucket", "decode_4"]);
+    for words in ["2 rank(s)", "layers", "0 to ", "rank0.send", "rank1.receive", " to other ranks"] {
+        assert!(shown.contains(words), "expected `{words}`: {shown}");
+    }
+    assert!(done(at, &["dot", "two.plan", "--bucket", "decode_4"]).contains("send"));
+    let prompts = ["--tokens", "5,17,3", "--tokens", "9", "--max-new-tokens", "6", "--ignore-eos"];
+    let run = |plan, more: &[&str]| done(at, &[&["run", plan, "--model", &model], &prompts[..], more].concat());
+    assert_eq!(run("two.plan", &[]), run("one.plan", &[]));
+    let golden = project("tests/goldens/moe-base/golden.safetensors");
+    let verify = ["verify", "two.plan", "--model", &model, "--golden", &golden];
+    assert!(done(at, &verify).contains("16 of 16 prompts hold"));
+    // Each rank counts what its own layers choose.
+    let count = |plan| {
+        run(plan, &["--count-experts", "counts.json"]);
+        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
+    };
+    assert_eq!(count("two.plan"), count("one.plan"));
+    fails(at, 1, &["diff", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
+    fails(at, 1, &["bench", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
+}
+
 /// A plan for GPUs means the same on the CPU.
 #[test]
 fn plans_for_gpus_run_on_the_cpu() {
@@ -81,6 +111,13 @@ fn plans_for_gpus_run_on_the_cpu() {
         let shown = done(at, &["inspect", "gpu.plan", "--bucket", "decode_4"]);
         assert!(shown.contains("NCCL") && shown.contains("local_experts") && shown.contains("block_sum"), "{shown}");
     }
+    for ranks in ["pipeline=2", "pipeline=4"] {
+        compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", ranks]);
+        assert_eq!(run("gpu.plan"), expected, "{ranks}");
+        let shown = done(at, &["inspect", "gpu.plan", "--bucket", "decode_4"]);
+        assert!(shown.contains("NCCL") && shown.contains("rank0.receive"), "{shown}");
+    }
+    compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", "expert=3"]);
     fails(at, 1, &["run", "gpu.plan", "--device", "cuda"], "the plan has no machine code");
     fails(at, 1, &["profile", "gpu.plan"], "expected a program for one rank, found programs for 3");
     fails(
@@ -169,15 +206,20 @@ fn wrong_ranks_are_usage_errors() {
     let at = folder.path();
     let recipe = project("plans/synthetic.ron");
     for (ranks, said) in [
-        ("2", "expected expert=N with a whole number N"),
-        ("pipeline=2", "expected expert=N with a whole number N"),
+        ("2", "expected expert=N or pipeline=N with a whole number N"),
+        ("pipeline=two", "expected expert=N or pipeline=N with a whole number N"),
+        ("pipeline=0", "--ranks pipeline=0: expected 1 to 6 ranks, as many as the model has layers, found 0"),
+        ("pipeline=7", "--ranks pipeline=7: expected 1 to 6 ranks"),
+        ("expert=2,pipeline=2", "--ranks pipeline=2: expected layers alone spread over ranks, found expert=2 as well"),
         ("expert=0", "--ranks expert=0: expected 1 to 8 ranks, as many as the model has experts, found 0"),
         ("expert=9", "--ranks expert=9: expected 1 to 8 ranks"),
     ] {
         fails(at, 2, &["compile", &recipe, "--target", "cpu", "--ranks", ranks, "-o", "x.plan"], said);
     }
-    done(at, &["compile", &recipe, "--target", "cpu", "--ranks", "expert=1", "-o", "one.plan"]);
     done(at, &["compile", &recipe, "--target", "cpu", "-o", "plain.plan"]);
-    let [one, plain] = ["one.plan", "plain.plan"].map(|name| std::fs::read(at.join(name)).expect("it was written"));
-    assert!(one == plain, "one rank is no ranks");
+    for ranks in ["expert=1", "pipeline=1", "expert=1,pipeline=1"] {
+        done(at, &["compile", &recipe, "--target", "cpu", "--ranks", ranks, "-o", "one.plan"]);
+        let [one, plain] = ["one.plan", "plain.plan"].map(|name| std::fs::read(at.join(name)).expect("it was written"));
+        assert!(one == plain, "{ranks}: one rank is no ranks");
+    }
 }

@@ -100,11 +100,12 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path) -> Result<Compile
         return usage("--tune: expected --target sm_90a or auto, found cpu, which has no choice among kernels");
     }
     let options = CompileOptions { target: Target::Sm90a, ..arguments.choices.options() };
-    if options.expert_ranks > 1 {
-        let ranks = options.expert_ranks;
-        return usage(format!(
-            "--tune: expected a plan of one rank, found --ranks expert={ranks}; measure without --ranks"
-        ));
+    for (what, ranks) in [("expert", options.expert_ranks), ("pipeline", options.pipeline_ranks)] {
+        if ranks > 1 {
+            return usage(format!(
+                "--tune: expected a plan of one rank, found --ranks {what}={ranks}; measure without --ranks"
+            ));
+        }
     }
     let path = lock::beside(named);
     // A file that is no lock is told before anything is measured.

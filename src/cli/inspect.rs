@@ -9,7 +9,7 @@ use crate::cli::load::{self, find_bucket};
 use crate::cli::output::print;
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
-use crate::plan::{Bucket, Manifest, Phase, PlanFile, Target, Weight, WeightSource};
+use crate::plan::{Bucket, CollectiveKind, Manifest, Phase, PlanFile, Target, Weight, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, kernel_name};
 
@@ -145,35 +145,60 @@ pub fn ranks(manifest: &Manifest) -> String {
     if manifest.ranks.len() < 2 {
         return String::new();
     }
-    let rows = manifest.ranks.iter().zip(&manifest.experts).enumerate().map(|(rank, (program, experts))| {
-        let of_experts = program.weights.iter().filter(|weight| !weight.indices.is_empty());
-        let bytes: u64 = of_experts.filter_map(|weight| weight.ty.bytes()).sum();
-        let replicated = |expert: &&u64| manifest.experts.iter().filter(|local| local.contains(expert)).count() > 1;
-        let list = |experts: Vec<&u64>| experts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
-        vec![
-            rank.to_string(),
-            list(experts.iter().collect()),
-            list(experts.iter().filter(replicated).collect()),
-            size(bytes),
-            size(program.pool.weights.bytes),
-            size(program.pool.bytes()),
-        ]
+    let staged = !manifest.stages.is_empty();
+    let replicated = |expert: &&u64| manifest.experts.iter().filter(|local| local.contains(expert)).count() > 1;
+    let list = |experts: Vec<&u64>| experts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let rows = manifest.ranks.iter().enumerate().map(|(rank, program)| {
+        let own = |weight: &&Weight| if staged { weight.name.starts_with(LAYER) } else { !weight.indices.is_empty() };
+        let bytes: u64 = program.weights.iter().filter(own).filter_map(|weight| weight.ty.bytes()).sum();
+        let experts = || manifest.experts.get(rank).into_iter().flatten();
+        let has = match manifest.stages.get(rank) {
+            Some((first, end)) => format!("{first} to {}", end.saturating_sub(1)),
+            None => list(experts().collect()),
+        };
+        let shared = list(experts().filter(replicated).collect());
+        let (weights, pool) = (size(program.pool.weights.bytes), size(program.pool.bytes()));
+        vec![rank.to_string(), has, shared, size(bytes), weights, pool]
     });
-    let mut columns = vec!["rank", "experts", "of several ranks", "their weights", "all weights", "pool"];
+    let what = if staged { "layers" } else { "experts" };
+    let mut columns = vec!["rank", what, "of several ranks", "their weights", "all weights", "pool"];
     let mut rows: Vec<Vec<String>> = rows.collect();
     if rows.iter().all(|cells| cells[2].is_empty()) {
         columns.remove(2);
         rows.iter_mut().for_each(|cells| drop(cells.remove(2)));
     }
     let mut text = table(&columns, &rows);
-    let rows = manifest.ranks[0].buckets.iter().map(|bucket| {
-        let sent: u64 = bucket.steps.iter().map(|step| step.cost.link_bytes).sum();
-        let steps = bucket.steps.iter().filter(|step| step.collective.is_some()).count();
-        vec![bucket.name.clone(), steps.to_string(), size(sent)]
-    });
     text += "\n";
-    text += &table(&["bucket", "collectives", "sent by each rank"], &rows.collect::<Vec<_>>());
+    text += &sent(manifest);
     text + "\n"
+}
+
+/// What weights of layers are called, as far as that is alike.
+const LAYER: &str = "model.layers.";
+
+/// What ranks send in each bucket: of spread experts, all of them the same; of spread layers, each to some.
+fn sent(manifest: &Manifest) -> String {
+    let shown = if manifest.stages.is_empty() { 1 } else { manifest.ranks.len() };
+    let mut rows = vec![];
+    for bucket in 0..manifest.ranks[0].buckets.len() {
+        for (rank, program) in manifest.ranks.iter().enumerate().take(shown) {
+            let bucket = &program.buckets[bucket];
+            let bytes: u64 = bucket.steps.iter().map(|step| step.cost.link_bytes).sum();
+            let kinds = bucket.steps.iter().filter_map(|step| Some(step.collective.as_ref()?.kind));
+            let name = if rank == 0 { bucket.name.clone() } else { String::new() };
+            rows.push(if shown == 1 {
+                vec![name, kinds.count().to_string(), size(bytes)]
+            } else {
+                let (sends, receives): (Vec<_>, Vec<_>) =
+                    kinds.partition(|kind| matches!(kind, CollectiveKind::Send(_)));
+                vec![name, rank.to_string(), sends.len().to_string(), receives.len().to_string(), size(bytes)]
+            });
+        }
+    }
+    match shown {
+        1 => table(&["bucket", "collectives", "sent by each rank"], &rows),
+        _ => table(&["bucket", "rank", "sends", "receives", "sent by the rank"], &rows),
+    }
 }
 
 /// How far the arena exceeds its lower bound, in percent.

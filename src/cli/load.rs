@@ -61,10 +61,10 @@ pub struct Choices {
     /// Positions of all sequences together that the KV cache holds
     #[arg(long, value_name = "N")]
     pub kv_tokens: Option<u64>,
-    /// Spreads the experts over ranks, with all else on each: `expert=2`. The plan then has a program for each of them, and runs on as many
-    /// ranks, or a multiple of that, under `mpirun`
-    #[arg(long, value_name = "expert=N", value_parser = ranks)]
-    pub ranks: Option<u64>,
+    /// Spreads the experts over ranks, with all else on each: `expert=2`; or the layers, in as many stages: `pipeline=2`. The plan then has a
+    /// program for each of them, and runs on as many ranks, or a multiple of that, under `mpirun`
+    #[arg(long, value_name = "expert=N|pipeline=N", value_parser = ranks)]
+    pub ranks: Option<Spread>,
     /// Counts of choices that `lfm2c run` has written: experts are spread such that the ranks get as equally many rows as can be
     #[arg(long, value_name = "FILE", requires = "ranks")]
     pub expert_counts: Option<PathBuf>,
@@ -147,7 +147,8 @@ impl Choices {
             stop_after_patch: self.stop_after_patch,
             forced_routing: self.forced_routing,
             without_cubins: self.without_cubins,
-            expert_ranks: self.ranks.unwrap_or(1),
+            expert_ranks: self.ranks.unwrap_or_default().experts,
+            pipeline_ranks: self.ranks.unwrap_or_default().layers,
             expert_counts: self.expert_counts.clone(),
             expert_replicas: self.expert_replicas.unwrap_or(0),
             ..CompileOptions::default()
@@ -162,10 +163,35 @@ impl Choices {
     }
 }
 
+/// `--ranks`: how many ranks each is spread over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Spread {
+    experts: u64,
+    layers: u64,
+}
+
+impl Default for Spread {
+    fn default() -> Self {
+        Spread { experts: 1, layers: 1 }
+    }
+}
+
 /// The value of `--ranks`.
-fn ranks(text: &str) -> Result<u64, String> {
-    let count = text.strip_prefix("expert=").and_then(|count| count.parse().ok());
-    count.ok_or_else(|| format!("expected expert=N with a whole number N, such as expert=2, found `{text}`"))
+fn ranks(text: &str) -> Result<Spread, String> {
+    let mut spread = Spread::default();
+    for part in text.split(',') {
+        let number = |name: &str| part.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
+        match (number("expert"), number("pipeline")) {
+            (Some(count), _) => spread.experts = count,
+            (_, Some(count)) => spread.layers = count,
+            _ => {
+                return Err(format!(
+                    "expected expert=N or pipeline=N with a whole number N, such as expert=2, found `{text}`"
+                ));
+            }
+        }
+    }
+    Ok(spread)
 }
 
 /// True if the first GPU is of the kind that kernels are compiled for.
@@ -181,7 +207,8 @@ pub fn choices_of(manifest: &Manifest) -> CompileOptions {
             plan::Target::Sm_90a => Target::Sm90a,
         },
         forced_routing: manifest.model.forced_routing.is_some(),
-        expert_ranks: manifest.ranks.len() as u64,
+        expert_ranks: manifest.experts.len().max(1) as u64,
+        pipeline_ranks: manifest.stages.len().max(1) as u64,
         ..CompileOptions::default()
     }
 }

@@ -280,7 +280,7 @@ fn write_logits(arguments: &Arguments, results: &[std::result::Result<Finished, 
 }
 
 /// What the executor counts, if that is to be written.
-fn counts<'e>(arguments: &Arguments, executor: &'e dyn Executor) -> Result<Option<&'e ExpertCounts>> {
+fn counts(arguments: &Arguments, executor: &dyn Executor) -> Result<Option<ExpertCounts>> {
     if arguments.count_experts.is_none() {
         return Ok(None);
     }
@@ -295,7 +295,7 @@ fn counts<'e>(arguments: &Arguments, executor: &'e dyn Executor) -> Result<Optio
 
 fn write_counts(arguments: &Arguments, executor: &dyn Executor) -> Result<()> {
     if let (Some(path), Some(counts)) = (&arguments.count_experts, counts(arguments, executor)?) {
-        let text = serde_json::to_string(counts)? + "\n";
+        let text = serde_json::to_string(&counts)? + "\n";
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())

@@ -9,15 +9,16 @@ use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::expert_placement::Balance;
 use crate::codegen::expert_ranks::{Spread, expert_ranks};
 use crate::codegen::kernel_table::KernelTable;
-use crate::codegen::lower;
-use crate::codegen::pipeline::Pipeline;
+use crate::codegen::lower::{self, TensorTable};
+use crate::codegen::pipeline::{Pipeline, Share};
+use crate::codegen::pipeline_ranks::pipeline_ranks;
 use crate::codegen::select::{F32, Known, Pack, Selector, Tactics};
 use crate::codegen::{Recipe, services, tensors, types};
 use crate::ir::build::{BuildOptions, build};
 use crate::ir::config::{Config, Experts, FeedForward};
 use crate::ir::{DType, Extents, Graph};
 use crate::passes::driver::PassReport;
-use crate::passes::{BucketSpec, Phase, Target, names};
+use crate::passes::{BucketSpec, LayerShare, Phase, Target, names};
 use crate::plan::{self, ForcedRouting, Limits, Manifest, Model, PlanFile, WeightSource};
 
 /// Positions of one KV page.
@@ -65,6 +66,8 @@ pub struct CompileOptions {
     pub tactics: Tactics,
     /// Ranks that experts are spread over; 1 for a plan of one rank.
     pub expert_ranks: u64,
+    /// Ranks that layers are spread over, each with neighbouring ones; 1 for a plan of one rank.
+    pub pipeline_ranks: u64,
     /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
     pub expert_counts: Option<PathBuf>,
     /// How many experts a rank may have beyond its share, each one that another rank has too; they are chosen by the counts.
@@ -94,6 +97,7 @@ impl Default for CompileOptions {
             stop_after_patch: None,
             forced_routing: false,
             expert_ranks: 1,
+            pipeline_ranks: 1,
             expert_counts: None,
             expert_replicas: 0,
             tactics: Tactics::default(),
@@ -178,27 +182,33 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     }
     let spread = expert_ranks(source, options)?;
     let Spread { experts, balance, .. } = &spread;
+    let stages = pipeline_ranks(source, options, &unit.graph)?;
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let selector = (options.target != Target::Cpu).then(|| {
         Selector::new(&options.tactics, options.f32, options.pack).with_experts(experts).leaving(&options.unpacked)
     });
-    let pipeline =
-        Pipeline { options, observer, specs: &specs, selector: selector.as_ref(), ranks: experts.len().max(1) };
+    let pipeline = Pipeline {
+        options,
+        observer,
+        specs: &specs,
+        selector: selector.as_ref(),
+        ranks: experts.len().max(stages.len()).max(1),
+    };
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
-    let (mut tensors, mut programs, mut kernels) = (vec![], vec![], KernelTable::default());
+    let (mut tensors, mut programs, mut kernels) = (TensorTable::default(), vec![], KernelTable::default());
     for rank in 0..pipeline.ranks {
-        let passed = pipeline.run(graph.clone(), spread.share(rank), rank, &mut texts)?;
-        let lowered = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels)
+        let of_layers = (!stages.is_empty()).then(|| LayerShare { rank, stages: stages.clone() });
+        let share = Share { experts: spread.share(rank), layers: of_layers };
+        let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
+        let program = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels, &mut tensors)
             .map_err(|fault| anyhow!(fault))?;
-        programs.push(lowered.program);
+        programs.push(program);
         if rank == 0 {
             (once, buckets) = (passed.once, passed.buckets);
-            tensors = lowered.tensors;
-        } else if lowered.tensors != tensors {
-            bail!("rank {rank} needs other tensors than rank 0; this is a bug of lfm2c");
         }
     }
+    let mut tensors = tensors.tensors;
     let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&programs[0]));
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
@@ -218,6 +228,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         kernels,
         services: vec![],
         experts: experts.clone(),
+        stages: stages.into_iter().map(|stage| (stage.start, stage.end)).collect(),
         ranks: programs,
     };
     let (mut cubins, mut compilation) = (vec![], Compilation::default());

@@ -34,7 +34,8 @@ pub fn cost(graph: &Graph, op: &Op, extents: &Extents) -> Cost {
             // What is written to the state: one column or one key and value a row.
             let columns = match inner.kind {
                 OpKind::KvWrite => 2,
-                _ => 1,
+                OpKind::Conv1dCausal => 1,
+                _ => 0,
             };
             let state = graph.ty(inner.results[result]);
             let row = graph.operand_type(&inner.operands[0]).last().unwrap_or(0);
@@ -75,6 +76,10 @@ fn link_bytes(graph: &Graph, op: &Op, extents: &Extents) -> u64 {
     match op.kind {
         OpKind::AllGather { ranks } => operands * (ranks - 1),
         OpKind::AllToAll { ranks } => operands / ranks * (ranks - 1),
+        // All but the link.
+        OpKind::Send { .. } => {
+            operands - op.operands.first().map_or(0, |link| bytes(&graph.operand_type(link), extents))
+        }
         _ => 0,
     }
 }

@@ -30,16 +30,17 @@ pub struct Prepared {
     pub text: u32,
 }
 
-/// What lowering makes.
-pub struct Lowered {
-    /// The tensors that weights are made of.
+/// The tensors that weights of all ranks are made of, each once.
+#[derive(Default)]
+pub struct TensorTable {
+    /// As the plan lists them.
     pub tensors: Vec<plan::Tensor>,
-    /// The rank's program.
-    pub program: Program,
+    /// Positions, by name.
+    ids: HashMap<String, u32>,
 }
 
 /// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name; with a
-/// selector, steps get launches, of kernels that `kernels` gets, unless ranks run them together.
+/// selector, steps get launches, of kernels that `kernels` gets, unless ranks run them together. `tensors` gets what weights are made of.
 ///
 /// # Errors
 /// Sizes beyond 64 bits, or a step that no kernel can run.
@@ -48,8 +49,9 @@ pub fn lower(
     checkpoint_dtype: &dyn Fn(&ir::Weight) -> ir::DType,
     selector: Option<&Selector>,
     kernels: &mut KernelTable,
-) -> Result<Lowered, String> {
-    let mut tables = Tables::new(selector, kernels);
+    tensors: &mut TensorTable,
+) -> Result<Program, String> {
+    let mut tables = Tables::new(selector, kernels, tensors);
     let lowered =
         buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
     if selector.is_some() {
@@ -85,7 +87,7 @@ pub fn lower(
         arena: region(sizes[2])?,
         io: region(offset)?,
     };
-    let program = Program {
+    Ok(Program {
         pool,
         weights: tables.weights,
         packed,
@@ -93,18 +95,16 @@ pub fn lower(
         io: tables.io,
         semantics: tables.semantics,
         buckets: lowered,
-    };
-    Ok(Lowered { tensors: tables.tensors, program })
+    })
 }
 
 /// The tables that buckets share, each entry made when it is first needed.
 struct Tables<'a> {
     selector: Option<&'a Selector<'a>>,
     kernels: &'a mut KernelTable,
-    tensors: Vec<plan::Tensor>,
+    tensors: &'a mut TensorTable,
     weights: Vec<plan::Weight>,
     weight_ids: HashMap<String, u32>,
-    tensor_ids: HashMap<String, u32>,
     states: Vec<State>,
     state_ids: HashMap<String, u32>,
     io: Vec<Io>,
@@ -114,14 +114,13 @@ struct Tables<'a> {
 }
 
 impl<'a> Tables<'a> {
-    fn new(selector: Option<&'a Selector<'a>>, kernels: &'a mut KernelTable) -> Self {
+    fn new(selector: Option<&'a Selector<'a>>, kernels: &'a mut KernelTable, tensors: &'a mut TensorTable) -> Self {
         Tables {
             selector,
             kernels,
-            tensors: vec![],
+            tensors,
             weights: vec![],
             weight_ids: HashMap::new(),
-            tensor_ids: HashMap::new(),
             states: vec![],
             state_ids: HashMap::new(),
             io: vec![],
@@ -328,12 +327,13 @@ impl<'a> Tables<'a> {
             return Ok(known);
         }
         let mut tensor = |part: &ir::Weight| -> Result<u32, String> {
-            if let Some(&known) = self.tensor_ids.get(&part.name) {
+            let TensorTable { tensors, ids } = &mut *self.tensors;
+            if let Some(&known) = ids.get(&part.name) {
                 return Ok(known);
             }
-            self.tensors.push(tensors::tensor(part, checkpoint_dtype(part))?);
-            let id = (self.tensors.len() - 1) as u32;
-            self.tensor_ids.insert(part.name.clone(), id);
+            tensors.push(tensors::tensor(part, checkpoint_dtype(part))?);
+            let id = (tensors.len() - 1) as u32;
+            ids.insert(part.name.clone(), id);
             Ok(id)
         };
         let (source, indices) = match &weight.layout {
@@ -381,6 +381,9 @@ fn role(graph: &Graph, state: ValueId) -> Option<StateRole> {
         OpKind::Attention { .. } if is(op.operands.get(2)) => Some(StateRole::BlockTable),
         OpKind::Conv1dCausal if is(op.operands.get(2)) => Some(StateRole::ConvRing),
         OpKind::Sample if is(op.operands.get(4)) => Some(StateRole::Sampling),
+        OpKind::Send { .. } | OpKind::Receive { .. } if is(op.operands.first()) => Some(StateRole::Link),
+        // The one state that is sent.
+        OpKind::Send { .. } if op.uses().any(|value| value == state) => Some(StateRole::BlockTable),
         _ => None,
     })
 }

@@ -11,6 +11,7 @@ pub mod lock;
 mod lower;
 mod packed;
 mod pipeline;
+mod pipeline_ranks;
 pub mod recipe;
 pub mod refine;
 pub mod select;

@@ -14,7 +14,7 @@ use crate::codegen::select::Selector;
 use crate::ir::Graph;
 use crate::passes::driver::{Driver, PassReport};
 use crate::passes::{
-    BucketSpec, ExpertShare, PLAN_MEMORY, PassContext, SCHEDULE, Stage, place_apart, plan_memory, schedule,
+    BucketSpec, ExpertShare, LayerShare, PLAN_MEMORY, PassContext, SCHEDULE, Stage, place_apart, plan_memory, schedule,
     schedule_in_sequence,
 };
 use crate::plan::ALIGNMENT;
@@ -28,6 +28,13 @@ pub(super) struct Pipeline<'a> {
     pub(super) ranks: usize,
 }
 
+/// What a rank has of a model that is spread over several.
+#[derive(Clone)]
+pub(super) struct Share {
+    pub(super) experts: Option<ExpertShare>,
+    pub(super) layers: Option<LayerShare>,
+}
+
 /// A rank's buckets, and what each pass did.
 pub(super) struct Passed {
     pub(super) once: Vec<PassReport>,
@@ -37,14 +44,11 @@ pub(super) struct Passed {
 
 impl Pipeline<'_> {
     /// Runs all passes for a rank; texts that `texts` has not yet are added.
-    pub(super) fn run(
-        &self,
-        mut graph: Graph,
-        experts: Option<ExpertShare>,
-        rank: usize,
-        texts: &mut Vec<String>,
-    ) -> Result<Passed> {
-        let context = |bucket| PassContext { target: self.options.target, bucket, experts: experts.clone() };
+    pub(super) fn run(&self, mut graph: Graph, share: Share, rank: usize, texts: &mut Vec<String>) -> Result<Passed> {
+        let context = |bucket| {
+            let Share { experts, layers } = share.clone();
+            PassContext { target: self.options.target, bucket, experts, layers }
+        };
         let mut first = self.driver(None, rank)?;
         let once = first.run_stage(Stage::Once, &mut graph, &context(self.specs[0]))?;
         let patches = first.patches();

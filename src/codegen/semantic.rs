@@ -181,6 +181,8 @@ fn plan_op(kind: &OpKind) -> Result<PlanOp, String> {
     Ok(match *kind {
         OpKind::AllGather { ranks } => PlanOp::AllGather { ranks },
         OpKind::AllToAll { ranks } => PlanOp::AllToAll { ranks },
+        OpKind::Send { to, ranks } => PlanOp::Send { to, ranks },
+        OpKind::Receive { from, ranks } => PlanOp::Receive { from, ranks },
         OpKind::LocalExperts { of, ref experts, ref parts } => {
             PlanOp::LocalExperts { of, experts: experts.clone(), parts: parts.clone() }
         }

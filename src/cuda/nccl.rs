@@ -187,6 +187,22 @@ pub enum Exchange {
     AllGather,
     /// Each rank sends block i of what it reads to rank i; what is written is what each sent, in the order of the ranks.
     AllToAll,
+    /// This rank sends to the one of that number, which receives meanwhile; nothing is written.
+    Send(usize),
+    /// This rank receives of the one of that number, which sends meanwhile; nothing is read.
+    Receive(usize),
+}
+
+impl Exchange {
+    /// Blocks that are read of each part, and blocks that are written, of a group of so many ranks.
+    fn blocks(self, ranks: usize) -> (usize, usize) {
+        match self {
+            Exchange::AllGather => (1, ranks),
+            Exchange::AllToAll => (ranks, ranks),
+            Exchange::Send(_) => (1, 0),
+            Exchange::Receive(_) => (0, 1),
+        }
+    }
 }
 
 /// Bytes of a block of memory that ranks exchange.
@@ -196,7 +212,7 @@ pub struct Part {
     pub from: usize,
     /// Offset of what it receives, outside of what it sends.
     pub to: usize,
-    /// Bytes that it sends to each rank, itself included.
+    /// Bytes that it sends to each rank, itself included, or to the one that it sends to.
     pub bytes: usize,
 }
 
@@ -246,10 +262,11 @@ impl Communicator {
         self.nccl.version().map(version_text)
     }
 
-    /// Queues an exchange of all parts at once, or has it captured. All ranks queue the same ones in the same order.
+    /// Queues an exchange of all parts at once, or has it captured. All ranks queue the same ones in the same order, and of those between two
+    /// ranks each the ends that it has: in an order of all exchanges that is the same for all ranks.
     ///
     /// # Errors
-    /// A part that leaves the memory, or the library failed.
+    /// A part that leaves the memory, another rank that there is not, or the library failed.
     pub fn exchange(
         &self,
         kind: Exchange,
@@ -257,18 +274,23 @@ impl Communicator {
         memory: &DeviceMemory,
         stream: &Stream,
     ) -> Result<(), NcclError> {
-        let blocks = |kind: Exchange| if kind == Exchange::AllToAll { self.size } else { 1 };
-        let what = match kind {
-            Exchange::AllGather => "an all-gather",
-            Exchange::AllToAll => "an all-to-all",
+        let (read, written) = kind.blocks(self.size);
+        let (what, peer) = match kind {
+            Exchange::AllGather => ("an all-gather", self.rank),
+            Exchange::AllToAll => ("an all-to-all", self.rank),
+            Exchange::Send(to) => ("sending", to),
+            Exchange::Receive(from) => ("receiving", from),
         };
+        if peer >= self.size {
+            let error = format!("expected one of {} ranks, found {peer}", self.size);
+            return Err(NcclError::Call { what: what.to_owned(), error });
+        }
         let fits = |offset: usize, count: usize, bytes: usize| {
             let end = count.checked_mul(bytes).and_then(|bytes| offset.checked_add(bytes));
             end.is_some_and(|end| end <= memory.bytes())
         };
-        if let Some(part) = parts
-            .iter()
-            .find(|part| !fits(part.from, blocks(kind), part.bytes) || !fits(part.to, self.size, part.bytes))
+        if let Some(part) =
+            parts.iter().find(|part| !fits(part.from, read, part.bytes) || !fits(part.to, written, part.bytes))
         {
             let error = format!("{part:?} leaves a block of {} bytes", memory.bytes());
             return Err(NcclError::Call { what: what.to_owned(), error });
@@ -306,6 +328,14 @@ impl Communicator {
                 // SAFETY: as above.
                 check(unsafe { (self.nccl.receive)(to, bytes, BYTE, number, handle, stream.handle) })
             }),
+            // SAFETY: as above.
+            Exchange::Send(peer) => {
+                check(unsafe { (self.nccl.send)(at(part.from), bytes, BYTE, peer as c_int, handle, stream.handle) })
+            }
+            // SAFETY: as above.
+            Exchange::Receive(peer) => {
+                check(unsafe { (self.nccl.receive)(at(part.to), bytes, BYTE, peer as c_int, handle, stream.handle) })
+            }
         }
     }
 

@@ -253,6 +253,22 @@ pub enum OpKind {
         /// Ranks of the group.
         ranks: u64,
     },
+    /// `(link i32[1], x, ...) -> link`: gives another rank of the group what it takes, which that one gets by [`OpKind::Receive`]. The
+    /// state `link` stores nothing: its versions are the order of a rank's exchanges. First come numbers, then, if any are sent, positions
+    /// and slots `i32[T]` of rows, then the pages of all slots, `i32[slots,pages per slot]`.
+    Send {
+        /// Number of the other rank.
+        to: u64,
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(link i32[1]) -> link, x, ...`: what another rank of the group gives by [`OpKind::Send`].
+    Receive {
+        /// Number of the other rank.
+        from: u64,
+        /// Ranks of the group.
+        ranks: u64,
+    },
     /// `(experts i32[T,k]) -> i32[T,k]`: each expert's position in the list of those that this rank has; -1 where it has it not.
     ///
     /// With `parts` `(experts i32[T,k], weights f32[T,k]) -> i32[T,k]`: -1 also where it is another rank's turn to run it for this row. The
@@ -305,6 +321,8 @@ impl OpKind {
             OpKind::GroupedWeightedSum => "grouped_weighted_sum",
             OpKind::AllGather { .. } => "all_gather",
             OpKind::AllToAll { .. } => "all_to_all",
+            OpKind::Send { .. } => "send",
+            OpKind::Receive { .. } => "receive",
             OpKind::LocalExperts { .. } => "local_experts",
             OpKind::BlockSum { .. } => "block_sum",
             OpKind::Sample => "sample",
@@ -330,6 +348,8 @@ impl OpKind {
             OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
             OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
             OpKind::AllGather { ranks } | OpKind::AllToAll { ranks } => vec![("ranks", Attribute::Int(*ranks))],
+            OpKind::Send { to, ranks } => vec![("to", Attribute::Int(*to)), ("ranks", Attribute::Int(*ranks))],
+            OpKind::Receive { from, ranks } => vec![("from", Attribute::Int(*from)), ("ranks", Attribute::Int(*ranks))],
             OpKind::LocalExperts { of, experts, parts } => {
                 let mut list = vec![("of", Attribute::Int(*of)), ("experts", Attribute::Ints(experts.clone()))];
                 if !parts.is_empty() {
@@ -371,6 +391,8 @@ impl OpKind {
             "grouped_weighted_sum" => OpKind::GroupedWeightedSum,
             "all_gather" => OpKind::AllGather { ranks: attributes.int("ranks")? },
             "all_to_all" => OpKind::AllToAll { ranks: attributes.int("ranks")? },
+            "send" => OpKind::Send { to: attributes.int("to")?, ranks: attributes.int("ranks")? },
+            "receive" => OpKind::Receive { from: attributes.int("from")?, ranks: attributes.int("ranks")? },
             "local_experts" => {
                 let (of, experts) = (attributes.int("of")?, attributes.ints("experts")?);
                 let [from, to] = ["from", "to"].map(|name| attributes.optional_ints(name));
@@ -405,6 +427,7 @@ impl OpKind {
         match self {
             OpKind::Conv1dCausal => Some((2, 1)),
             OpKind::KvWrite => Some((2, 0)),
+            OpKind::Send { .. } | OpKind::Receive { .. } => Some((0, 0)),
             _ => None,
         }
     }

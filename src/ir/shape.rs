@@ -158,6 +158,13 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
             rule.blocks("ranks", x[0], *ranks)?;
             vec![x.to_vec()]
         }
+        OpKind::Send { to, ranks } => {
+            peer("to", *to, *ranks)?;
+            let (link, sent) = linked(kind, operands)?;
+            payload("operands behind the link", sent)?;
+            vec![link.shape.clone()]
+        }
+        OpKind::Receive { .. } => return Err("what is received has the shapes of what is sent".into()),
         OpKind::LocalExperts { of, experts, parts } => {
             let chosen = if parts.is_empty() {
                 let [chosen] = rule.operands([&[2]])?;
@@ -205,6 +212,13 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
 
 /// Checks a primitive operator's results: count, shapes and element types. All faults at once.
 pub fn check(kind: &OpKind, operands: &[Type], results: &[Type]) -> Vec<String> {
+    if let OpKind::Receive { from, ranks } = kind {
+        return peer("from", *from, *ranks)
+            .and_then(|()| received(kind, operands, results))
+            .err()
+            .into_iter()
+            .collect();
+    }
     let shapes = match result_shapes(kind, operands) {
         Ok(shapes) => shapes,
         Err(fault) => return vec![fault],
@@ -231,7 +245,7 @@ fn check_dtype(kind: &OpKind, operands: &[Type], result: usize, found: DType) ->
         }
         OpKind::Split { .. } | OpKind::GatherRows | OpKind::GatherColumns => Some(operands[0].dtype),
         OpKind::AllGather { .. } => Some(operands[result].dtype),
-        OpKind::AllToAll { .. } => Some(operands[0].dtype),
+        OpKind::AllToAll { .. } | OpKind::Send { .. } => Some(operands[0].dtype),
         OpKind::Conv1dCausal if result == 1 => Some(operands[2].dtype),
         OpKind::KvWrite => Some(operands[2].dtype),
         _ => None,
@@ -262,6 +276,48 @@ fn broadcast(x: &[Dim], y: &[Dim]) -> Option<Vec<Dim>> {
 fn times_rows(x: &Type, times: u64) -> Result<Vec<Dim>, String> {
     let (rows, inner) = x.shape.split_first().ok_or("expected rows, found a scalar")?;
     Ok([&[rows.times(times).ok_or("overflow")?], inner].concat())
+}
+
+/// Checks the number of another rank.
+fn peer(what: &str, number: u64, ranks: u64) -> Result<(), String> {
+    if number < ranks { Ok(()) } else { Err(format!("`{what}`: expected a rank below {ranks}, found {number}")) }
+}
+
+/// The link of an exchange, and what follows it.
+fn linked<'a>(kind: &OpKind, types: &'a [Type]) -> Result<(&'a Type, &'a [Type]), String> {
+    match types.split_first() {
+        Some((link, rest)) if *link == Type::new(DType::I32, [1u64]) => Ok((link, rest)),
+        found => {
+            let found = found.map_or("none".into(), |(link, _)| link.to_string());
+            Err(format!("`{}`: expected a link i32[1] first, found {found}", kind.mnemonic()))
+        }
+    }
+}
+
+/// Checks what one rank sends another: numbers, then positions and slots or neither, then pages or none.
+fn payload(what: &str, types: &[Type]) -> Result<(), String> {
+    let numbers = types.iter().take_while(|ty| ty.dtype.is_float()).count();
+    let of_rank = |ty: &Type, rank: usize| ty.dtype == DType::I32 && ty.shape.len() == rank;
+    let holds = match &types[numbers..] {
+        [] => numbers > 0,
+        [pos, slot, rest @ ..] if of_rank(pos, 1) && pos == slot => match rest {
+            [] => true,
+            [pages] => of_rank(pages, 2),
+            _ => false,
+        },
+        _ => false,
+    };
+    let found: Vec<String> = types.iter().map(ToString::to_string).collect();
+    let expected = "expected numbers, then positions and slots of rows or neither, then pages or none";
+    if holds { Ok(()) } else { Err(format!("{what}: {expected}, found {}", found.join(", "))) }
+}
+
+fn received(kind: &OpKind, operands: &[Type], results: &[Type]) -> Result<(), String> {
+    if operands.len() != 1 {
+        return Err(format!("`{}` takes 1 operand, found {}", kind.mnemonic(), operands.len()));
+    }
+    linked(kind, operands)?;
+    payload("results behind the link", linked(kind, results)?.1)
 }
 
 fn positive(what: &str, number: u64) -> Result<(), String> {

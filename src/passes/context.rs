@@ -1,6 +1,7 @@
 //! What a pass may know beside the graph.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::ir::Extents;
 
@@ -53,6 +54,17 @@ pub struct PassContext {
     pub bucket: BucketSpec,
     /// The experts of the rank that is compiled for, if they are spread over several.
     pub experts: Option<ExpertShare>,
+    /// The layers of the rank that is compiled for, if they are spread over several.
+    pub layers: Option<LayerShare>,
+}
+
+/// What one rank has of the layers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LayerShare {
+    /// The rank's number, which is that of its stage.
+    pub rank: usize,
+    /// The layers of each rank's stage: all layers in order.
+    pub stages: Vec<Range<u64>>,
 }
 
 /// What one rank has of the experts.

@@ -224,7 +224,12 @@ mod tests {
 
     fn context() -> PassContext {
         let extents = Extents { tokens: 4, sequences: 4, rows: 4 };
-        PassContext { target: Target::Cpu, bucket: BucketSpec { phase: Phase::Fixed, extents }, experts: None }
+        PassContext {
+            target: Target::Cpu,
+            bucket: BucketSpec { phase: Phase::Fixed, extents },
+            experts: None,
+            layers: None,
+        }
     }
 
     fn chain() -> Graph {

@@ -18,13 +18,14 @@ mod layout_weights;
 mod merge_projections;
 mod order;
 mod patch;
+pub(crate) mod pipeline_parallel;
 pub mod plan_memory;
 pub mod schedule;
 pub mod tactics;
 mod view;
 mod weights;
 
-pub use context::{BucketSpec, ExpertShare, PassContext, Phase, Target};
+pub use context::{BucketSpec, ExpertShare, LayerShare, PassContext, Phase, Target};
 pub use driver::{Driver, PassError, PassReport};
 pub use patch::{Patch, Rewrite};
 pub use plan_memory::{PlacedBuffer, Placement, place_apart, plan_memory};
@@ -70,6 +71,7 @@ pub static PIPELINE: &[Pass] = &[
     Pass::once("merge-projections", "matmuls of one input as one matmul", &merge_projections::MergeProjections),
     Pass::once("layout-weights", "gate and up channels side by side", &layout_weights::LayoutWeights),
     Pass::once("expert-parallel", "experts of other ranks behind collectives", &expert_parallel::ExpertParallel),
+    Pass::once("pipeline-parallel", "layers of other ranks behind sends", &pipeline_parallel::PipelineParallel),
     Pass::per_bucket("group-experts", "router, sorted rows, sum over experts", &group_experts::GroupExperts),
     Pass::per_bucket("fuse-norm-matmul", "norms into the products that read them", &fuse_norm_matmul::FuseNormMatmul),
     Pass::per_bucket("fuse-shortconv", "gates and convolution, into a product", &fuse_shortconv::FuseShortconv),
@@ -98,6 +100,6 @@ pub fn names() -> Vec<&'static str> {
 
 /// The names of the passes that make fewer steps: without them, each operator of the graph as built is a step of its own.
 pub fn fusing() -> Vec<&'static str> {
-    const APART: [&str; 5] = ["canonicalize", "cse", "dce", "expert-parallel", "sweep"];
+    const APART: [&str; 6] = ["canonicalize", "cse", "dce", "expert-parallel", "pipeline-parallel", "sweep"];
     PIPELINE.iter().map(|pass| pass.name).filter(|name| !APART.contains(name)).collect()
 }

@@ -25,6 +25,9 @@ pub struct Patch {
     insert: Vec<Op>,
     layouts: Vec<(WeightId, Layout)>,
     replace: HashMap<ValueId, Operand>,
+    /// Of the graph afterwards, where they become others.
+    states: Option<Vec<ValueId>>,
+    outputs: Option<Vec<ValueId>>,
 }
 
 impl Patch {
@@ -39,7 +42,16 @@ impl Patch {
             insert: vec![],
             layouts: vec![],
             replace: HashMap::new(),
+            states: None,
+            outputs: None,
         }
+    }
+
+    /// Makes these the graph's states, and these what it returns: values of the graph, or of the patch. What is replaced is so here too.
+    #[must_use]
+    pub fn with_ends(mut self, states: Vec<ValueId>, outputs: Vec<ValueId>) -> Self {
+        (self.states, self.outputs) = (Some(states), Some(outputs));
+        self
     }
 
     /// Adds a value; its name is made unique when the patch is applied.
@@ -135,6 +147,12 @@ impl Patch {
         graph.weights.extend(self.weights.iter().cloned());
         for (weight, layout) in &self.layouts {
             graph.weights[weight.index()].layout = layout.clone();
+        }
+        if let Some(states) = &self.states {
+            graph.states.clone_from(states);
+        }
+        if let Some(outputs) = &self.outputs {
+            graph.outputs.clone_from(outputs);
         }
         if !self.replace.is_empty() {
             for op in &mut graph.ops {

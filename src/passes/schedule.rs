@@ -3,6 +3,9 @@
 //! The order is one of two: program order, or the one that always takes the ready operator which adds least to the live
 //! bytes (ties by program order). Whichever has the lower peak is taken; program order if they are equal. Operators that
 //! depend on a graph input with rows `R` come last in both, as the head.
+//!
+//! Where a rank sends to another, and receives of it, the order is the program's, one step at a time: it is that of time on all ranks, and what
+//! waits for another rank beside other steps would take the device from them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +14,7 @@ use petgraph::algo::tred;
 use petgraph::graph::{DiGraph, NodeIndex};
 use petgraph::visit::IntoNeighbors;
 
-use crate::ir::{DType, Extents, Graph, Sym, ValueId};
+use crate::ir::{DType, Extents, Graph, OpKind, Sym, ValueId};
 
 /// Sizes for comparing orders. All equal, as in a decode bucket: only the ratio of row data to the few arrays of constant
 /// size depends on the bucket, and one order serves all buckets of a graph.
@@ -70,6 +73,9 @@ pub fn storage(graph: &Graph) -> BTreeMap<ValueId, Storage> {
 /// # Panics
 /// If operators depend on each other in a circle, which the verifier refuses.
 pub fn schedule(graph: &Graph) -> Schedule {
+    if graph.ops.iter().any(|op| matches!(op.kind, OpKind::Send { .. } | OpKind::Receive { .. })) {
+        return schedule_in_sequence(graph);
+    }
     let dag = graph.dependencies();
     let head = head_ops(graph, &dag);
     let (in_program_order, program_peak) = order(graph, &dag, &head, false);
@@ -218,7 +224,7 @@ impl Live {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ir::{BinaryFn, Dim, Op, OpKind, Operand, Type, UnaryFn};
+    use crate::ir::{BinaryFn, Dim, Op, Operand, Type, UnaryFn};
 
     /// A graph of elementwise operators over f32 `[T, columns]`: for each, its operands (values by position; the inputs
     /// `%x [T,8]` and `%rows [R,8]` are 0 and 1) and its result's columns. Shapes are not those of the operators' rules,

@@ -102,7 +102,7 @@ mod tests {
 
     fn context(target: Target) -> PassContext {
         let extents = Extents { tokens: 1, sequences: 1, rows: 1 };
-        PassContext { target, bucket: BucketSpec { phase: Phase::Decode, extents }, experts: None }
+        PassContext { target, bucket: BucketSpec { phase: Phase::Decode, extents }, experts: None, layers: None }
     }
 
     #[test]

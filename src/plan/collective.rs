@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::{DType, Op, Semantic, TensorType};
 
-/// What ranks exchange in a step. Parts are the step's reads and writes in their order, each read dense and of one element type: a library's
-/// call for each, all of them one group of calls. Every rank of the group has the same collectives in the same order.
+/// What ranks exchange in a step. Parts are the step's reads (but for a link) and writes in their order, each dense and of one element type: a
+/// library's call for each, all of them one group of calls. What all ranks of the group do together, all have in the same order; what one
+/// sends to another, that one receives, and there is an order of all exchanges which that of every rank agrees with.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Collective {
@@ -13,7 +14,7 @@ pub struct Collective {
     pub kind: CollectiveKind,
     /// Ranks of the group: `size` neighbours among all, of which the first has a multiple of `size` as its number.
     pub size: u64,
-    /// Element type of each part, and how many elements a rank sends to each other rank.
+    /// Element type of each part, and how many elements a rank sends to each other rank, or receives of the one that sends.
     pub parts: Vec<(DType, u64)>,
 }
 
@@ -24,6 +25,10 @@ pub enum CollectiveKind {
     AllGather,
     /// Each rank sends block i of what it reads to rank i; what is written is what each sent, in the order of the ranks.
     AllToAll,
+    /// This rank sends all parts to the one of that number in the group.
+    Send(u64),
+    /// This rank receives all parts from the one of that number in the group.
+    Receive(u64),
 }
 
 impl CollectiveKind {
@@ -32,8 +37,23 @@ impl CollectiveKind {
         match *op {
             Op::AllGather { ranks } => Some((CollectiveKind::AllGather, ranks)),
             Op::AllToAll { ranks } => Some((CollectiveKind::AllToAll, ranks)),
+            Op::Send { to, ranks } => Some((CollectiveKind::Send(to), ranks)),
+            Op::Receive { from, ranks } => Some((CollectiveKind::Receive(from), ranks)),
             _ => None,
         }
+    }
+
+    /// The other rank, where two exchange.
+    pub fn peer(self) -> Option<u64> {
+        match self {
+            CollectiveKind::Send(peer) | CollectiveKind::Receive(peer) => Some(peer),
+            CollectiveKind::AllGather | CollectiveKind::AllToAll => None,
+        }
+    }
+
+    /// The first of a step's reads that is a part: a link goes before.
+    pub fn first_read(self) -> usize {
+        usize::from(self.peer().is_some())
     }
 }
 
@@ -44,14 +64,18 @@ impl Collective {
         let (kind, size) = CollectiveKind::of(&instr.0)?;
         let blocks = if kind == CollectiveKind::AllToAll { size.max(1) } else { 1 };
         let part = |ty: &TensorType| (ty.0, ty.elements().unwrap_or(0) / blocks);
-        Some(Collective { kind, size, parts: semantic.inputs.iter().map(part).collect() })
+        let parts = match kind {
+            CollectiveKind::Receive(_) => &semantic.outputs[..],
+            _ => semantic.inputs.get(kind.first_read()..).unwrap_or_default(),
+        };
+        Some(Collective { kind, size, parts: parts.iter().map(part).collect() })
     }
 
     /// How many times as much as a step reads of a part it writes.
     pub fn growth(&self) -> usize {
         match self.kind {
             CollectiveKind::AllGather => self.size as usize,
-            CollectiveKind::AllToAll => 1,
+            CollectiveKind::AllToAll | CollectiveKind::Send(_) | CollectiveKind::Receive(_) => 1,
         }
     }
 

@@ -30,6 +30,16 @@ impl ExpertCounts {
         ExpertCounts { config_hash: config_hash.to_owned(), layers: BTreeMap::new() }
     }
 
+    /// Both together, of one model.
+    #[must_use]
+    pub fn and(mut self, other: ExpertCounts) -> ExpertCounts {
+        for (scope, counts) in other.layers {
+            let own = self.layers.entry(scope).or_insert_with(|| vec![0; counts.len()]);
+            own.iter_mut().zip(counts).for_each(|(own, count)| *own += count);
+        }
+        self
+    }
+
     /// Adds what rows chose of so many experts; negative numbers are no choice.
     pub fn add(&mut self, scope: &str, experts: usize, chosen: &[i32]) {
         let counts = self.layers.entry(scope.to_owned()).or_insert_with(|| vec![0; experts]);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Collective, Kernel, Launch, Packed, Semantic, Service, Weight};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 8;
+pub const FORMAT_VERSION: u32 = 9;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;
@@ -48,6 +48,9 @@ pub struct Manifest {
     /// which then run it for different rows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<Vec<u64>>,
+    /// The layers of each rank's stage, the first and the one behind the last, where layers are spread over several ranks; else empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<(u64, u64)>,
     /// One program a rank. Several run in lockstep, as a group.
     pub ranks: Vec<Program>,
 }
@@ -304,9 +307,9 @@ pub struct State {
 /// What a state is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum StateRole {
-    /// Keys and values of one layer, `[pages, 2, kv heads, page tokens, head size]`.
+    /// Keys and values of one layer, or of one layer for the rows of one rank, `[pages, 2, kv heads, page tokens, head size]`.
     KvPages,
-    /// Convolution columns of one layer, `[slots, ring columns, channels]`; position p is in column `p % ring`.
+    /// Convolution columns of one layer, or of one layer for the rows of one rank, `[slots, ring columns, channels]`; position p is in column `p % ring`.
     ConvRing,
     /// The pages of each slot, i32 `[slots, pages per sequence]`.
     BlockTable,
@@ -319,6 +322,8 @@ pub enum StateRole {
     Stops,
     /// Number of steps that have published tokens, one 64-bit number as i32 `[2]`.
     StepCounter,
+    /// What sends and receives of a rank update, i32 `[1]`, so that they have an order. Nothing is stored there.
+    Link,
     /// Counters by which the blocks of a launch claim work, i32 `[steps of the longest bucket]`: zeros, whenever no launch that has
     /// one is on its way.
     Claims,

@@ -106,6 +106,21 @@ pub enum Op {
         /// Ranks of the group.
         ranks: u64,
     },
+    /// `(link state, x, ...) ->`: to another rank of the group, which takes it by [`Op::Receive`]: numbers, then positions and slots
+    /// `i32[T]` of rows or neither, then pages of all slots, `i32[slots,pages per slot]`, or none.
+    Send {
+        /// Number of the other rank.
+        to: u64,
+        /// Ranks of the group.
+        ranks: u64,
+    },
+    /// `(link state) -> x, ...`: from another rank of the group.
+    Receive {
+        /// Number of the other rank.
+        from: u64,
+        /// Ranks of the group.
+        ranks: u64,
+    },
     /// `(experts i32[T,k]) -> i32[T,k]`: positions in the list of experts that this rank has; -1 where it has it not. With `parts` `(experts,
     /// weights f32[T,k]) -> i32[T,k]`: -1 also where it is another rank's [`turn`] to run it for this row.
     LocalExperts {

@@ -100,7 +100,7 @@ pub trait Executor {
     }
 
     /// How often routers have chosen each expert so far, if it counts that.
-    fn expert_counts(&self) -> Option<&ExpertCounts> {
+    fn expert_counts(&self) -> Option<ExpertCounts> {
         None
     }
 

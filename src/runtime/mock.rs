@@ -63,6 +63,7 @@ pub fn manifest(
         kernels: vec![],
         services: vec![],
         experts: vec![],
+        stages: vec![],
         ranks: vec![program],
     }
 }

@@ -1,4 +1,5 @@
-//! Steps of a rank that has some of the experts, on one GPU against the CPU: exchanges are played, as if all ranks had the rows of this one.
+//! Steps of a rank that has some of the experts, or of the layers, on one GPU against the CPU: exchanges are played, as if all ranks had the
+//! rows of this one.
 //! `tests/gpu_ranks.sh` runs whole plans, exchanges included, on several GPUs.
 
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use lfm2c::codegen::select::Tactics;
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
 use lfm2c::ir::config::FeedForward;
-use lfm2c::plan::{Collective, ExpertCounts, PlanFile, Ref, Step};
+use lfm2c::plan::{Collective, CollectiveKind, DType as Stored, ExpertCounts, PlanFile, Program, Ref, StateRole, Step};
 use lfm2c::runtime::compare::{bound, compare_step};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, offset};
@@ -25,15 +26,24 @@ pub fn trials() -> Vec<Trial> {
         for (dtype, ranks) in [(DType::F32, 2), (DType::BF16, 3), (DType::F16, 2)] {
             for (nth, replicas) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 2)] {
                 let name = format!("spread over {ranks} {} {dtype} {nth} with {replicas} replicas", shape.name);
-                trials.push(Trial::test(name, move || check(shape, dtype, ranks, nth, replicas).map_err(fail)));
+                trials.push(Trial::test(name, move || check(shape, dtype, (ranks, 1), nth, replicas).map_err(fail)));
             }
+            trials.push(Trial::test(format!("two stages of {} {dtype}", shape.name), move || {
+                check(shape, dtype, (1, 2), 0, 0).map_err(fail)
+            }));
         }
     }
     trials
 }
 
 /// Compares every step of the first and the last rank, from what the steps before it left on the GPU.
-fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize, replicas: u64) -> Result<()> {
+fn check(
+    shape: &Shape,
+    dtype: DType,
+    (expert_ranks, pipeline_ranks): (u64, u64),
+    nth: usize,
+    replicas: u64,
+) -> Result<()> {
     let counts = counts(shape)?;
     let options = CompileOptions {
         expert_counts: (replicas > 0).then(|| counts.path().to_owned()),
@@ -44,13 +54,15 @@ fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize, replicas: u64) -> 
         max_sequences: Some(33),
         max_context: Some(320),
         kv_tokens: Some(6400),
-        expert_ranks: ranks,
+        expert_ranks,
+        pipeline_ranks,
         tactics: Tactics { nth: Some(nth), ..Tactics::default() },
         ..CompileOptions::default()
     };
     let file = plan(shape, &options);
     let mut faults = vec![];
-    for rank in [0, ranks as usize - 1] {
+    let ranks = file.manifest.ranks.len();
+    for rank in [0, ranks - 1] {
         let (mut gpu, mut cpu) = executors(&file, rank)?;
         for (i, bucket) in gpu.program().buckets.clone().iter().enumerate() {
             gpu.poison(0xff)?;
@@ -60,7 +72,7 @@ fn check(shape: &Shape, dtype: DType, ranks: u64, nth: usize, replicas: u64) -> 
             gpu.upload(i, &batch)?;
             for (at, step) in bucket.steps.iter().enumerate() {
                 if let Some(collective) = &step.collective {
-                    play(&gpu, i, step, collective, ranks as usize)?;
+                    play(&gpu, i, step, collective, ranks)?;
                     continue;
                 }
                 for written in compare_step(&mut cpu, &gpu, i, at)? {
@@ -101,18 +113,46 @@ fn executors(file: &PlanFile, rank: usize) -> Result<(CudaExecutor, CpuExecutor)
     Ok((gpu, CpuExecutor::new(Arc::new(file.manifest.clone()), rank, pool)?))
 }
 
-/// Receives from all ranks what this one sends.
+/// Receives from all ranks what this one sends; from one rank random numbers, and positions, slots and pages as this one has them.
 fn play(gpu: &CudaExecutor, bucket: usize, step: &Step, collective: &Collective, ranks: usize) -> Result<()> {
     let (pool, stream) = (gpu.pool(), gpu.stream());
+    let at = |place: Ref| -> Result<usize> { Ok(usize::try_from(offset(gpu.program(), bucket, place)?)?) };
+    let part = |list: &[Ref], i: usize| list.get(i).copied().context("a part without a place").and_then(at);
+    let mut integers = 0;
     for (i, (dtype, count)) in collective.parts.iter().enumerate() {
-        let at = |list: &[Ref]| -> Result<usize> {
-            let place = *list.get(i).context("a part without a place")?;
-            Ok(usize::try_from(offset(gpu.program(), bucket, place)?)?)
-        };
         let mut bytes = vec![0; usize::try_from(count * dtype.bytes())?];
-        // Of an all-to-all, the first block goes for all.
-        pool.read(at(&step.reads)?, &mut bytes, stream)?;
-        pool.write(at(&step.writes)?, &bytes.repeat(ranks), stream)?;
+        match collective.kind {
+            CollectiveKind::Send(_) => continue,
+            CollectiveKind::Receive(_) if *dtype == Stored::I32 => {
+                pool.read(at(own(gpu.program(), integers)?)?, &mut bytes, stream)?;
+                integers += 1;
+            }
+            CollectiveKind::Receive(_) => {
+                // Numbers of every type between 2^-7 and 2, of both signs.
+                for (n, pair) in (0u32..).zip(bytes.chunks_mut(2)) {
+                    let [low, high, ..] = n.wrapping_mul(0x9e37_79b9).rotate_left(16).to_le_bytes();
+                    pair.copy_from_slice(&[low, 0x3c | (high & 0x83)]);
+                }
+            }
+            // Of an all-to-all, the first block goes for all.
+            CollectiveKind::AllGather | CollectiveKind::AllToAll => {
+                pool.read(part(&step.reads, i)?, &mut bytes, stream)?;
+                bytes = bytes.repeat(ranks);
+            }
+        }
+        pool.write(part(&step.writes, i)?, &bytes, stream)?;
     }
     Ok(())
+}
+
+/// Where a rank has what goes with rows: positions, slots and pages, in the order in which they are sent.
+fn own(program: &Program, integers: usize) -> Result<Ref> {
+    let input = |name: &str| program.io.iter().position(|io| io.name == name).map(|id| Ref::Io(id as u32));
+    let table = || program.states.iter().position(|state| state.role == StateRole::BlockTable);
+    let place = match integers {
+        0 => input("pos"),
+        1 => input("slot"),
+        _ => table().map(|id| Ref::State(id as u32)),
+    };
+    place.context("a rank without what it sends")
 }

@@ -20,6 +20,7 @@ mod expert_ranks;
 mod expert_replicas;
 mod generations;
 mod goldens;
+mod pipeline_ranks;
 mod router;
 mod sessions;
 mod text_graph;

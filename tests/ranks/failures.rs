@@ -136,6 +136,15 @@ fn a_rank_with_experts_that_others_wait_for() {
     strike_in(&spread(4, "expert=2"), "STOP", 3, "no sign of life for 5 s");
 }
 
+/// The others wait for rows of it, or for it to take theirs, at once or behind another that does.
+#[test]
+fn a_rank_with_layers_that_others_wait_for() {
+    let spread = |ranks, size| World::with_plan(ranks, &["--ranks", size]);
+    strike_in(&spread(2, "pipeline=2"), "KILL", 1, "has ended before the work was done");
+    strike_in(&spread(4, "pipeline=4"), "KILL", 2, "has ended before the work was done");
+    strike_in(&spread(2, "pipeline=2"), "STOP", 1, "no sign of life for 5 s");
+}
+
 #[test]
 fn a_rank_that_is_told_to_end() {
     strike("TERM", 4, 2, "was told to end by a signal (SIGTERM)");

@@ -178,6 +178,50 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
     }
 }
 
+/// Layers spread over ranks: results are those of one rank with all of them, on one group and on two, logits included.
+#[test]
+fn ranks_with_layers_of_their_own_give_the_results_of_one() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
+    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", "pipeline=2"]);
+    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", "pipeline=4"]);
+    let line = |i: usize| {
+        let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
+        let new = [0, 1, 3, 12, 25][i % 5];
+        format!(r#"{{"tokens": {prompt:?}, "max_new_tokens": {new}, "ignore_eos": true}}"#) + "\n"
+    };
+    fs::write(at.join("in.jsonl"), (0..40).map(line).collect::<String>()).expect("it is written");
+    fn run<'a>(plan: &'a str, name: &'a str) -> [&'a str; 8] {
+        ["run", plan, "--chunk", "23", "--input", "in.jsonl", "--output", name]
+    }
+    succeeded(&lfm2c(at, &run("one.plan", "1.jsonl")));
+    // A request's name is a hash of the plan too.
+    let results = |name: &str| -> Vec<String> {
+        let text = fs::read_to_string(at.join(name)).expect("it was written");
+        text.lines().map(|line| line.split(r#""prompt_tokens""#).nth(1).expect("a result").to_owned()).collect()
+    };
+    let expected = results("1.jsonl");
+    assert_eq!(expected.len(), 40);
+    for (plan, ranks) in [("two.plan", "2"), ("two.plan", "4"), ("four.plan", "4")] {
+        let name = format!("{plan}-{ranks}.jsonl");
+        let output = on_ranks(at, ranks, &run(plan, &name));
+        succeeded(&output);
+        assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
+        assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
+    }
+    let tokens = ["--tokens", "5,17,3", "--tokens", "9", "--tokens", "8,8", "--max-new-tokens", "9", "--logits"];
+    let logits = |plan, ranks, name| {
+        let words = [&["run", plan], &tokens[..], &[name]].concat();
+        let output = if ranks == "1" { lfm2c(at, &words) } else { on_ranks(at, ranks, &words) };
+        (succeeded(&output).to_vec(), fs::read(at.join(name)).expect("it was written"))
+    };
+    let alone = logits("one.plan", "1", "1.npy");
+    for (plan, ranks) in [("two.plan", "1"), ("two.plan", "2"), ("four.plan", "4")] {
+        assert!(logits(plan, ranks, "other.npy") == alone, "{plan} on {ranks} ranks: other logits");
+    }
+}
+
 /// Texts in, texts out: those of one process, be they printed as they are made or at the end.
 #[test]
 fn texts_are_those_of_one_rank() {
@@ -272,6 +316,8 @@ fn requests_are_timed_by_ranks() {
     assert_eq!(bench("1", "one.plan"), [1]);
     assert_eq!(bench("3", "one.plan"), [1, 2, 3]);
     assert_eq!(bench("4", "two.plan"), [2, 4]);
+    compile(at, "plans/synthetic.ron", "staged.plan", &["--max-sequences", "4", "--ranks", "pipeline=2"]);
+    assert_eq!(bench("4", "staged.plan"), [2, 4]);
 }
 
 #[test]

@@ -39,6 +39,7 @@ pub fn manifest(tensors: Vec<Tensor>, weights: Vec<Weight>) -> Manifest {
         kernels: vec![],
         services: vec![],
         experts: vec![],
+        stages: vec![],
         ranks: vec![program],
     }
 }

@@ -62,7 +62,9 @@ impl Family {
             | OpKind::GatherRows
             | OpKind::GatherColumns
             | OpKind::AllGather { .. }
-            | OpKind::AllToAll { .. } => Family::Movement,
+            | OpKind::AllToAll { .. }
+            | OpKind::Send { .. }
+            | OpKind::Receive { .. } => Family::Movement,
             OpKind::Embed | OpKind::Sample => Family::Ends,
         }
     }
@@ -101,7 +103,9 @@ impl Family {
             | plan::Op::GatherRows
             | plan::Op::GatherColumns
             | plan::Op::AllGather { .. }
-            | plan::Op::AllToAll { .. } => Family::Movement,
+            | plan::Op::AllToAll { .. }
+            | plan::Op::Send { .. }
+            | plan::Op::Receive { .. } => Family::Movement,
             plan::Op::Embed | plan::Op::Sample => Family::Ends,
         }
     }

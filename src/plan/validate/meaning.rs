@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use crate::plan::{DType, Op, TensorType};
+use super::payload::{pages, rows};
+use crate::plan::{DType, Limits, Op, TensorType};
 
 /// What the elements of an integer tensor are. All may also be negative, which means none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -23,11 +24,23 @@ pub(super) enum Kind {
     Pair,
     Place,
     Offset,
+    Page,
 }
 
 impl Meaning {
     pub(super) fn new(kind: Kind, below: u64) -> Self {
         Meaning { kind, below }
+    }
+
+    /// The same of integers that another rank has sent: what its plan's limits bound, which are this rank's too.
+    pub(super) fn within(self, limits: &Limits) -> Self {
+        let below = match self.kind {
+            Kind::Position => limits.max_context,
+            Kind::Slot => limits.max_sequences,
+            Kind::Page => limits.pages(),
+            _ => self.below,
+        };
+        Meaning { below: self.below.min(below), ..self }
     }
 
     /// True if these can stand where `required` is expected.
@@ -79,6 +92,11 @@ pub(super) fn required(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, Meanin
             let integers = arguments.iter().enumerate().filter(|(_, ty)| ty.0 == DType::I32);
             integers.map(|(i, _)| (i, new(Kind::Expert, ANY))).collect()
         }
+        // Where two ranks exchange, integers say which of the sender's rows, slots and pages there are, and are used as that alone.
+        Op::Send { .. } => rows(arguments, 1)
+            .map(|(pos, slot)| vec![(pos, new(Kind::Position, ANY)), (slot, new(Kind::Slot, ANY))])
+            .unwrap_or_default(),
+        Op::Receive { .. } => vec![],
         Op::AllToAll { .. } | Op::BlockSum { .. } => vec![],
         Op::GroupRows | Op::RmsNorm { .. } | Op::Matmul | Op::Split { .. } | Op::Pointwise(_) | Op::RowSum => vec![],
     }
@@ -94,9 +112,15 @@ pub(super) fn required_by_results(op: &Op, results: &[&TensorType]) -> Vec<(usiz
     }
 }
 
-/// What an operator's integer results are, by position; its shapes hold.
-pub(super) fn given(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, Meaning)> {
+/// What an operator's integer results are, by position; its shapes hold. Positions, slots and pages of another rank have no bound but the
+/// plan's limits, which are all ranks'.
+pub(super) fn given(op: &Op, arguments: &[&TensorType], results: &[&TensorType]) -> Vec<(usize, Meaning)> {
     let new = Meaning::new;
+    if let Op::Receive { .. } = op {
+        let rows = rows(results, 0).map(|(pos, slot)| [(pos, Kind::Position), (slot, Kind::Slot)]);
+        let pages = pages(results).map(|at| (at, Kind::Page));
+        return rows.into_iter().flatten().chain(pages).map(|(at, kind)| (at, new(kind, ANY))).collect();
+    }
     let Some(first) = arguments.first() else { return vec![] };
     match op {
         Op::TopK => vec![(0, new(Kind::Expert, first.1.last().copied().unwrap_or(0)))],

@@ -15,7 +15,8 @@
 //!   parameters' types and of the step's operands; a plan for the CPU has neither. A service's kernel takes what the runtime
 //!   passes for its role.
 //! - Programs of several ranks have the same buckets and io, each expert is on a rank, and in each bucket all ranks have the same
-//!   collectives in the same order, which their dependencies impose; none of them in the head.
+//!   collectives in the same order, which their dependencies impose; none of them in the head. Where layers are spread instead, what a
+//!   rank sends another receives, and no rank waits for one that waits for it (`transfers`).
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
 
 mod bucket;
@@ -24,10 +25,12 @@ mod meaning;
 mod model;
 mod ops;
 mod order;
+mod payload;
 mod pool;
 mod ranks;
 mod semantic;
 mod steps;
+mod transfers;
 
 use std::collections::HashSet;
 use std::fmt::{self, Display};

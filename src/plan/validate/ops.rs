@@ -1,25 +1,34 @@
 //! The shape and type rules of a plan's operators. Shapes are constant here, because a bucket fixes them.
 
 use super::Show;
+use super::payload::{self, pages};
 use crate::plan::{DType, Expr, Op, SAMPLING_COLUMNS, StateRole, TURNS, TensorType};
 
 /// Registers of one pointwise expression.
 const MAX_REGISTERS: usize = 1 << 12;
 
 /// The arguments that are persistent state, and what they are for.
-pub(super) fn state_arguments(op: &Op) -> &'static [(usize, StateRole)] {
+pub(super) fn state_arguments(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, StateRole)> {
     match op {
-        Op::Conv1dCausal => &[(2, StateRole::ConvRing)],
-        Op::KvWrite => &[(2, StateRole::KvPages), (3, StateRole::BlockTable)],
-        Op::Attention { .. } => &[(1, StateRole::KvPages), (2, StateRole::BlockTable)],
-        Op::Sample => &[(4, StateRole::Sampling)],
-        _ => &[],
+        Op::Conv1dCausal => vec![(2, StateRole::ConvRing)],
+        Op::KvWrite => vec![(2, StateRole::KvPages), (3, StateRole::BlockTable)],
+        Op::Attention { .. } => vec![(1, StateRole::KvPages), (2, StateRole::BlockTable)],
+        Op::Sample => vec![(4, StateRole::Sampling)],
+        Op::Send { .. } | Op::Receive { .. } => {
+            let pages = pages(arguments).map(|at| (at, StateRole::BlockTable));
+            std::iter::once((0, StateRole::Link)).chain(pages).collect()
+        }
+        _ => vec![],
     }
 }
 
 /// The state argument that is written in place.
 pub(super) fn updated_argument(op: &Op) -> Option<usize> {
-    matches!(op, Op::Conv1dCausal | Op::KvWrite).then_some(2)
+    match op {
+        Op::Conv1dCausal | Op::KvWrite => Some(2),
+        Op::Send { .. } | Op::Receive { .. } => Some(0),
+        _ => None,
+    }
 }
 
 /// Checks count, types and shapes of an operator's arguments and results.
@@ -173,6 +182,18 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
             let [rows, _] = float(x)?;
             whole_blocks(rows, *ranks)?;
             rule.result(Some(x.0), &x.1)
+        }
+        Op::Send { to, ranks } => {
+            payload::other("to", *to, *ranks)?;
+            rule.no_result()?;
+            payload::check(payload::behind_link(arguments)?)
+        }
+        Op::Receive { from, ranks } => {
+            payload::other("from", *from, *ranks)?;
+            match payload::behind_link(arguments)? {
+                [] => payload::check(results),
+                more => Err(format!("expected a link alone, found {} arguments", more.len() + 1)),
+            }
         }
         Op::LocalExperts { of, experts, parts } => {
             let chosen = if parts.is_empty() {

@@ -52,6 +52,7 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         StateRole::LastToken,
         StateRole::Stops,
         StateRole::StepCounter,
+        StateRole::Link,
         StateRole::Claims,
     ];
     for role in single {
@@ -225,6 +226,7 @@ fn check_state(state: &State, limits: Option<&Limits>) -> Result<(), String> {
         StateRole::LastToken => (vec![limits.map(|limits| limits.max_sequences)], true),
         StateRole::Stops => (vec![limits.map(|limits| limits.max_sequences), Some(STOP_COLUMNS)], true),
         StateRole::StepCounter => (vec![Some(2)], true),
+        StateRole::Link => (vec![Some(1)], true),
         StateRole::Claims => (vec![None], true),
     };
     let fits = shape.len() == expected.len()

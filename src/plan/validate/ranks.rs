@@ -3,12 +3,16 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
-use super::{Faults, order};
-use crate::plan::{Bucket, Collective, Manifest, Op, Program, Ref, Step, TURNS};
+use super::{Faults, order, transfers};
+use crate::plan::{Bucket, Collective, CollectiveKind, Manifest, Op, Phase, Program, Ref, StateRole, Step, TURNS};
 
 /// Checks programs that are valid by themselves against each other.
 pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
-    faults.note("experts", spread(manifest));
+    if manifest.stages.is_empty() {
+        faults.note("experts", spread(manifest));
+    } else {
+        faults.note("stages", staged(manifest));
+    }
     let first = &manifest.ranks[0];
     for (rank, program) in manifest.ranks.iter().enumerate() {
         let at = format!("rank {rank}");
@@ -27,12 +31,41 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
             if faults.count() > 0 {
                 return;
             }
-            faults.note(&at, same_collectives(expected, bucket));
+            if manifest.stages.is_empty() {
+                faults.note(&at, same_collectives(expected, bucket));
+            }
             in_order(bucket, &at, faults);
         }
     }
     for (at, bucket) in first.buckets.iter().enumerate() {
         faults.note(format_args!("bucket {}", bucket.name), turns(manifest, at));
+    }
+    if !manifest.stages.is_empty() && faults.count() == 0 {
+        for bucket in 0..first.buckets.len() {
+            faults.note(format_args!("bucket {}", first.buckets[bucket].name), transfers::check(manifest, bucket));
+        }
+    }
+}
+
+/// Checks that the stages of ranks are all layers in order, of a language model whose experts are not spread as well.
+fn staged(manifest: &Manifest) -> Result<(), String> {
+    let (stages, ranks) = (&manifest.stages, manifest.ranks.len());
+    if stages.len() != ranks || ranks < 2 {
+        return Err(format!("expected one of each of {ranks} ranks, none for one rank, found {}", stages.len()));
+    }
+    let ends = stages.iter().map(|stage| stage.1);
+    let follow = stages.iter().map(|stage| stage.0).eq(std::iter::once(0).chain(ends).take(ranks));
+    if !follow || stages.iter().any(|(first, end)| first >= end) {
+        return Err(format!(
+            "expected layers from 0 on, each on one rank, in order, some on every rank, found {stages:?}"
+        ));
+    }
+    if !manifest.experts.is_empty() {
+        return Err("expected either layers or experts spread over ranks, found both".into());
+    }
+    match manifest.ranks.iter().flat_map(|rank| &rank.buckets).find(|bucket| bucket.phase == Phase::Fixed) {
+        Some(bucket) => Err(format!("expected a language model, found bucket {} of fixed size", bucket.name)),
+        None => Ok(()),
     }
 }
 
@@ -167,7 +200,17 @@ fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Resul
             found.size
         ));
     }
-    if let Some(place) = step.reads.iter().find(|place| !matches!(place, Ref::Arena(_) | Ref::Io(_))) {
+    // A link is never read; of states, a rank sends its pages alone.
+    let sent = step.reads.iter().skip(found.kind.first_read());
+    let may_be = |place: &Ref| match place {
+        Ref::Arena(_) | Ref::Io(_) => true,
+        Ref::State(id) => {
+            let role = program.states.get(*id as usize).map(|state| state.role);
+            matches!(found.kind, CollectiveKind::Send(_)) && role == Some(StateRole::BlockTable)
+        }
+        Ref::Weight(_) => false,
+    };
+    if let Some(place) = sent.clone().find(|place| !may_be(place)) {
         return Err(format!("a collective: expected reads of the arena or io, found {place:?}"));
     }
     match step.writes.iter().find(|place| !matches!(place, Ref::Arena(_))) {

@@ -90,7 +90,7 @@ impl<'a> Body<'a> {
         let result_types = results.iter().map(|&slot| self.result(slot)).collect::<Result<Vec<_>, _>>()?;
         let named = |fault: String| format!("{}: {fault}", op_name(op));
         ops::check(op, &argument_types, &result_types).map_err(named)?;
-        let states = ops::state_arguments(op);
+        let states = ops::state_arguments(op, &argument_types);
         for (i, &slot) in arguments.iter().enumerate() {
             let role = states.iter().find(|(at, _)| *at == i).map(|(_, role)| *role);
             self.state_use(slot, role, ops::updated_argument(op) == Some(i)).map_err(named)?;
@@ -103,13 +103,20 @@ impl<'a> Body<'a> {
             if self.semantic.body.len() > 1 {
                 return Err(named("expected it to be alone in its step".into()));
             }
+            let in_order = arguments.iter().zip(0..).all(|(slot, i)| *slot == Slot::In(i))
+                && results.iter().zip(0..).all(|(slot, i)| *slot == Slot::Out(i));
+            if !in_order {
+                return Err(named(format!(
+                    "expected the step's inputs and outputs in order, found {arguments:?} and {results:?}"
+                )));
+            }
             for (argument, result) in arguments.iter().zip(results) {
                 if let (Slot::In(from), Slot::Out(to)) = (argument, result) {
                     self.signature.keeps[*to as usize] = Some(*from);
                 }
             }
         }
-        for (at, meaning) in meaning::given(op, &argument_types) {
+        for (at, meaning) in meaning::given(op, &argument_types, &result_types) {
             match results[at] {
                 Slot::Out(i) => self.signature.gives[i as usize] = Some(meaning),
                 Slot::Temp(i) => self.temp_meanings[i as usize] = Some(meaning),

@@ -7,7 +7,7 @@ use super::bucket::Context;
 use super::meaning::{Kind, Meaning};
 use super::pool::LANGUAGE_RESULT;
 use super::semantic::Signature;
-use crate::plan::{Bucket, Cost, DType, ForcedRouting, Ref, Semantic, Step, TensorType};
+use crate::plan::{Bucket, Cost, DType, ForcedRouting, Ref, Semantic, StateRole, Step, TensorType};
 
 /// Each of a step's costs: sums over a bucket stay inside 64 bits.
 const MAX_COST: u64 = 1 << 51;
@@ -72,7 +72,8 @@ impl<'a> Walk<'a> {
         self.updates(at, step, signature)?;
         for (i, (&place, ty)) in step.writes.iter().zip(&semantic.outputs).enumerate() {
             let kept = signature.keeps[i].and_then(|input| found[input as usize]);
-            let content = Content { step: at, ty, meaning: signature.gives[i].or(kept) };
+            let given = signature.gives[i].map(|meaning| meaning.within(&self.context.manifest.limits));
+            let content = Content { step: at, ty, meaning: given.or(kept) };
             self.write(place, content).map_err(|fault| format!("write {i}, {place:?}: {fault}"))?;
         }
         Ok(())
@@ -134,14 +135,17 @@ impl<'a> Walk<'a> {
                 }
             }
         };
-        // A graph in text form may read a cache that is its input.
+        // A graph in text form may read a cache that is its input, and any rank the pages of another's slots.
+        let pages = role == Some(StateRole::BlockTable) && found.is_some_and(|found| found.kind == Kind::Page);
         if let Some(role) = role
             && !matches!(place, Ref::State(_))
+            && !pages
             && (self.context.language || signature.updates[i])
         {
             return Err(format!("expected a state for {role:?}"));
         }
         match (need, found) {
+            _ if pages => Ok(found),
             (Some(need), Some(found)) if !found.serves(need) => Err(format!("expected {need}, found {found}")),
             (Some(need), None) => Err(format!("expected {need}, found integers of no meaning")),
             _ => Ok(found),

@@ -41,18 +41,32 @@ impl CpuExecutor {
             format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
         })?;
         let mut all = Vec::with_capacity(sent.len());
-        for sent in &sent {
-            let mut received = vec![0; sent.len() * collective.growth()];
-            match collective.kind {
-                CollectiveKind::AllGather => group.all_gather(sent, &mut received)?,
-                CollectiveKind::AllToAll => group.all_to_all(sent, &mut received)?,
+        match collective.kind {
+            CollectiveKind::Send(to) => group.send(usize::try_from(to)?, &sent.concat())?,
+            CollectiveKind::Receive(from) => {
+                let sizes = collective.parts.iter().map(|(dtype, count)| usize::try_from(count * dtype.bytes()));
+                let sizes: Vec<usize> = sizes.collect::<Result<_, _>>()?;
+                let mut received = vec![0; sizes.iter().sum()];
+                group.receive(usize::try_from(from)?, &mut received)?;
+                let mut rest = received.into_iter();
+                all.extend(sizes.into_iter().map(|size| rest.by_ref().take(size).collect::<Vec<u8>>()));
             }
-            all.push(received);
+            CollectiveKind::AllGather | CollectiveKind::AllToAll => {
+                for sent in &sent {
+                    let mut received = vec![0; sent.len() * collective.growth()];
+                    if collective.kind == CollectiveKind::AllGather {
+                        group.all_gather(sent, &mut received)?;
+                    } else {
+                        group.all_to_all(sent, &mut received)?;
+                    }
+                    all.push(received);
+                }
+            }
         }
         self.receive(bucket, step, &all)
     }
 
-    /// What the rank sends in a collective: the bytes of each of the step's reads.
+    /// What the rank sends in a collective: the bytes of each of the step's reads but for a link.
     pub(super) fn sent(&self, bucket: &Bucket, step: &Step) -> Result<Vec<Vec<u8>>> {
         let program = self.program();
         let semantic = program.semantics.get(step.op as usize).context("no such semantic")?;
@@ -60,11 +74,13 @@ impl CpuExecutor {
             let region = match place {
                 Ref::Arena(_) => self.pool.arena(),
                 Ref::Io(_) => self.pool.io(),
-                Ref::Weight(_) | Ref::State(_) => bail!("ranks may not send {place:?}"),
+                Ref::State(_) => self.pool.state(),
+                Ref::Weight(_) => bail!("ranks may not send {place:?}"),
             };
             Ok(part(region, place_of(program, bucket, place)?, byte_len(ty)?, place)?.to_vec())
         };
-        step.reads.iter().zip(&semantic.inputs).map(read).collect()
+        let link = step.collective.as_ref().map_or(0, |collective| collective.kind.first_read());
+        step.reads.iter().zip(&semantic.inputs).skip(link).map(read).collect()
     }
 
     /// Writes what the rank has received to each of the step's writes.

@@ -1,4 +1,5 @@
-//! All ranks of a plan in one process, which meet in collectives: rank 0 has the sequences, the others run padding and their experts.
+//! All ranks of a plan in one process, which meet in collectives: rank 0 has the sequences, the others run padding and their experts or
+//! layers.
 
 use std::sync::Arc;
 
@@ -34,24 +35,69 @@ impl CpuEnsemble {
     /// Runs a bucket's steps on all ranks, each its own from one collective to the next: between those, ranks need not have the same.
     ///
     /// # Errors
-    /// A step failed, or not all ranks have come to a collective.
+    /// A step failed, or ranks wait for each other's collectives for ever.
     pub fn run_steps(&mut self, bucket: usize) -> Result<()> {
-        let mut reached = vec![0; self.ranks.len()];
-        loop {
-            let mut at_collective = 0;
-            for (number, (rank, at)) in self.ranks.iter_mut().zip(&mut reached).enumerate() {
-                let found = rank.run_to_collective(bucket, *at).with_context(|| format!("rank {number}"))?;
-                at_collective += usize::from(found.is_some());
-                *at = found.unwrap_or(*at);
-            }
-            if at_collective == 0 {
-                return Ok(());
-            }
-            let count = self.ranks.len();
-            ensure!(at_collective == count, "expected a collective on {count} ranks, found it on {at_collective}");
-            self.exchange(bucket, &reached)?;
-            reached.iter_mut().for_each(|at| *at += 1);
+        let manifest = Arc::clone(&self.ranks[0].manifest);
+        // By rank: the collective that it has come to; none behind the last.
+        let mut reached = vec![];
+        for rank in 0..self.ranks.len() {
+            reached.push(self.run_from(rank, bucket, 0)?);
         }
+        loop {
+            let kind = |rank: usize| -> Option<CollectiveKind> {
+                let step = &manifest.ranks[rank].buckets[bucket].steps[reached[rank]?];
+                step.collective.as_ref().map(|collective| collective.kind)
+            };
+            let kinds: Vec<Option<CollectiveKind>> = (0..self.ranks.len()).map(kind).collect();
+            let sends = |(from, kind): (usize, &Option<CollectiveKind>)| match kind {
+                Some(CollectiveKind::Send(to)) => {
+                    let to = usize::try_from(*to).ok()?;
+                    (kinds.get(to) == Some(&Some(CollectiveKind::Receive(from as u64)))).then_some((from, to))
+                }
+                _ => None,
+            };
+            let of_all = |kind: &Option<CollectiveKind>| kind.is_some_and(|kind| kind.peer().is_none());
+            let went_on = if let Some((from, to)) = kinds.iter().enumerate().find_map(sends) {
+                self.transfer(bucket, (from, to), &reached)?;
+                vec![from, to]
+            } else if kinds.iter().all(of_all) {
+                let at: Vec<usize> = reached.iter().copied().flatten().collect();
+                self.exchange(bucket, &at)?;
+                (0..self.ranks.len()).collect()
+            } else {
+                ensure!(
+                    kinds.iter().all(Option::is_none),
+                    "expected collectives that ranks run together, found {kinds:?}"
+                );
+                return Ok(());
+            };
+            for rank in went_on {
+                reached[rank] = self.run_from(rank, bucket, reached[rank].map_or(0, |at| at + 1))?;
+            }
+        }
+    }
+
+    /// Runs a rank's steps from one on up to its next collective: its position, if there is one.
+    fn run_from(&mut self, rank: usize, bucket: usize, from: usize) -> Result<Option<usize>> {
+        self.ranks[rank].run_to_collective(bucket, from).with_context(|| format!("rank {rank}"))
+    }
+
+    /// Runs what one rank sends to another, both of which have reached it.
+    fn transfer(&mut self, bucket: usize, (from, to): (usize, usize), reached: &[Option<usize>]) -> Result<()> {
+        let manifest = Arc::clone(&self.ranks[0].manifest);
+        let mut sent = vec![];
+        for rank in [from, to] {
+            let at = reached[rank].context("a rank behind its last collective; this is a bug")?;
+            self.ranks[rank].poison_before(bucket, at);
+            let bucket = &manifest.ranks[rank].buckets[bucket];
+            let step = &bucket.steps[at];
+            if rank == from {
+                sent = self.ranks[rank].sent(bucket, step)?;
+            } else {
+                self.ranks[rank].receive(bucket, step, &sent)?;
+            }
+        }
+        Ok(())
     }
 
     /// Runs the collective that each rank has reached.
@@ -73,7 +119,7 @@ impl CpuEnsemble {
                 let of_rank = sent.iter().map(|parts| &parts[part][..]);
                 match collective.kind {
                     CollectiveKind::AllGather => of_rank.flatten().copied().collect(),
-                    CollectiveKind::AllToAll => of_rank.flat_map(|all| block(all, to, sent.len())).copied().collect(),
+                    _ => of_rank.flat_map(|all| block(all, to, sent.len())).copied().collect(),
                 }
             };
             let received: Vec<Vec<u8>> = (0..collective.parts.len()).map(from_all).collect();
@@ -93,9 +139,9 @@ impl Executor for CpuEnsemble {
         format!("the CPU, {} ranks in one process", self.ranks.len())
     }
 
-    fn expert_counts(&self) -> Option<&ExpertCounts> {
-        // Rows of padding, which are all that the others have, choose none.
-        self.ranks[0].expert_counts()
+    fn expert_counts(&self) -> Option<ExpertCounts> {
+        // Each rank counts the choices that it made.
+        self.ranks.iter().filter_map(CpuExecutor::expert_counts).reduce(ExpertCounts::and)
     }
 
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {

@@ -295,8 +295,8 @@ impl Executor for CpuExecutor {
         "the CPU".into()
     }
 
-    fn expert_counts(&self) -> Option<&ExpertCounts> {
-        Some(&self.counts)
+    fn expert_counts(&self) -> Option<ExpertCounts> {
+        Some(self.counts.clone())
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {

@@ -70,6 +70,11 @@ impl HostPool {
         }
     }
 
+    /// The state region.
+    pub fn state(&self) -> &[u8] {
+        &self.bytes[self.regions[1].0..self.regions[1].1]
+    }
+
     /// The arena.
     pub fn arena(&self) -> &[u8] {
         &self.bytes[self.regions[2].0..self.regions[2].1]

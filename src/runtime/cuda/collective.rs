@@ -36,6 +36,8 @@ pub(super) fn exchange(program: &Program, bucket: usize, step: &Step, collective
     let kind = match collective.kind {
         CollectiveKind::AllGather => Exchange::AllGather,
         CollectiveKind::AllToAll => Exchange::AllToAll,
+        CollectiveKind::Send(to) => Exchange::Send(usize::try_from(to)?),
+        CollectiveKind::Receive(from) => Exchange::Receive(usize::try_from(from)?),
     };
     let at = |list: &[Ref], i: usize| -> Result<usize> {
         let place = list.get(i).with_context(|| format!("step {} has no part {i}", step.name))?;
@@ -43,7 +45,20 @@ pub(super) fn exchange(program: &Program, bucket: usize, step: &Step, collective
     };
     let part = |(i, (dtype, count)): (usize, &(DType, u64))| {
         let bytes = count.checked_mul(dtype.bytes()).context("a part that overflows")?;
-        Ok(Part { from: at(&step.reads, i)?, to: at(&step.writes, i)?, bytes: usize::try_from(bytes)? })
+        let bytes = usize::try_from(bytes)?;
+        Ok(match collective.kind {
+            CollectiveKind::AllGather | CollectiveKind::AllToAll => {
+                Part { from: at(&step.reads, i)?, to: at(&step.writes, i)?, bytes }
+            }
+            CollectiveKind::Send(_) => {
+                let from = at(&step.reads, i + collective.kind.first_read())?;
+                Part { from, to: from, bytes }
+            }
+            CollectiveKind::Receive(_) => {
+                let to = at(&step.writes, i)?;
+                Part { from: to, to, bytes }
+            }
+        })
     };
     Ok(Task::Exchange(kind, collective.parts.iter().enumerate().map(part).collect::<Result<_>>()?))
 }
@@ -98,7 +113,8 @@ impl CudaExecutor {
         Ok(self)
     }
 
-    /// Runs each exchange of the program's buckets once, those of the same sizes together.
+    /// Runs each exchange of the program's buckets once, those of the same ranks and sizes together. Both ends of one leave out the same ones, so
+    /// there is still an order of all of them with which that of every rank agrees.
     fn connect(&self) -> Result<()> {
         let mut known: Vec<(Exchange, Vec<usize>)> = vec![];
         for task in self.tasks.iter().flatten() {

@@ -1,5 +1,6 @@
 //! A group whose ranks are threads of one process.
 
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, bail, ensure};
@@ -28,8 +29,14 @@ struct State {
     complete: Arc<Vec<Vec<u8>>>,
     /// Calls that are complete.
     calls: u64,
-    /// The rank that is no more.
-    gone: Option<usize>,
+    /// What is on its way, by (from, to), in the order in which it was sent.
+    mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
+    /// The ranks that are no more, in the order in which they went.
+    gone: Vec<usize>,
+}
+
+fn has_ended<V>(rank: usize) -> Result<V> {
+    bail!("rank {rank} of the group has ended before the work was done")
 }
 
 impl LocalGroup {
@@ -55,8 +62,8 @@ impl LocalGroup {
             self.meeting.changed.notify_all();
         }
         while state.calls == before {
-            if let Some(gone) = state.gone {
-                bail!("rank {gone} of the group has ended before the work was done");
+            if let Some(&gone) = state.gone.first() {
+                return has_ended(gone);
             }
             state = self.meeting.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -64,7 +71,7 @@ impl LocalGroup {
     }
 
     /// Receives from each rank the part of what it sent that `part` gives of so many bytes.
-    fn receive<'a>(
+    fn take<'a>(
         all: &'a [Vec<u8>],
         expected: usize,
         received: &mut [u8],
@@ -102,20 +109,48 @@ impl Group for LocalGroup {
             received.len()
         );
         let all = self.meet(sent)?;
-        LocalGroup::receive(&all, sent.len(), received, |sent| sent)
+        LocalGroup::take(&all, sent.len(), received, |sent| sent)
     }
 
     fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()> {
         ensure!(received.len() == sent.len(), "expected room for {} bytes, found {}", sent.len(), received.len());
         let all = self.meet(sent)?;
-        LocalGroup::receive(&all, sent.len(), received, |sent| block(sent, self.rank, self.size))
+        LocalGroup::take(&all, sent.len(), received, |sent| block(sent, self.rank, self.size))
+    }
+
+    fn send(&mut self, to: usize, sent: &[u8]) -> Result<()> {
+        ensure!(to < self.size, "expected one of {} ranks, found {to}", self.size);
+        let mut state = self.state();
+        if state.gone.contains(&to) {
+            return has_ended(to);
+        }
+        state.mail.entry((self.rank, to)).or_default().push_back(sent.to_vec());
+        self.meeting.changed.notify_all();
+        Ok(())
+    }
+
+    fn receive(&mut self, from: usize, received: &mut [u8]) -> Result<()> {
+        let mut state = self.state();
+        loop {
+            // What it sent last may still be there when it has ended.
+            if let Some(sent) = state.mail.get_mut(&(from, self.rank)).and_then(VecDeque::pop_front) {
+                let (expected, found) = (received.len(), sent.len());
+                ensure!(found == expected, "rank {from}: expected {expected} bytes, found {found}");
+                received.copy_from_slice(&sent);
+                return Ok(());
+            }
+            if state.gone.contains(&from) {
+                return has_ended(from);
+            }
+            state = self.meeting.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 }
 
 impl Drop for LocalGroup {
     fn drop(&mut self) {
         let rank = self.rank;
-        self.state().gone.get_or_insert(rank);
+        self.state().gone.push(rank);
         self.meeting.changed.notify_all();
     }
 }
@@ -152,6 +187,29 @@ mod tests {
             });
             assert_eq!(found, (0..size).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn what_one_sends_another_receives_in_order() {
+        let found = on_ranks(3, |mut group| {
+            let (me, mut last) = (group.rank(), [0; 2]);
+            for round in 0..100u8 {
+                // Around in a circle, twice.
+                group.send((me + 1) % 3, &[me as u8, round]).expect("it is there");
+                group.send((me + 1) % 3, &[me as u8 + 10, round]).expect("it is there");
+                let from = (me + 2) % 3;
+                for number in [from, from + 10] {
+                    group.receive(from, &mut last).expect("it is sent");
+                    assert_eq!(last, [number as u8, round]);
+                }
+            }
+            if me == 0 {
+                return String::new();
+            }
+            group.receive(me - 1, &mut last).expect_err("nothing is left").to_string()
+        });
+        let ended = |rank: usize| format!("rank {rank} of the group has ended before the work was done");
+        assert_eq!(found, [String::new(), ended(0), ended(1)]);
     }
 
     #[test]

@@ -7,8 +7,8 @@ use anyhow::{Result, ensure};
 
 pub use self::local::LocalGroup;
 
-/// The ranks of a group, seen from one of them. All of them call the same functions in the same order, with the same sizes; a call
-/// returns when all have.
+/// The ranks of a group, seen from one of them. What is for all, all of them call in the same order, with the same sizes; such a call
+/// returns when all have. What one sends to another, that one receives.
 pub trait Group {
     /// This rank in the group.
     fn rank(&self) -> usize;
@@ -27,6 +27,18 @@ pub trait Group {
     /// # Errors
     /// A rank is no more, or sends another size.
     fn all_to_all(&mut self, sent: &[u8], received: &mut [u8]) -> Result<()>;
+
+    /// Sends to one rank alone, which receives as much. Returns when it may be sent something else, which may be before it is received.
+    ///
+    /// # Errors
+    /// That rank is no more.
+    fn send(&mut self, to: usize, sent: &[u8]) -> Result<()>;
+
+    /// Receives what one rank sends, in the order in which it does.
+    ///
+    /// # Errors
+    /// That rank is no more, or sends another size.
+    fn receive(&mut self, from: usize, received: &mut [u8]) -> Result<()>;
 }
 
 /// Holds a group against what a plan's rank expects: its number, and how many ranks there are.

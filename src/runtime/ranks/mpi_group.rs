@@ -15,6 +15,9 @@ use crate::runtime::group::Group;
 /// How soon the watch has found that a rank has ended, many times over.
 const FOUND: Duration = Duration::from_secs(1);
 
+/// What one rank sends to another comes in its order, so there is nothing to tell messages apart by.
+const TAG: c_int = 0;
+
 /// Ranks with a communicator of their own, which lives until the process ends.
 pub(super) struct MpiGroup {
     communicator: ffi::MPI_Comm,
@@ -97,6 +100,39 @@ impl Group for MpiGroup {
         };
         exchanged("MPI_Alltoall", code)
     }
+
+    fn send(&mut self, to: usize, sent: &[u8]) -> Result<()> {
+        let (to, count) = (self.peer(to)?, count(sent.len())?);
+        // SAFETY: MPI reads `count` bytes before it returns; the place has them.
+        let code =
+            unsafe { ffi::MPI_Send(sent.as_ptr().cast(), count, ffi::RSMPI_UINT8_T, to, TAG, self.communicator) };
+        exchanged("MPI_Send", code)
+    }
+
+    fn receive(&mut self, from: usize, received: &mut [u8]) -> Result<()> {
+        let (from, room) = (self.peer(from)?, count(received.len())?);
+        // SAFETY: plain numbers, of which zeros are some; MPI writes it.
+        let mut status: ffi::MPI_Status = unsafe { std::mem::zeroed() };
+        // SAFETY: MPI writes at most `room` bytes, and the status, before it returns; the places have them.
+        let code = unsafe {
+            let place = received.as_mut_ptr().cast();
+            ffi::MPI_Recv(place, room, ffi::RSMPI_UINT8_T, from, TAG, self.communicator, &raw mut status)
+        };
+        exchanged("MPI_Recv", code)?;
+        let mut found = 0;
+        // SAFETY: the status is that of a message that was received; MPI writes one number.
+        check("MPI_Get_count", unsafe { ffi::MPI_Get_count(&raw const status, ffi::RSMPI_UINT8_T, &raw mut found) })?;
+        ensure!(found == room, "rank {from}: expected {room} bytes, found {found}");
+        Ok(())
+    }
+}
+
+impl MpiGroup {
+    /// A rank's number, as MPI counts them.
+    fn peer(&self, rank: usize) -> Result<c_int> {
+        ensure!(rank < self.size, "expected one of {} ranks, found {rank}", self.size);
+        Ok(c_int::try_from(rank)?)
+    }
 }
 
 /// What MPI answered to a collective. Where it failed because a rank is no more, the watch knows which, and ends this process first.
@@ -110,6 +146,6 @@ fn exchanged(call: &'static str, code: c_int) -> Result<()> {
 /// Bytes for each rank, as MPI counts them.
 fn count(bytes: usize) -> Result<c_int> {
     c_int::try_from(bytes).ok().with_context(|| {
-        format!("a collective: expected at most {} bytes for a rank, found {bytes}; use smaller buckets", c_int::MAX)
+        format!("an exchange: expected at most {} bytes for a rank, found {bytes}; use smaller buckets", c_int::MAX)
     })
 }

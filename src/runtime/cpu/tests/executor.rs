@@ -162,6 +162,7 @@ fn manifest() -> Manifest {
         kernels: vec![],
         services: vec![],
         experts: vec![],
+        stages: vec![],
         ranks: vec![program],
     }
 }
