@@ -60,6 +60,11 @@ if wants results; then
         quietly "$LFM2C" run two.plan --device cpu --input in.jsonl --output cpu.jsonl
         TOLD="two ranks, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
         quietly "${RUN[@]}" "$LFM2C" run two.plan --chunk 23 --input in.jsonl --output again.jsonl
+        for exchange in peer nccl; do
+            rm -f $exchange.jsonl
+            TOLD="by $exchange, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --exchange $exchange --input in.jsonl --output $exchange.jsonl
+        done
+        echo "  $dtype, by peer beside by NCCL:         $(same peer.jsonl nccl.jsonl)"
         echo "  $dtype, two GPUs beside one:           $(same two.jsonl one.jsonl)"
         echo "  $dtype, two GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
         echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
@@ -67,7 +72,7 @@ if wants results; then
     for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
         rm -f other.jsonl
         # shellcheck disable=SC2086
-        quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --input in.jsonl --output other.jsonl
+        quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --exchange nccl --input in.jsonl --output other.jsonl
         echo "  bf16, $off: $(same two.jsonl other.jsonl)"
     done
     quietly "${RUN[@]}" "$LFM2C" bench two.plan --requests 200 && cat out.txt
@@ -80,24 +85,32 @@ if wants times; then
         TOLD="compiling for $ranks" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks expert=$ranks -o $ranks.plan
     done
     quietly "$LFM2C" bench 1.plan --decode 64 && cat out.txt
-    for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
-        echo "  with $set"
-        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench 2.plan --decode 64 && grep -E '^(bucket|decode| )' out.txt
+    echo "  through each other's memory"
+    for sizes in "--decode 64" "--prefill 512"; do
+        # shellcheck disable=SC2086
+        TOLD="all of it" quietly "${RUN[@]}" "$LFM2C" bench 2.plan --exchange peer $sizes && grep -E 'exchange|^(bucket|decode|prefill| )' out.txt
     done
+    for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
+        echo "  by NCCL with $set"
+        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench 2.plan --exchange nccl --decode 64 && grep -E '^(bucket|decode| )' out.txt
+    done
+    echo "  by NCCL, prefill"
+    quietly "${RUN[@]}" "$LFM2C" bench 2.plan --exchange nccl --prefill 512 && grep -E 'exchange|^(bucket|prefill| )' out.txt
 fi
 
 if wants failures; then
     echo "== failures: mpirun itself stopped, so that it ends nobody"
     [[ -f long.jsonl ]] || lines 60000 200 >long.jsonl
     synthetic --dtype f32 --ranks expert=2 -o two.plan
-    for signal in KILL STOP; do
+    for case in "KILL peer" "STOP peer" "KILL nccl" "STOP nccl"; do
+        read -r signal exchange <<<"$case"
         rm -f long.out
-        "${RUN[@]}" "$LFM2C" run two.plan --input long.jsonl --output long.out >out.txt 2>err.txt &
+        "${RUN[@]}" "$LFM2C" run two.plan --exchange "$exchange" --input long.jsonl --output long.out >out.txt 2>err.txt &
         launcher=$!
         # Until results come.
         for _ in $(seq 150); do [[ -s long.out ]] && break; sleep 0.2; done
         mapfile -t ranks < <(pgrep -P $launcher)
-        echo "  $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
+        echo "  $(wc -l <long.out) results, by $exchange, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
         kill -STOP $launcher
         begun=$(date +%s.%N)
         kill -$signal "${ranks[1]}"

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::plan::{Collective, Kernel, Launch, Packed, Semantic, Service, Weight};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 8;
+pub const FORMAT_VERSION: u32 = 9;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;

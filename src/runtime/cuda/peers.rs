@@ -1,0 +1,341 @@
+//! Exchanges between GPUs of one host through memory that each rank has mapped of the others: one launch of a kernel of the plan each.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::collective::Road;
+use super::program::service_of;
+use crate::cuda::{
+    Argument, Device, Exchange, Function, LaunchShape, MappedMemory, MemoryHandle, Part, SharedMemory, Stream,
+};
+use crate::plan::{
+    AREA_NAME, AREA_STOP, Collective, ExchangeArea, PlanFile, Program, SERVICE_THREADS, ServiceRole, collectives,
+    exchange_role, packets,
+};
+use crate::runtime::group::Group;
+
+/// Blocks of a launch on a multiprocessor, at the most: more threads wait no faster.
+const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
+
+/// The kernels by which a rank exchanges with others, and the areas that they do it through.
+pub struct Lines {
+    /// By parts of an exchange.
+    kernels: HashMap<usize, Function>,
+    rank: usize,
+    /// This rank's area, then those of the ranks after it, around.
+    areas: Vec<u64>,
+    slot_bytes: u64,
+    most_blocks: u32,
+}
+
+impl Lines {
+    /// Of a rank's program, over areas at these addresses, by rank. They are zeros but for their names; see [`ExchangeArea`].
+    ///
+    /// # Errors
+    /// The plan has no kernels for it, or the device cannot run them.
+    pub fn of_plan(file: &PlanFile, device: &Arc<Device>, rank: usize, areas: &[u64]) -> Result<Lines> {
+        let program = file.manifest.ranks.get(rank).with_context(|| format!("no rank {rank}"))?;
+        let kernels = kernels(program, |role| service_of(file, role, device))?;
+        Lines::new(kernels, device, (rank, areas), area_of(program)?)
+    }
+
+    fn new(
+        kernels: HashMap<usize, Function>,
+        device: &Device,
+        (rank, areas): (usize, &[u64]),
+        area: ExchangeArea,
+    ) -> Result<Lines> {
+        ensure!(
+            areas.len() as u64 == area.ranks && rank < areas.len(),
+            "areas: expected those of {} ranks, found {} for rank {rank}",
+            area.ranks,
+            areas.len()
+        );
+        // A thread waits for others that run at the same time: all blocks of a launch must.
+        let fitting = kernels.values().map(|kernel| kernel.blocks_per_multiprocessor(SERVICE_THREADS, 0)).min();
+        let fitting = fitting.unwrap_or(0).min(BLOCKS_PER_MULTIPROCESSOR) * device.multiprocessors;
+        ensure!(
+            fitting > 0,
+            "the kernel that exchanges: expected that a block of it fits a multiprocessor, found none"
+        );
+        let areas = (0..areas.len()).map(|i| areas[(rank + i) % areas.len()]).collect();
+        Ok(Lines { kernels, rank, areas, slot_bytes: area.slot_bytes, most_blocks: fitting })
+    }
+
+    /// Queues an exchange of parts of the memory at an address, or has it captured: as a dependent launch if told so. All ranks queue the
+    /// same ones in the same order.
+    ///
+    /// # Errors
+    /// No kernel for so many parts, an exchange that its area has no room for, or the driver refused.
+    pub fn exchange(
+        &self,
+        kind: Exchange,
+        parts: &[Part],
+        memory: u64,
+        stream: &Stream,
+        dependent: bool,
+    ) -> Result<()> {
+        let kernel = self.kernels.get(&parts.len());
+        let kernel =
+            kernel.with_context(|| format!("an exchange of {} parts: the plan has no kernel for it", parts.len()))?;
+        let sizes: Vec<u64> = parts.iter().map(|part| part.bytes as u64).collect();
+        let count = packets(&sizes);
+        let needed = ExchangeArea::new(self.areas.len() as u64, [&sizes[..]]).slot_bytes;
+        ensure!(
+            count > 0 && sizes.iter().all(|bytes| bytes % 2 == 0) && needed <= self.slot_bytes,
+            "an exchange of {sizes:?} bytes: expected even numbers, not all zero, that take at most {} bytes of an area, found {needed}",
+            self.slot_bytes
+        );
+        let listed = parts
+            .iter()
+            .zip(&sizes)
+            .flat_map(|(part, bytes)| [memory + part.from as u64, memory + part.to as u64, *bytes]);
+        let ends = [self.slot_bytes, self.rank as u64, u64::from(kind == Exchange::AllToAll)];
+        let args: Vec<Argument> = self.areas.iter().copied().chain(listed).chain(ends).map(Argument::Bits).collect();
+        let blocks = count.div_ceil(u64::from(SERVICE_THREADS)).min(u64::from(self.most_blocks));
+        let shape =
+            LaunchShape { grid: [blocks as u32, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent };
+        Ok(stream.launch(kernel, &shape, &args)?)
+    }
+}
+
+/// This rank's area and those of the others, mapped.
+pub(super) struct Peers {
+    // Fields are dropped in order: what is mapped of others before this rank's own.
+    lines: Lines,
+    _others: Vec<MappedMemory>,
+    own: SharedMemory,
+    /// Beside that of the steps, which may wait for ranks that are no more.
+    aside: Stream,
+}
+
+impl Peers {
+    /// Maps the areas of all ranks of a group, in each of them, or in none: then why not. All ranks call it at the same time.
+    ///
+    /// # Errors
+    /// Another rank is no more, or was told to exchange in another way.
+    pub(super) fn join<'k>(
+        (program, kernel): (&Program, impl Fn(ServiceRole) -> Result<&'k Function>),
+        device: &Arc<Device>,
+        group: &mut dyn Group,
+        road: Road,
+    ) -> Result<Result<Peers, String>> {
+        let made = match road {
+            Road::Nccl => Err(anyhow::anyhow!("--exchange nccl")),
+            Road::Auto | Road::Peer => Offer::make(program, device, &kernel),
+        };
+        let offer = match &made {
+            Ok((_, offer)) => offer.clone(),
+            Err(error) => Offer { fault: Some(short(error)), ..Offer::default() },
+        };
+        let offers = tell(group, &Told { road, offer })?;
+        if let Some(rank) = offers.iter().position(|told| told.road != offers[0].road) {
+            bail!(
+                "--exchange: expected {:?} on rank {rank} of the group, as on its first, found {:?}; give all ranks the same options",
+                offers[0].road,
+                offers[rank].road
+            );
+        }
+        let offers: Vec<Offer> = offers.into_iter().map(|told| told.offer).collect();
+        let refused = offers.iter().enumerate().find_map(|(rank, offer)| Some((rank, offer.refusal(&offers[0])?)));
+        let (own, sizes) = match (made, refused) {
+            (Ok((own, offer)), None) => (own, offer.area()),
+            (made, refused) => {
+                // Nobody maps what was offered.
+                if let Ok((own, _)) = made {
+                    own.free();
+                }
+                let (rank, why) = refused.context("an offer that was not made but told; this is a bug")?;
+                return Ok(Err(format!("rank {rank} of the group: {why}")));
+            }
+        };
+        let mapped = map(&offers, group.rank(), device, &own).and_then(|(others, areas)| {
+            let lines =
+                Lines::new(kernels(program, |role| kernel(role).cloned())?, device, (group.rank(), &areas), sizes)?;
+            Ok(Peers { lines, _others: others, own, aside: Stream::new(device)? })
+        });
+        let faults = tell(group, &mapped.as_ref().err().map(short))?;
+        let failed = faults.into_iter().enumerate().find_map(|(rank, fault)| Some((rank, fault?)));
+        Ok(match (mapped, failed) {
+            (Ok(peers), None) => Ok(peers),
+            (_, failed) => {
+                let (rank, why) = failed.context("a fault that was not told; this is a bug")?;
+                Err(format!("rank {rank} of the group: {why}"))
+            }
+        })
+    }
+
+    /// As [`Lines::exchange`].
+    pub(super) fn exchange(
+        &self,
+        kind: Exchange,
+        parts: &[Part],
+        memory: u64,
+        stream: &Stream,
+        dependent: bool,
+    ) -> Result<()> {
+        self.lines.exchange(kind, parts, memory, stream, dependent)
+    }
+
+    /// Has exchanges that are still on the device wait for nobody any more.
+    pub(super) fn give_up(&self) {
+        // Where the device has failed, there is nothing that waits.
+        let _ = self.own.memory().write(AREA_STOP as usize, &[1, 0, 0, 0], &self.aside);
+    }
+}
+
+/// The kernels for all exchanges of a program, by their parts.
+fn kernels(program: &Program, kernel: impl Fn(ServiceRole) -> Result<Function>) -> Result<HashMap<usize, Function>> {
+    let mut found = HashMap::new();
+    for collective in collectives(program) {
+        let parts = collective.parts.len();
+        if !found.contains_key(&parts) {
+            let role = exchange_role(collective).with_context(|| {
+                let Collective { size, parts, .. } = collective;
+                format!("no kernel exchanges {} parts between {size} ranks", parts.len())
+            })?;
+            found.insert(parts, kernel(role)?);
+        }
+    }
+    Ok(found)
+}
+
+/// What a program's exchanges need.
+fn area_of(program: &Program) -> Result<ExchangeArea> {
+    ExchangeArea::of(program).context("the plan has no exchanges")
+}
+
+/// What a rank tells the others before any of them maps anything.
+#[derive(Serialize, Deserialize)]
+struct Told {
+    road: Road,
+    offer: Offer,
+}
+
+/// The area that a rank gives, or why it gives none.
+#[derive(Clone, Default, Serialize, Deserialize)]
+struct Offer {
+    fault: Option<String>,
+    /// The host, as no other host is called.
+    host: String,
+    /// What the area's header has to say where it is mapped.
+    name: Vec<u8>,
+    handle: Vec<u8>,
+    ranks: u64,
+    slot_bytes: u64,
+}
+
+impl Offer {
+    /// Allocates this rank's area.
+    fn make<'k>(
+        program: &Program,
+        device: &Arc<Device>,
+        kernel: impl Fn(ServiceRole) -> Result<&'k Function>,
+    ) -> Result<(SharedMemory, Offer)> {
+        kernels(program, |role| kernel(role).cloned())?;
+        let host = host()?;
+        let area = area_of(program)?;
+        let own = SharedMemory::new(device, usize::try_from(area.bytes())?)?;
+        let prepared = || -> Result<Offer> {
+            let stream = Stream::new(device)?;
+            own.memory().fill(0..own.memory().bytes(), 0, &stream)?;
+            let unique =
+                format!("{host} {} {} {:?}", std::process::id(), own.memory().address(), std::time::SystemTime::now());
+            let name = blake3::hash(unique.as_bytes()).as_bytes()[..NAME_BYTES].to_vec();
+            own.memory().write(AREA_NAME as usize, &name, &stream)?;
+            let handle = own.handle()?.to_bytes().to_vec();
+            Ok(Offer { fault: None, host: host.clone(), name, handle, ranks: area.ranks, slot_bytes: area.slot_bytes })
+        };
+        match prepared() {
+            Ok(offer) => Ok((own, offer)),
+            Err(error) => {
+                own.free();
+                Err(error)
+            }
+        }
+    }
+
+    fn area(&self) -> ExchangeArea {
+        ExchangeArea { ranks: self.ranks, slot_bytes: self.slot_bytes }
+    }
+
+    /// Why nobody can take it, beside the first rank's.
+    fn refusal(&self, first: &Offer) -> Option<String> {
+        match &self.fault {
+            Some(fault) => Some(fault.clone()),
+            None if self.host != first.host => Some("it is on another host than the first".into()),
+            None if self.area() != first.area() => {
+                Some(format!("expected {:?}, as the first, found {:?}", first.area(), self.area()))
+            }
+            None => None,
+        }
+    }
+}
+
+/// Bytes by which an area is known.
+const NAME_BYTES: usize = 16;
+
+/// Maps the areas of the others: the mappings, and the addresses of all ranks' areas.
+fn map(
+    offers: &[Offer],
+    rank: usize,
+    device: &Arc<Device>,
+    own: &SharedMemory,
+) -> Result<(Vec<MappedMemory>, Vec<u64>)> {
+    let stream = Stream::new(device)?;
+    let (mut mapped, mut addresses) = (vec![], vec![]);
+    for (other, offer) in offers.iter().enumerate() {
+        if other == rank {
+            addresses.push(own.memory().address());
+            continue;
+        }
+        let what = || format!("the memory of rank {other} of the group");
+        let handle = offer.handle.as_slice().try_into().ok().map(MemoryHandle::from_bytes);
+        let bytes = usize::try_from(offer.area().bytes())?;
+        let memory = MappedMemory::open(device, handle.with_context(what)?, bytes).with_context(what)?;
+        let mut header = [0; AREA_NAME as usize + NAME_BYTES];
+        memory.read(&mut header, &stream).with_context(what)?;
+        ensure!(
+            header[AREA_NAME as usize..] == offer.name[..],
+            "{}: expected its name at the beginning of what was mapped, found other bytes",
+            what()
+        );
+        addresses.push(memory.address());
+        mapped.push(memory);
+    }
+    Ok((mapped, addresses))
+}
+
+/// A name of this host that no other has.
+fn host() -> Result<String> {
+    const FILE: &str = "/proc/sys/kernel/random/boot_id";
+    let id = std::fs::read_to_string(FILE).with_context(|| format!("{FILE}, by which a host is known"))?;
+    Ok(id.trim().to_owned())
+}
+
+/// Bytes of what a rank tells the others.
+const TOLD_BYTES: usize = 4096;
+/// Characters of a fault that a rank tells the others.
+const FAULT_CHARS: usize = 300;
+
+fn short(error: &anyhow::Error) -> String {
+    format!("{error:#}").chars().take(FAULT_CHARS).collect()
+}
+
+/// Tells all ranks of a group, and hears what each of them tells.
+fn tell<T: Serialize + DeserializeOwned>(group: &mut dyn Group, own: &T) -> Result<Vec<T>> {
+    let mut sent = serde_json::to_vec(own)?;
+    ensure!(
+        sent.len() <= TOLD_BYTES,
+        "what a rank tells the others: expected at most {TOLD_BYTES} bytes, found {}",
+        sent.len()
+    );
+    sent.resize(TOLD_BYTES, b' ');
+    let mut received = vec![0; group.size() * TOLD_BYTES];
+    group.all_gather(&sent, &mut received)?;
+    received.chunks(TOLD_BYTES).map(|told| serde_json::from_slice(told).context("what another rank tells")).collect()
+}
