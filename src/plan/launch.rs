@@ -89,8 +89,8 @@ pub enum ServiceRole {
     /// Exchanges parts with the other ranks of the host, so many ranks and parts, through [areas](super::exchange) that each has mapped
     /// of the others; all their blocks run at once. Addresses as `Long`: `own` (this rank's area), `peer0`, `peer1`, ... (those of the
     /// ranks after it, around); for each part `from0 Long`, `to0 Long` (addresses), `bytes0 Long` (even: to each rank, this one
-    /// included), ...; `slot Long` (bytes of a slot), `rank Int`, `blocks Int` (0: all ranks get the same; 1: rank i gets block i of
-    /// `from`). What rank i sends becomes block i of `to`.
+    /// included), ...; `slots Long` (where slots for it begin in an area), `slot Long` (bytes of one), `rank Int`, `blocks Int` (0: all
+    /// ranks get the same; 1: rank i gets block i of `from`), `wide Int` (0 or 1; with 1, all ranks launch as many blocks). What rank i sends becomes block i of `to`.
     Exchange(u64, u64),
 }
 
@@ -122,7 +122,7 @@ impl ServiceRole {
             ServiceRole::Feed => vec![Out(I32), Out(I32), Out(I32), In(I32), Int],
             ServiceRole::Exchange(ranks, parts) if self.is_possible() => {
                 let addresses = vec![Long; (ranks + 3 * parts) as usize];
-                [&addresses[..], &[Long, Int, Int]].concat()
+                [&addresses[..], &[Long, Long, Int, Int, Int]].concat()
             }
             ServiceRole::Exchange(..) => vec![],
         }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use lfm2c::codegen::CompileOptions;
 use lfm2c::cuda::{Device, DeviceMemory, Exchange, Graph, Part, Stream};
 use lfm2c::ir::DType;
-use lfm2c::plan::{AREA_STOP, ExchangeArea, PlanFile};
+use lfm2c::plan::{AREA_STOP, ExchangeArea, ExchangeWay, PlanFile};
 use lfm2c::runtime::cuda::Lines;
 use lfm2c::runtime::synthetic::{element, key};
 use libtest_mimic::Trial;
@@ -17,7 +17,9 @@ use libtest_mimic::Trial;
 use crate::models::{SHAPES, fail, plan, small};
 
 /// Bytes of a rank's memory.
-const MEMORY: usize = 1 << 20;
+const MEMORY: usize = 6 << 20;
+/// Bytes to each other rank up to which launches of all ranks, each with the one that waits behind it, surely fit the GPU together.
+const LITTLE: usize = 64 << 10;
 /// Exchanges queued at a time.
 const ROUND: usize = 48;
 /// A round that takes longer waits for something that does not come.
@@ -50,7 +52,14 @@ impl Numbers {
 }
 
 fn plan_of(ranks: u64) -> PlanFile {
-    let options = CompileOptions { expert_ranks: ranks, ..small(&[64], &[4], DType::BF16) };
+    // 2048 rows of 512 bytes are a wide exchange; as many blocks of three ranks as that takes would not fit the GPU together.
+    let rows: &[u64] = if ranks == 2 { &[1400, 2048] } else { &[256] };
+    let options = CompileOptions {
+        expert_ranks: ranks,
+        max_context: Some(2048),
+        kv_tokens: Some(4096),
+        ..small(rows, &[4], DType::BF16)
+    };
     plan(&SHAPES[0], &options)
 }
 
@@ -82,6 +91,7 @@ fn ranks(file: &PlanFile) -> Result<(Vec<Rank>, Vec<DeviceMemory>, ExchangeArea)
 fn check(count: u64) -> Result<()> {
     let file = plan_of(count);
     let (mut ranks, areas, area) = ranks(&file)?;
+    ensure!((area.slot_bytes[1] > 0) == (count == 2), "expected wide exchanges of two ranks alone, found {area:?}");
     let mut numbers = Numbers(key(1, 2), 0);
     for round in 0..24 {
         let exchanges: Vec<(Exchange, Vec<Part>)> = (0..ROUND).map(|_| random(&mut numbers, area)).collect();
@@ -93,7 +103,8 @@ fn check(count: u64) -> Result<()> {
         if times == 1 {
             for (i, (kind, parts)) in exchanges.iter().enumerate() {
                 for rank in &ranks {
-                    rank.lines.exchange(*kind, parts, rank.memory.address(), &rank.stream, i > 0 && round % 3 == 1)?;
+                    let dependent = round % 3 == 1 && is_little(&exchanges, i);
+                    rank.lines.exchange(*kind, parts, rank.memory.address(), &rank.stream, dependent)?;
                 }
             }
             wait(&ranks, &areas)?;
@@ -102,7 +113,8 @@ fn check(count: u64) -> Result<()> {
                 Graph::capture(&rank.stream, || {
                     let mut all = exchanges.iter().enumerate();
                     all.try_for_each(|(i, (kind, parts))| {
-                        rank.lines.exchange(*kind, parts, rank.memory.address(), &rank.stream, i > 0)
+                        let dependent = is_little(&exchanges, i);
+                        rank.lines.exchange(*kind, parts, rank.memory.address(), &rank.stream, dependent)
                     })
                 })
             };
@@ -131,21 +143,37 @@ fn check(count: u64) -> Result<()> {
     Ok(())
 }
 
+/// Whether an exchange and the one before it are so small that the second may begin before the first is done.
+fn is_little(exchanges: &[(Exchange, Vec<Part>)], at: usize) -> bool {
+    let bytes = |(_, parts): &(Exchange, Vec<Part>)| parts.iter().map(|part| part.bytes).sum::<usize>();
+    at > 0 && exchanges[at - 1..=at].iter().all(|exchange| bytes(exchange) <= LITTLE)
+}
+
 /// An exchange that an area has room for: sizes from a few bytes on, at any even offset, parts apart from each other.
 fn random(numbers: &mut Numbers, area: ExchangeArea) -> (Exchange, Vec<Part>) {
+    loop {
+        let exchange = any(numbers, area);
+        let way = ExchangeWay::of(&exchange.1.iter().map(|part| part.bytes as u64).collect::<Vec<_>>());
+        if way.slot_bytes() <= area.slot_bytes[usize::from(way.wide)] {
+            return exchange;
+        }
+    }
+}
+
+fn any(numbers: &mut Numbers, area: ExchangeArea) -> (Exchange, Vec<Part>) {
     let kind = if numbers.below(2) == 0 { Exchange::AllGather } else { Exchange::AllToAll };
     let parts = if kind == Exchange::AllGather { 3 } else { 1 };
-    // What is sent and what is received, of each part; and room for packets that are not full.
+    let ranks = area.ranks as usize;
+    // For each part what is sent and what is received.
     let room = MEMORY / (2 * parts) / 16 * 16;
-    let most = (area.slot_bytes / 2 / parts as u64 - 8).min((room / area.ranks as usize) as u64 - 16);
-    let aligned = numbers.below(2) == 0;
+    let largest = area.slot_bytes[0].max(area.slot_bytes[1]) / parts as u64;
+    let most = largest.min((room / ranks) as u64) / 16 * 16;
+    let limit = [most, most.min(20_000), most.min(100)][numbers.below(3) as usize];
+    let unit = [2, 16][numbers.below(2) as usize];
     let part = |i: usize| {
-        let unit = if aligned { 16 } else { 2 };
-        let limit = if numbers.below(3) == 0 { most } else { most.min(100) };
-        let bytes = (unit + numbers.below(limit) / unit * unit).min(most / unit * unit) as usize;
-        let mut within = |start: usize| {
-            start + (numbers.below((room - area.ranks as usize * bytes) as u64 + 1) / unit * unit) as usize
-        };
+        let bytes = (numbers.below(limit) / unit * unit).max(unit) as usize;
+        let free = (room - ranks * bytes) as u64;
+        let mut within = |start: usize| start + (numbers.below(free + 1) / unit * unit) as usize;
         Part { from: within(2 * i * room), to: within((2 * i + 1) * room), bytes }
     };
     (kind, (0..parts).map(part).collect())

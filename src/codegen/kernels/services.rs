@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use super::builder::{Builder, Specialised};
 use crate::plan::{
-    AREA_HEADER_BYTES, AREA_STOP, DType, Manifest, PACKET_BYTES, PACKET_DATA_BYTES, SERVICE_THREADS, ServiceRole,
-    Tensor, Weight, WeightSource, collectives, exchange_role, packed,
+    AREA_HEADER_BYTES, AREA_STOP, DType, EXCHANGE_BLOCKS, Manifest, PACKET_BYTES, SERVICE_THREADS, ServiceRole, Tensor,
+    Weight, WeightSource, collectives, exchange_role, packed,
 };
 
 /// A kernel that the runtime launches by itself.
@@ -133,7 +133,7 @@ pub fn exchange(ranks: u64, parts: u64) -> ServiceKernel {
         ("HEADER_BYTES", AREA_HEADER_BYTES),
         ("STOP", AREA_STOP),
         ("PACKET_BYTES", PACKET_BYTES),
-        ("DATA_BYTES", PACKET_DATA_BYTES),
+        ("MOST_BLOCKS", EXCHANGE_BLOCKS),
     ] {
         builder.constant(name, value);
     }
@@ -141,7 +141,7 @@ pub fn exchange(ranks: u64, parts: u64) -> ServiceKernel {
     let initial: Vec<String> = listed.iter().map(|part| format!("{{{}}}", part.join(", "))).collect();
     builder.line(format_args!("#define LISTED {{{}}}", initial.join(", ")));
     let names = ["own".to_owned()].into_iter().chain(peers).chain(listed.into_iter().flatten());
-    let names: Vec<String> = names.chain(["slot", "rank", "blocks"].map(str::to_owned)).collect();
+    let names: Vec<String> = names.chain(["slots", "slot", "rank", "blocks", "wide"].map(str::to_owned)).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
     let source = include_str!("../../../kernels/exchange.cu");
     service(ServiceRole::Exchange(ranks, parts), "exchange", source, &names, builder)

@@ -13,13 +13,10 @@ use crate::cuda::{
     Argument, Device, Exchange, Function, LaunchShape, MappedMemory, MemoryHandle, Part, SharedMemory, Stream,
 };
 use crate::plan::{
-    AREA_NAME, AREA_STOP, Collective, ExchangeArea, PlanFile, Program, SERVICE_THREADS, ServiceRole, collectives,
-    exchange_role, packets,
+    AREA_NAME, AREA_STOP, Collective, EXCHANGE_BLOCKS, ExchangeArea, ExchangeWay, PlanFile, Program, SERVICE_THREADS,
+    ServiceRole, collectives, exchange_role,
 };
 use crate::runtime::group::Group;
-
-/// Blocks of a launch on a multiprocessor, at the most: more threads wait no faster.
-const BLOCKS_PER_MULTIPROCESSOR: u32 = 2;
 
 /// The kernels by which a rank exchanges with others, and the areas that they do it through.
 pub struct Lines {
@@ -28,8 +25,7 @@ pub struct Lines {
     rank: usize,
     /// This rank's area, then those of the ranks after it, around.
     areas: Vec<u64>,
-    slot_bytes: u64,
-    most_blocks: u32,
+    area: ExchangeArea,
 }
 
 impl Lines {
@@ -57,13 +53,14 @@ impl Lines {
         );
         // A thread waits for others that run at the same time: all blocks of a launch must.
         let fitting = kernels.values().map(|kernel| kernel.blocks_per_multiprocessor(SERVICE_THREADS, 0)).min();
-        let fitting = fitting.unwrap_or(0).min(BLOCKS_PER_MULTIPROCESSOR) * device.multiprocessors;
+        let fitting = fitting.unwrap_or(0) * device.multiprocessors;
         ensure!(
-            fitting > 0,
-            "the kernel that exchanges: expected that a block of it fits a multiprocessor, found none"
+            u64::from(fitting) >= EXCHANGE_BLOCKS,
+            "the kernel that exchanges: expected that {EXCHANGE_BLOCKS} blocks of it run at once, found {fitting} on {}",
+            device.name
         );
         let areas = (0..areas.len()).map(|i| areas[(rank + i) % areas.len()]).collect();
-        Ok(Lines { kernels, rank, areas, slot_bytes: area.slot_bytes, most_blocks: fitting })
+        Ok(Lines { kernels, rank, areas, area })
     }
 
     /// Queues an exchange of parts of the memory at an address, or has it captured: as a dependent launch if told so. All ranks queue the
@@ -83,20 +80,23 @@ impl Lines {
         let kernel =
             kernel.with_context(|| format!("an exchange of {} parts: the plan has no kernel for it", parts.len()))?;
         let sizes: Vec<u64> = parts.iter().map(|part| part.bytes as u64).collect();
-        let count = packets(&sizes);
-        let needed = ExchangeArea::new(self.areas.len() as u64, [&sizes[..]]).slot_bytes;
+        let way = ExchangeWay::of(&sizes);
+        let [slots, slot] = [self.area.starts(), self.area.slot_bytes].map(|both| both[usize::from(way.wide)]);
         ensure!(
-            count > 0 && sizes.iter().all(|bytes| bytes % 2 == 0) && needed <= self.slot_bytes,
-            "an exchange of {sizes:?} bytes: expected even numbers, not all zero, that take at most {} bytes of an area, found {needed}",
-            self.slot_bytes
+            way.packets > 0 && sizes.iter().all(|bytes| bytes % 2 == 0) && way.slot_bytes() <= slot,
+            "an exchange of {sizes:?} bytes: expected even numbers, not all zero, that take at most {slot} bytes of a slot, found {}",
+            way.slot_bytes()
         );
         let listed = parts
             .iter()
             .zip(&sizes)
             .flat_map(|(part, bytes)| [memory + part.from as u64, memory + part.to as u64, *bytes]);
-        let ends = [self.slot_bytes, self.rank as u64, u64::from(kind == Exchange::AllToAll)];
+        let ends = [slots, slot, self.rank as u64, u64::from(kind == Exchange::AllToAll), u64::from(way.wide)];
         let args: Vec<Argument> = self.areas.iter().copied().chain(listed).chain(ends).map(Argument::Bits).collect();
-        let blocks = count.div_ceil(u64::from(SERVICE_THREADS)).min(u64::from(self.most_blocks));
+        let blocks = match way.wide {
+            true => EXCHANGE_BLOCKS,
+            false => way.packets.div_ceil(u64::from(SERVICE_THREADS)).min(EXCHANGE_BLOCKS),
+        };
         let shape =
             LaunchShape { grid: [blocks as u32, 1, 1], block: SERVICE_THREADS, cluster: 1, shared: 0, dependent };
         Ok(stream.launch(kernel, &shape, &args)?)
@@ -226,7 +226,7 @@ struct Offer {
     name: Vec<u8>,
     handle: Vec<u8>,
     ranks: u64,
-    slot_bytes: u64,
+    slot_bytes: [u64; 2],
 }
 
 impl Offer {
