@@ -8,6 +8,7 @@ mod capture;
 mod collective;
 mod load;
 pub mod measure;
+mod offers;
 mod peers;
 mod program;
 mod run;

@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::collective::Road;
+use super::offers::{Offer, agree, missing};
 use super::program::service_of;
 use crate::cuda::{
     Argument, Device, Exchange, Function, LaunchShape, MappedMemory, MemoryHandle, Part, SharedMemory, Stream,
@@ -125,47 +124,29 @@ impl Peers {
         road: Road,
     ) -> Result<Result<Peers, String>> {
         let made = match road {
-            Road::Nccl => Err(anyhow::anyhow!("--exchange nccl")),
+            Road::Nccl => Err(anyhow!("--exchange nccl")),
             Road::Auto | Road::Peer => Offer::make(program, device, &kernel),
         };
-        let offer = match &made {
-            Ok((_, offer)) => offer.clone(),
-            Err(error) => Offer { fault: Some(short(error)), ..Offer::default() },
-        };
-        let offers = tell(group, &Told { road, offer })?;
-        if let Some(rank) = offers.iter().position(|told| told.road != offers[0].road) {
-            bail!(
-                "--exchange: expected {:?} on rank {rank} of the group, as on its first, found {:?}; give all ranks the same options",
-                offers[0].road,
-                offers[rank].road
-            );
-        }
-        let offers: Vec<Offer> = offers.into_iter().map(|told| told.offer).collect();
-        let refused = offers.iter().enumerate().find_map(|(rank, offer)| Some((rank, offer.refusal(&offers[0])?)));
-        let (own, sizes) = match (made, refused) {
-            (Ok((own, offer)), None) => (own, offer.area()),
-            (made, refused) => {
+        let offer = made.as_ref().map_or_else(Offer::none, |(_, offer)| offer.clone());
+        let (own, offers) = match (made, agree(group, road, offer)?) {
+            (Ok((own, _)), Ok(offers)) => (own, offers),
+            (made, agreed) => {
                 // Nobody maps what was offered.
                 if let Ok((own, _)) = made {
                     own.free();
                 }
-                let (rank, why) = refused.context("an offer that was not made but told; this is a bug")?;
-                return Ok(Err(format!("rank {rank} of the group: {why}")));
+                return Ok(Err(agreed.err().context("an offer that was not made but told; this is a bug")?));
             }
         };
-        let mapped = map(&offers, group.rank(), device, &own).and_then(|(others, areas)| {
-            let lines =
-                Lines::new(kernels(program, |role| kernel(role).cloned())?, device, (group.rank(), &areas), sizes)?;
+        let rank = group.rank();
+        let mapped = map(&offers, rank, device, &own).and_then(|(others, areas)| {
+            let kernels = kernels(program, |role| kernel(role).cloned())?;
+            let lines = Lines::new(kernels, device, (rank, &areas), area_of(program)?)?;
             Ok(Peers { lines, _others: others, own, aside: Stream::new(device)? })
         });
-        let faults = tell(group, &mapped.as_ref().err().map(short))?;
-        let failed = faults.into_iter().enumerate().find_map(|(rank, fault)| Some((rank, fault?)));
-        Ok(match (mapped, failed) {
-            (Ok(peers), None) => Ok(peers),
-            (_, failed) => {
-                let (rank, why) = failed.context("a fault that was not told; this is a bug")?;
-                Err(format!("rank {rank} of the group: {why}"))
-            }
+        Ok(match missing(group, &mapped)? {
+            None => Ok(mapped?),
+            Some(why) => Err(why),
         })
     }
 
@@ -190,43 +171,19 @@ impl Peers {
 
 /// The kernels for all exchanges of a program, by their parts.
 fn kernels(program: &Program, kernel: impl Fn(ServiceRole) -> Result<Function>) -> Result<HashMap<usize, Function>> {
-    let mut found = HashMap::new();
-    for collective in collectives(program) {
-        let parts = collective.parts.len();
-        if !found.contains_key(&parts) {
-            let role = exchange_role(collective).with_context(|| {
-                let Collective { size, parts, .. } = collective;
-                format!("no kernel exchanges {} parts between {size} ranks", parts.len())
-            })?;
-            found.insert(parts, kernel(role)?);
-        }
-    }
-    Ok(found)
+    let by_parts: HashMap<usize, &Collective> = collectives(program).map(|one| (one.parts.len(), one)).collect();
+    let found = by_parts.into_iter().map(|(parts, collective)| {
+        let size = collective.size;
+        let role = exchange_role(collective)
+            .with_context(|| format!("the plan has no kernel that exchanges {parts} parts between {size} ranks"))?;
+        Ok((parts, kernel(role)?))
+    });
+    found.collect()
 }
 
 /// What a program's exchanges need.
 fn area_of(program: &Program) -> Result<ExchangeArea> {
     ExchangeArea::of(program).context("the plan has no exchanges")
-}
-
-/// What a rank tells the others before any of them maps anything.
-#[derive(Serialize, Deserialize)]
-struct Told {
-    road: Road,
-    offer: Offer,
-}
-
-/// The area that a rank gives, or why it gives none.
-#[derive(Clone, Default, Serialize, Deserialize)]
-struct Offer {
-    fault: Option<String>,
-    /// The host, as no other host is called.
-    host: String,
-    /// What the area's header has to say where it is mapped.
-    name: Vec<u8>,
-    handle: Vec<u8>,
-    ranks: u64,
-    slot_bytes: [u64; 2],
 }
 
 impl Offer {
@@ -256,22 +213,6 @@ impl Offer {
                 own.free();
                 Err(error)
             }
-        }
-    }
-
-    fn area(&self) -> ExchangeArea {
-        ExchangeArea { ranks: self.ranks, slot_bytes: self.slot_bytes }
-    }
-
-    /// Why nobody can take it, beside the first rank's.
-    fn refusal(&self, first: &Offer) -> Option<String> {
-        match &self.fault {
-            Some(fault) => Some(fault.clone()),
-            None if self.host != first.host => Some("it is on another host than the first".into()),
-            None if self.area() != first.area() => {
-                Some(format!("expected {:?}, as the first, found {:?}", first.area(), self.area()))
-            }
-            None => None,
         }
     }
 }
@@ -315,27 +256,4 @@ fn host() -> Result<String> {
     const FILE: &str = "/proc/sys/kernel/random/boot_id";
     let id = std::fs::read_to_string(FILE).with_context(|| format!("{FILE}, by which a host is known"))?;
     Ok(id.trim().to_owned())
-}
-
-/// Bytes of what a rank tells the others.
-const TOLD_BYTES: usize = 4096;
-/// Characters of a fault that a rank tells the others.
-const FAULT_CHARS: usize = 300;
-
-fn short(error: &anyhow::Error) -> String {
-    format!("{error:#}").chars().take(FAULT_CHARS).collect()
-}
-
-/// Tells all ranks of a group, and hears what each of them tells.
-fn tell<T: Serialize + DeserializeOwned>(group: &mut dyn Group, own: &T) -> Result<Vec<T>> {
-    let mut sent = serde_json::to_vec(own)?;
-    ensure!(
-        sent.len() <= TOLD_BYTES,
-        "what a rank tells the others: expected at most {TOLD_BYTES} bytes, found {}",
-        sent.len()
-    );
-    sent.resize(TOLD_BYTES, b' ');
-    let mut received = vec![0; group.size() * TOLD_BYTES];
-    group.all_gather(&sent, &mut received)?;
-    received.chunks(TOLD_BYTES).map(|told| serde_json::from_slice(told).context("what another rank tells")).collect()
 }
