@@ -86,9 +86,9 @@ if wants times; then
     done
     quietly "$LFM2C" bench 1.plan --decode 64 && cat out.txt
     echo "  through each other's memory"
-    for sizes in "--decode 64" "--prefill 512"; do
+    for bucket in "--decode 64" "--prefill 512"; do
         # shellcheck disable=SC2086
-        TOLD="all of it" quietly "${RUN[@]}" "$LFM2C" bench 2.plan --exchange peer $sizes && grep -E 'exchange|^(bucket|decode|prefill| )' out.txt
+        TOLD="all of it" quietly "${RUN[@]}" "$LFM2C" bench 2.plan --exchange peer $bucket && grep -E 'exchange|^(bucket|decode|prefill| )' out.txt
     done
     for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
         echo "  by NCCL with $set"
