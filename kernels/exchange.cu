@@ -208,17 +208,16 @@ __device__ __forceinline__ void run(i64 own, const i64 (&peers)[RANKS - 1], cons
             data[i] = blocks ? take<DATA>(at.from + at.at + peer * at.bytes, at.left()) : data[OTHERS];
         }
     };
-    if (threadIdx.x == 0) {
-        u32 last = load_now(own);
-        word = last == 0xffffffff ? 2 : last + 1;
-    }
+    // Both loads are on their way before either is looked at.
+    u32 last = threadIdx.x == 0 ? load_now(own) : 0;
     if (first < total) load(first);
+    if (threadIdx.x == 0) word = last == 0xffffffff ? 2 : last + 1;
     __syncthreads();
     u32 epoch = word;
     i64 half = slots + (epoch & 1) * OTHERS * slot;
     for (i64 n = first; n < total;) {
+        // Slot k of an area is for the rank k + 1 after its owner, around: this rank is the one RANKS - 1 - i after peer i.
 #pragma unroll
-        // Slot k of an area is for the rank k + 1 after its owner, around: of peer i, this is the rank RANKS - 1 - i after.
         for (int i = 0; i < OTHERS; i++)
             Packet::send(peers[i] + half + (OTHERS - 1 - i) * slot + n * PACKET_BYTES, data[i], epoch);
         Piece at = piece<DATA>(parts, n);
