@@ -50,6 +50,9 @@ for i in range(count):
     print(json.dumps({"tokens": tokens, "max_new_tokens": new or [0, 1, 3, 12, 25][i % 5], "ignore_eos": True}))
 PY
 }
+# How ranks may exchange; sends between two go by NCCL alone.
+roads() { if [[ $1 == expert ]]; then echo peer nccl; else echo nccl; fi; }
+cases() { for signal in KILL STOP; do for exchange in $(roads "$1"); do echo $signal/$exchange; done; done; }
 synthetic() { quietly "$LFM2C" compile "$PLANS/synthetic.ron" --target sm_90a "$@"; }
 
 if wants results; then
@@ -63,6 +66,11 @@ if wants results; then
         quietly "$LFM2C" run two.plan --device cpu --input in.jsonl --output cpu.jsonl
         TOLD="$spread=$RANKS, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
         quietly "${RUN[@]}" "$LFM2C" run two.plan --chunk 23 --input in.jsonl --output again.jsonl
+        for exchange in $(roads "$spread"); do
+            rm -f "$exchange.jsonl"
+            TOLD="by $exchange, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --exchange "$exchange" --input in.jsonl --output "$exchange.jsonl"
+            echo "  $dtype, by $exchange beside by default:    $(same "$exchange.jsonl" two.jsonl)"
+        done
         echo "  $dtype, $RANKS GPUs beside one:           $(same two.jsonl one.jsonl)"
         echo "  $dtype, $RANKS GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
         echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
@@ -70,7 +78,7 @@ if wants results; then
     for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
         rm -f other.jsonl
         # shellcheck disable=SC2086
-        quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --input in.jsonl --output other.jsonl
+        quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --exchange nccl --input in.jsonl --output other.jsonl
         echo "  bf16, $off: $(same two.jsonl other.jsonl)"
     done
     quietly "${RUN[@]}" "$LFM2C" bench two.plan --requests 200 && cat out.txt
@@ -88,23 +96,30 @@ if wants times; then
         TOLD="compiling" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks pipeline=$RANKS -o layers.plan && sed -n '/^rank/,/^$/p' out.txt
         quietly "${RUN[@]}" "$LFM2C" bench layers.plan --decode 64 --prefill 512 && cat out.txt
     fi
-    [[ " $SPREAD " == *" expert "* ]] && for set in NCCL_NVLS_ENABLE=0 NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
-        echo "  with $set"
-        TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench $RANKS.plan --decode 64 && grep -E '^(bucket|decode| )' out.txt
-    done
+    if [[ " $SPREAD " == *" expert "* ]]; then
+        for exchange in $(roads expert); do
+            echo "  experts, by $exchange"
+            TOLD="all of it" quietly "${RUN[@]}" "$LFM2C" bench $RANKS.plan --exchange "$exchange" --decode 64 --prefill 512 && grep -E 'exchange|^(bucket|decode|prefill| )' out.txt
+        done
+        for set in NCCL_GRAPH_MIXING_SUPPORT=0 NCCL_GRAPH_REGISTER=0 NCCL_MAX_CTAS=4 NCCL_PROTO=LL; do
+            echo "  experts, by NCCL with $set"
+            TOLD="all of it" quietly env $set "${RUN[@]}" "$LFM2C" bench $RANKS.plan --exchange nccl --decode 64 && grep -E '^(bucket|decode| )' out.txt
+        done
+    fi
 fi
 
 if wants failures; then
     echo "== failures: mpirun itself stopped, so that it ends nobody"
     [[ -f long.jsonl ]] || lines 60000 200 >long.jsonl
-    for spread in $SPREAD; do synthetic --dtype f32 --ranks $spread=$RANKS -o two.plan; for signal in KILL STOP; do
+    for spread in $SPREAD; do synthetic --dtype f32 --ranks $spread=$RANKS -o two.plan; for case in $(cases "$spread"); do
+        IFS=/ read -r signal exchange <<<"$case"
         rm -f long.out
-        "${RUN[@]}" "$LFM2C" run two.plan --input long.jsonl --output long.out >out.txt 2>err.txt &
+        "${RUN[@]}" "$LFM2C" run two.plan --exchange "$exchange" --input long.jsonl --output long.out >out.txt 2>err.txt &
         launcher=$!
         # Until results come.
         for _ in $(seq 150); do [[ -s long.out ]] && break; sleep 0.2; done
         mapfile -t ranks < <(pgrep -P $launcher)
-        echo "  $spread=$RANKS: $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
+        echo "  $spread=$RANKS, by $exchange: $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
         kill -STOP $launcher
         begun=$(date +%s.%N)
         kill -$signal "${ranks[1]}"

@@ -9,7 +9,8 @@ use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
 use lfm2c::plan::{
-    self, Arg, CollectiveKind, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, Swizzle, TensorMap,
+    self, Arg, CollectiveKind, Manifest, Param, ParamType, PlanError, PlanFile, Promotion, ServiceRole, Swizzle,
+    TensorMap,
 };
 
 fn plan(disabled: Vec<String>) -> PlanFile {
@@ -82,6 +83,14 @@ fn what_ranks_do_together_has_no_launch_and_all_else_has_one() {
         // Ranks have their experts from arguments, and share kernels otherwise, too.
         let services: BTreeSet<u32> = file.manifest.services.iter().map(|service| service.1).collect();
         assert!((0..kernels.len() as u32).all(|kernel| launched.contains(&kernel) || services.contains(&kernel)));
+        let exchanges: Vec<ServiceRole> = file
+            .manifest
+            .services
+            .iter()
+            .map(|service| service.0)
+            .filter(|role| matches!(role, ServiceRole::Exchange(..)))
+            .collect();
+        assert_eq!(exchanges, [ServiceRole::Exchange(ranks, 1), ServiceRole::Exchange(ranks, 3)]);
         let local: Vec<_> = kernels.iter().filter(|kernel| kernel.name == "local_experts").collect();
         assert_eq!(local.len(), 1, "{local:?}");
         assert_eq!(PlanFile::from_bytes(&file.to_bytes()).expect("it holds"), file);
@@ -167,7 +176,7 @@ fn faults(file: &PlanFile) -> String {
 #[test]
 fn wrong_launches_are_named() {
     type Change = fn(&mut Manifest);
-    let cases: [(Change, &str); 16] = [
+    let cases: [(Change, &str); 17] = [
         (|m| m.ranks[0].buckets[0].steps[3].launch = None, "expected a launch, found none"),
         (|m| launch(m).kernel = 9999, "`kernel`: expected one of"),
         (|m| launch(m).grid[1] = 0, "beyond the device's limits: grid"),
@@ -185,6 +194,7 @@ fn wrong_launches_are_named() {
         (|m| m.services[0].1 = 9999, "9999): expected one of"),
         (|m| m.services[0].1 = launch(m).kernel, "expected parameters [Out("),
         (|m| m.services[1].0 = m.services[0].0, "is there more than once"),
+        (|m| m.services[0].0 = ServiceRole::Exchange(u64::MAX, 1), "expected 2..=8 ranks and 1..=4 parts"),
     ];
     for (change, expected) in cases {
         let found = fault(change);

@@ -67,7 +67,7 @@ fn on_ranks(arguments: &Arguments, world: &mut World) -> Result<()> {
         );
     }
     check_device(&file.manifest, None)?;
-    let place = world.agree(from_ref(&file), Device::Cuda)?;
+    let place = world.agree(from_ref(&file), Device::Cuda)?.exchanging(arguments.exchange);
     let mut executor = load::executor_on_gpu(&file, model, &place, Graphs::Required)?;
     let machine = measure_machine(executor.gpu())?;
     let ceilings = arguments.measuring.ceilings(&machine);
@@ -93,12 +93,12 @@ fn on_ranks(arguments: &Arguments, world: &mut World) -> Result<()> {
         let rows: f64 = ranks.iter().map(|row| row.rows).sum();
         found.push(Measured { bucket: report.name, tokens_per_second: rows / (slowest * 1e-3), ranks });
     }
-    let device = executor.device();
+    let (device, exchanges) = (executor.device(), executor.exchanges().unwrap_or_default());
     drop(executor);
     if !world.finish()? {
         return Ok(());
     }
-    report(arguments.format, &file, &device, &found)
+    report(arguments.format, &file, (&device, &exchanges), &found)
 }
 
 /// What all ranks have, by number.
@@ -113,13 +113,13 @@ fn gather(all: &mut dyn Group, own: &Row) -> Result<Vec<Row>> {
     Ok(received.into_iter().enumerate().map(row).collect())
 }
 
-fn report(format: Format, file: &PlanFile, device: &str, found: &[Measured]) -> Result<()> {
+fn report(format: Format, file: &PlanFile, (device, exchanges): (&str, &str), found: &[Measured]) -> Result<()> {
     let (model, dtype) = (&file.manifest.model.name, file.manifest.dtype);
     if format == Format::Json {
         let hash = file.hash();
         return print(format_args!(
             "{}\n",
-            json!({ "model": model, "plan_hash": hash, "dtype": dtype, "device": device, "buckets": found })
+            json!({ "model": model, "plan_hash": hash, "dtype": dtype, "device": device, "exchanges": exchanges, "buckets": found })
         ));
     }
     let header = ["bucket", "rank", "rows", "experts", "step, ms", "p99", "graph, ms", "memory floor, ms", "tokens/s"];
@@ -142,7 +142,7 @@ fn report(format: Format, file: &PlanFile, device: &str, found: &[Measured]) -> 
         })
         .collect();
     let ranks = found.first().map_or(0, |bucket| bucket.ranks.len());
-    let text = format!("{model} in {dtype:?} on {ranks} ranks, {device} each\n\n");
+    let text = format!("{model} in {dtype:?} on {ranks} ranks, {device} each, which exchange {exchanges}\n\n");
     print(
         text + &table(&header, &cells)
             + "\nstep: median by the host's clock, from a step's tokens to the next one's\ngraph: median on the device, from the end of one \

@@ -1,9 +1,10 @@
-//! `--device`: what plans run on.
+//! `--device`: what plans run on; `--exchange`: how ranks exchange there.
 
 use clap::ValueEnum;
 
 use crate::cuda;
 use crate::plan::{Manifest, Target};
+use crate::runtime::cuda::Road;
 use crate::runtime::ranks::Groups;
 
 /// `--device`.
@@ -30,6 +31,28 @@ impl Device {
     }
 }
 
+/// `--exchange`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Exchange {
+    /// Through each other's memory where all GPUs are of one host and reach it, else by NCCL.
+    Auto,
+    /// Through each other's memory, or not at all.
+    Peer,
+    /// By NCCL.
+    #[default]
+    Nccl,
+}
+
+impl From<Exchange> for Road {
+    fn from(exchange: Exchange) -> Road {
+        match exchange {
+            Exchange::Auto => Road::Auto,
+            Exchange::Peer => Road::Peer,
+            Exchange::Nccl => Road::Nccl,
+        }
+    }
+}
+
 /// A device, which of the host's GPUs if it is one, and who else runs the plan.
 #[derive(Clone)]
 pub struct Place {
@@ -39,11 +62,20 @@ pub struct Place {
     pub gpu: usize,
     /// Gathers the ranks that run a plan's programs together; none if all of them run in this process.
     pub groups: Option<Groups>,
+    /// How their GPUs exchange.
+    pub road: Road,
+}
+
+impl Place {
+    /// The same, where ranks exchange like this.
+    pub fn exchanging(self, exchange: Exchange) -> Place {
+        Place { road: exchange.into(), ..self }
+    }
 }
 
 impl From<Device> for Place {
     /// The first GPU, for a process that has them all to itself.
     fn from(device: Device) -> Place {
-        Place { device, gpu: 0, groups: None }
+        Place { device, gpu: 0, groups: None, road: Road::default() }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::cli::device::Device;
+use crate::cli::device::{Device, Exchange};
 use crate::cli::world::World;
 use crate::cli::{load, text};
 use crate::plan::PlanFile;
@@ -22,6 +22,8 @@ pub struct Following<'a> {
     pub model: Option<&'a Path>,
     /// What plans run on.
     pub device: Device,
+    /// How ranks exchange on GPUs.
+    pub exchange: Exchange,
     /// Whether buckets run as graphs.
     pub graphs: Graphs,
     /// Whether what is loaded is to be timed, so that graphs are captured at once.
@@ -34,7 +36,7 @@ impl Following<'_> {
     /// # Errors
     /// Rank 0 or the executor failed.
     pub fn run(&self, world: &mut World) -> Result<()> {
-        let place = world.agree(self.plans, self.device)?;
+        let place = world.agree(self.plans, self.device)?.exchanging(self.exchange);
         let ranks = world.follower().context("rank 0 follows nobody; this is a bug")?;
         let mut loaded: Option<(&PlanFile, Box<dyn Executor>)> = None;
         loop {

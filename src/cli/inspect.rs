@@ -231,7 +231,9 @@ fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
             let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);
             let kernel = match &step.launch {
                 Some(launch) => Some(kernel_name(&manifest.kernels[launch.kernel as usize])),
-                None => step.collective.as_ref().filter(|_| manifest.target != Target::Cpu).map(|_| "NCCL".to_owned()),
+                None => {
+                    step.collective.as_ref().filter(|_| manifest.target != Target::Cpu).map(|_| "exchange".to_owned())
+                }
             };
             let cells = [format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")];
             cells.into_iter().chain(kernel).collect()

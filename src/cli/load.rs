@@ -376,7 +376,7 @@ pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, gra
     with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
     bar.finish_and_clear();
     match group {
-        Some(group) => executor.with_group(group),
+        Some(group) => executor.with_group(group, place.road),
         None => Ok(executor),
     }
 }

@@ -8,6 +8,7 @@ use crate::cli::table::table;
 use crate::cli::{is_usage, usage};
 use crate::cuda;
 use crate::plan::PlanFile;
+use crate::runtime::cuda::Road;
 use crate::runtime::ranks::{self, Introduction, Message, Mode, Order, Peer, Ranks, Summary, next_order};
 use crate::runtime::{Executor, Generator, Options, Work};
 
@@ -70,7 +71,7 @@ impl World {
                 (gpu, cuda::Device::open(gpu)?.name.clone())
             }
         };
-        let place = Place { device, gpu, groups: ranks.groups() };
+        let place = Place { device, gpu, groups: ranks.groups(), road: Road::default() };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             plans: plans.iter().map(PlanFile::hash).collect(),

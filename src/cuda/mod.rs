@@ -3,6 +3,7 @@
 
 pub mod driver;
 pub mod graph;
+pub mod ipc;
 mod library;
 pub mod memory;
 pub mod nccl;
@@ -11,6 +12,7 @@ pub mod tensor;
 
 pub use driver::{Argument, Device, DeviceError, Event, Function, LaunchShape, Module, Stream};
 pub use graph::Graph;
+pub use ipc::{MappedMemory, MemoryHandle, SharedMemory};
 pub use memory::{DeviceMemory, HostMemory};
 pub use nccl::{Communicator, Exchange, NcclError, Part, UniqueId};
 pub use nvrtc::{Nvrtc, NvrtcError};

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{DType, Ref, Step};
+use crate::plan::{DType, EXCHANGE_PARTS, EXCHANGE_RANKS, Ref, Step};
 
 /// A specialised kernel, compiled for the plan's target.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -86,10 +86,24 @@ pub enum ServiceRole {
     /// Fills in the tokens that the host did not know when it started a step: `tokens Out(I32)`, `pos Out(I32)`,
     /// `slot Out(I32)`, `last In(I32)`, `count Int` (rows of the inputs). See `kernels/advance.cu`.
     Feed,
+    /// Exchanges parts with the other ranks of the host, so many ranks and parts, through [areas](super::exchange) that each has mapped
+    /// of the others; all their blocks run at once. Addresses as `Long`: `own` (this rank's area), `peer0`, `peer1`, ... (those of the
+    /// ranks after it, around); for each part `from0 Long`, `to0 Long` (addresses), `bytes0 Long` (even: to each rank, this one
+    /// included), ...; `slots Long` (where slots for it begin in an area), `slot Long` (bytes of one), `rank Int`, `blocks Int` (0: all
+    /// ranks get the same; 1: rank i gets block i of `from`), `wide Int` (0 or 1; with 1, all ranks launch as many blocks). What rank i sends becomes block i of `to`.
+    Exchange(u64, u64),
 }
 
 impl ServiceRole {
-    /// The types of its parameters, in order.
+    /// Whether there is such a kernel.
+    pub fn is_possible(self) -> bool {
+        match self {
+            ServiceRole::Exchange(ranks, parts) => EXCHANGE_RANKS.contains(&ranks) && EXCHANGE_PARTS.contains(&parts),
+            _ => true,
+        }
+    }
+
+    /// The types of its parameters, in order; none of one that is not possible.
     pub fn params(self) -> Vec<ParamType> {
         use ParamType::{Float, In, Int, Long, Out};
         const I32: DType = DType::I32;
@@ -106,6 +120,11 @@ impl ServiceRole {
             }
             ServiceRole::Pack => vec![Out(I32), In(DType::BF16), Long, Long, Out(I32)],
             ServiceRole::Feed => vec![Out(I32), Out(I32), Out(I32), In(I32), Int],
+            ServiceRole::Exchange(ranks, parts) if self.is_possible() => {
+                let addresses = vec![Long; (ranks + 3 * parts) as usize];
+                [&addresses[..], &[Long, Long, Int, Int, Int]].concat()
+            }
+            ServiceRole::Exchange(..) => vec![],
         }
     }
 }

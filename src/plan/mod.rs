@@ -1,6 +1,7 @@
 //! The plan: what the compiler writes and the runtime reads. Uses no other room.
 
 pub mod collective;
+pub mod exchange;
 pub mod expert_counts;
 pub mod file;
 pub mod launch;
@@ -11,6 +12,7 @@ pub mod packed;
 pub mod validate;
 
 pub use collective::{Collective, CollectiveKind};
+pub use exchange::*;
 pub use expert_counts::{ExpertCounts, scope};
 pub use file::{PlanError, PlanFile};
 pub use launch::*;

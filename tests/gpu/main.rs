@@ -4,6 +4,7 @@
 //! is a failure. The tests of `tests/models` run on the GPU with `LFM2C_TEST_DEVICE=cuda`.
 
 mod bits;
+mod exchange;
 mod load;
 mod models;
 mod pack;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
     trials.extend(precision::trials());
     trials.extend(bits::trials());
     trials.extend(sessions::trials());
+    trials.extend(exchange::trials());
     trials.extend(spread::trials());
     trials.extend(tune::trials());
     libtest_mimic::run(&arguments, trials).exit_code()

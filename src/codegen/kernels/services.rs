@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::builder::{Builder, Specialised};
-use crate::plan::{DType, Manifest, SERVICE_THREADS, ServiceRole, Tensor, Weight, WeightSource, packed};
+use crate::plan::{
+    AREA_HEADER_BYTES, AREA_STOP, DType, EXCHANGE_BLOCKS, Manifest, PACKET_BYTES, SERVICE_THREADS, ServiceRole, Tensor,
+    Weight, WeightSource, collectives, exchange_role, packed,
+};
 
 /// A kernel that the runtime launches by itself.
 pub struct ServiceKernel {
@@ -25,8 +28,8 @@ impl ServiceKernel {
 }
 
 /// The kernels that a plan's runtime needs: one for each pair of types that elements of a checkpoint are not just copied between,
-/// if weights may be synthetic one for each pair of types of tensors and weights, one that packs if there are packed weights, and for a
-/// language model the two that lead from step to step. A plan with synthetic weights can be given a checkpoint.
+/// if weights may be synthetic one for each pair of types of tensors and weights, one that packs if there are packed weights, for a
+/// language model the two that lead from step to step, and one for each number of parts that ranks exchange. A plan with synthetic weights can be given a checkpoint.
 pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     let mut found = vec![];
     if let WeightSource::Synthetic(_) = manifest.model.weights {
@@ -43,6 +46,14 @@ pub fn services(manifest: &Manifest) -> Vec<ServiceKernel> {
     if ["tokens", "pos", "slot", "rows", "next"].iter().all(has) {
         found.extend([advance(), feed()]);
     }
+    let exchanges: BTreeSet<(u64, u64)> = manifest
+        .ranks
+        .iter()
+        .flat_map(collectives)
+        .filter_map(exchange_role)
+        .filter_map(|role| if let ServiceRole::Exchange(ranks, parts) = role { Some((ranks, parts)) } else { None })
+        .collect();
+    found.extend(exchanges.into_iter().map(|(ranks, parts)| exchange(ranks, parts)));
     found
 }
 
@@ -109,6 +120,33 @@ fn feed() -> ServiceKernel {
     service(ServiceRole::Feed, "feed", source, &names, Builder::service())
 }
 
+/// The kernel by which so many ranks exchange so many parts.
+pub fn exchange(ranks: u64, parts: u64) -> ServiceKernel {
+    let numbered = |name: &str, count: u64| -> Vec<String> { (0..count).map(|i| format!("{name}{i}")).collect() };
+    let peers = numbered("peer", ranks - 1);
+    let part = |i: u64| ["from", "to", "bytes"].map(|name| format!("{name}{i}"));
+    let listed: Vec<[String; 3]> = (0..parts).map(part).collect();
+    let mut builder = Builder::service();
+    for (name, value) in [
+        ("RANKS", ranks),
+        ("PARTS", parts),
+        ("HEADER_BYTES", AREA_HEADER_BYTES),
+        ("STOP", AREA_STOP),
+        ("PACKET_BYTES", PACKET_BYTES),
+        ("MOST_BLOCKS", EXCHANGE_BLOCKS),
+    ] {
+        builder.constant(name, value);
+    }
+    builder.line(format_args!("#define PEERS {{{}}}", peers.join(", ")));
+    let initial: Vec<String> = listed.iter().map(|part| format!("{{{}}}", part.join(", "))).collect();
+    builder.line(format_args!("#define LISTED {{{}}}", initial.join(", ")));
+    let names = ["own".to_owned()].into_iter().chain(peers).chain(listed.into_iter().flatten());
+    let names: Vec<String> = names.chain(["slots", "slot", "rank", "blocks", "wide"].map(str::to_owned)).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let source = include_str!("../../../kernels/exchange.cu");
+    service(ServiceRole::Exchange(ranks, parts), "exchange", source, &names, builder)
+}
+
 fn with_layout(tensor: DType, weight: DType) -> Builder<'static> {
     let mut builder = Builder::service();
     builder.line("#include \"layout.cuh\"").alias("T", tensor).alias("W", weight);
@@ -171,13 +209,19 @@ mod tests {
     #[test]
     fn parameters_are_what_the_source_takes() {
         let (bf16, f16) = (DType::BF16, DType::F16);
-        let all = [synthesize(bf16, f16), place(bf16, f16), pack(), advance(), feed()];
+        let all = [synthesize(bf16, f16), place(bf16, f16), pack(), advance(), feed(), exchange(2, 3), exchange(8, 1)];
         for service in all {
             let text = service.text();
             write(service.name, &text);
             assert!(text.contains(&format!("{}(PARAMS)", service.name)), "{text}");
+            // Those of an exchange are lists, which the source takes whole.
+            let listed: Vec<&str> = text
+                .lines()
+                .filter(|line| line.starts_with("#define PEERS") || line.starts_with("#define LISTED"))
+                .collect();
             for param in &service.specialised.params {
-                assert!(service.source.contains(&param.0), "{} of {}", param.0, service.name);
+                let taken = service.source.contains(&param.0) || listed.iter().any(|line| line.contains(&param.0));
+                assert!(taken, "{} of {}", param.0, service.name);
             }
             assert_eq!(service.specialised.launch.block, SERVICE_THREADS);
         }

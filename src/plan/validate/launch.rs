@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use super::Faults;
 use super::bucket::Context;
 use crate::plan::{
-    Arg, DType, Kernel, Launch, Manifest, Param, ParamType, Program, Ref, Semantic, StateRole, Step, Target, TensorMap,
-    TensorType, settled,
+    Arg, DType, EXCHANGE_PARTS, EXCHANGE_RANKS, Kernel, Launch, Manifest, Param, ParamType, Program, Ref, Semantic,
+    StateRole, Step, Target, TensorMap, TensorType, settled,
 };
 
 const MAX_KERNELS: usize = 1 << 12;
@@ -39,6 +39,12 @@ pub(super) fn check_kernels(manifest: &Manifest, cubins: usize, faults: &mut Fau
         faults.add("kernels", format!("expected machine code of all {} or of none, found {compiled}", kernels.len()));
     }
     for (i, service) in manifest.services.iter().enumerate() {
+        if !service.0.is_possible() {
+            faults.add(
+                "services",
+                format!("{:?}: expected {EXCHANGE_RANKS:?} ranks and {EXCHANGE_PARTS:?} parts", service.0),
+            );
+        }
         match kernels.get(service.1 as usize) {
             None => faults.add("services", format!("{service:?}: expected one of {} kernels", kernels.len())),
             Some(kernel) => {

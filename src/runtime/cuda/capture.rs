@@ -12,8 +12,9 @@ use crate::plan::Step;
 /// Branches that run side by side, at most; more go one after the other.
 const MOST_STREAMS: usize = 4;
 
-/// Queues an exchange of parts of the pool with the other ranks on a stream.
-type Queue<'a> = &'a dyn Fn(Exchange, &[Part], &Stream) -> Result<()>;
+/// Queues an exchange of parts of the pool with the other ranks on a stream, if told so as a dependent launch where it is one; whether
+/// what follows it may be a dependent launch.
+type Queue<'a> = &'a dyn Fn(Exchange, &[Part], &Stream, bool) -> Result<bool>;
 
 /// The streams that steps are queued on; the first is the one that everything else waits for.
 pub(super) struct Streams {
@@ -103,8 +104,8 @@ impl Streams {
         events.resize_with(tasks.len(), || None);
         let mut begun = [false; MOST_STREAMS];
         begun[0] = true;
-        // Whether a stream ends with an exchange.
-        let mut exchanged = [false; MOST_STREAMS];
+        // Whether a stream ends with what no dependent launch may follow.
+        let mut whole = [false; MOST_STREAMS];
         for (i, (task, (lane, waits))) in tasks.iter().zip(&lanes.steps).enumerate() {
             let stream = &self.list[*lane];
             let mut alone = true;
@@ -122,13 +123,15 @@ impl Streams {
                 }
             }
             // A dependent launch waits for the kernel before it in its stream, and only for that. The first begins when all that
-            // was queued before is done, which early reads of the others rely on. What follows an exchange begins when that is done.
+            // was queued before is done, which early reads of the others rely on. What follows an exchange that is no launch begins when
+            // that is done.
+            let dependent = alone && i > 0 && !whole[*lane];
+            whole[*lane] = false;
             match task {
-                Task::Launch(ready) if alone && i > 0 && !exchanged[*lane] => ready.launch(stream)?,
+                Task::Launch(ready) if dependent => ready.launch(stream)?,
                 Task::Launch(ready) => ready.launch_after_all(stream)?,
-                Task::Exchange(kind, parts) => exchange(*kind, parts, stream)?,
+                Task::Exchange(kind, parts) => whole[*lane] = !exchange(*kind, parts, stream, dependent)?,
             }
-            exchanged[*lane] = task.ready().is_none();
             if lanes.recorded[i] {
                 let event = Event::new(device, false)?;
                 event.record(stream)?;

@@ -1,11 +1,14 @@
-//! Steps that ranks run together, each with a GPU of its own: NCCL exchanges what lies in their pools, in the order of the stream.
+//! Steps that ranks run together, each with a GPU of its own: kernels of the plan or NCCL exchange what lies in their pools, in the order
+//! of the stream.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::CudaExecutor;
+use super::peers::Peers;
 use super::program::{Ready, offset};
 use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
 use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step};
@@ -63,17 +66,40 @@ pub(super) fn exchange(program: &Program, bucket: usize, step: &Step, collective
     Ok(Task::Exchange(kind, collective.parts.iter().enumerate().map(part).collect::<Result<_>>()?))
 }
 
+/// How ranks are to exchange; all of them the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub enum Road {
+    /// Through each other's memory where all GPUs are of one host and reach it, else by NCCL.
+    Auto,
+    /// Through each other's memory, or not at all.
+    Peer,
+    /// By NCCL.
+    #[default]
+    Nccl,
+}
+
 /// The ranks that run steps together with this one.
 pub(super) struct Others {
     /// What they agree through.
     pub(super) group: Box<dyn Group>,
-    communicator: Communicator,
+    way: Way,
+}
+
+/// How they exchange.
+enum Way {
+    Peers(Peers),
+    /// With why it is not through memory.
+    Nccl(Communicator, String),
 }
 
 impl Others {
     /// What has gone wrong between the GPUs, if anything has.
     pub(super) fn check(&self) -> Result<()> {
-        Ok(self.communicator.check()?)
+        match &self.way {
+            // One that is no more is for the watch to find.
+            Way::Peers(_) => Ok(()),
+            Way::Nccl(communicator, _) => Ok(communicator.check()?),
+        }
     }
 }
 
@@ -89,28 +115,60 @@ impl Drop for CudaExecutor {
             sleep(PATIENCE / 1000);
         }
         let captured = std::mem::take(&mut self.captured);
-        others.communicator.end(|| drop(captured));
+        match others.way {
+            Way::Peers(peers) => {
+                peers.give_up();
+                drop(captured);
+            }
+            Way::Nccl(communicator, _) => communicator.end(|| drop(captured)),
+        }
     }
 }
 
 impl CudaExecutor {
-    /// Makes the rank one of a group, with which it runs the plan's collectives: joins the GPUs of all of them, and runs each kind of
-    /// exchange once, because NCCL makes connections when it first needs them, which cannot be captured. All ranks of the group call it
-    /// at the same time; no step is in flight. The arena's contents are lost.
+    /// Makes the rank one of a group, with which it runs the plan's collectives: maps the others' memory, or joins them by NCCL and runs each
+    /// kind of exchange once, because that makes connections when it first needs them, which cannot be captured. All ranks of the group
+    /// call it at the same time; no step is in flight. The arena's contents are lost.
     ///
     /// # Errors
     /// The group is not one of the plan's ranks, or the GPUs cannot reach each other.
-    pub fn with_group(mut self, mut group: Box<dyn Group>) -> Result<Self> {
+    pub fn with_group(mut self, mut group: Box<dyn Group>, road: Road) -> Result<Self> {
         group::check(&*group, self.rank, self.manifest.ranks.len())?;
-        let id = agree_on_id(&mut *group)?;
-        let communicator = Communicator::new(&self.device, id, group.rank(), group.size())?;
-        self.others = Some(Others { group, communicator });
+        let kernels = &self.kernels;
+        let joined = Peers::join((self.program(), |role| kernels.service(role)), &self.device, &mut *group, road)?;
+        let way = match joined {
+            Ok(peers) => Way::Peers(peers),
+            Err(why) if road == Road::Peer => bail!(
+                "--exchange peer: expected GPUs of one host that reach each other's memory, found that they do not: {why}; use --exchange \
+                 nccl"
+            ),
+            Err(why) => {
+                let id = agree_on_id(&mut *group)?;
+                Way::Nccl(Communicator::new(&self.device, id, group.rank(), group.size())?, why)
+            }
+        };
+        let by_nccl = matches!(way, Way::Nccl(..));
+        self.others = Some(Others { group, way });
         // Whether steps are captured is a matter of all ranks, so none may go on without a graph by itself.
         if self.graphs == Graphs::Lazy {
             self.graphs = Graphs::Required;
         }
-        self.connect()?;
+        if by_nccl {
+            self.connect()?;
+        }
         Ok(self)
+    }
+
+    /// How the rank exchanges with others, for a person; none of a plan of one rank.
+    pub fn exchanges(&self) -> Option<String> {
+        let others = self.others.as_ref()?;
+        Some(match &others.way {
+            Way::Peers(_) => "through each other's memory".into(),
+            Way::Nccl(communicator, why) => {
+                let version = communicator.version().unwrap_or_default();
+                format!("by NCCL {version} ({why})")
+            }
+        })
     }
 
     /// Runs each exchange of the program's buckets once, those of the same ranks and sizes together. Both ends of one leave out the same ones, so
@@ -121,20 +179,25 @@ impl CudaExecutor {
             let Task::Exchange(kind, parts) = task else { continue };
             let sizes = (*kind, parts.iter().map(|part| part.bytes).collect());
             if !known.contains(&sizes) {
-                self.exchange(*kind, parts, self.stream())?;
+                self.exchange(*kind, parts, self.stream(), false)?;
                 known.push(sizes);
             }
         }
         Ok(self.stream().synchronize()?)
     }
 
-    /// Queues an exchange, or has it captured.
-    pub(super) fn exchange(&self, kind: Exchange, parts: &[Part], stream: &Stream) -> Result<()> {
+    /// Queues an exchange, or has it captured: as a dependent launch if told so, where it is a launch. Whether it is one, which what follows
+    /// may depend on.
+    pub(super) fn exchange(&self, kind: Exchange, parts: &[Part], stream: &Stream, dependent: bool) -> Result<bool> {
         let size = self.manifest.ranks.len();
         let others = self.others.as_ref().with_context(|| {
             format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
         })?;
-        Ok(others.communicator.exchange(kind, parts, &self.pool, stream)?)
+        match &others.way {
+            Way::Peers(peers) => peers.exchange(kind, parts, self.pool.address(), stream, dependent)?,
+            Way::Nccl(communicator, _) => communicator.exchange(kind, parts, &self.pool, stream)?,
+        }
+        Ok(matches!(others.way, Way::Peers(_)))
     }
 }
 

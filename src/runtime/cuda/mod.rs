@@ -8,6 +8,8 @@ mod capture;
 mod collective;
 mod load;
 pub mod measure;
+mod offers;
+mod peers;
 mod program;
 mod run;
 
@@ -18,7 +20,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use self::capture::Captured;
 use self::capture::{Lanes, Streams};
+pub use self::collective::Road;
 use self::collective::{Others, Task};
+pub use self::peers::Lines;
 use self::program::Kernels;
 pub use self::program::{check_device, kernel_name, offset};
 use self::run::Flight;
@@ -288,7 +292,7 @@ impl CudaExecutor {
         let steps = self.tasks.get(bucket).with_context(|| format!("no bucket {bucket}"))?;
         match steps.get(step).with_context(|| format!("no step {step} of {}", steps.len()))? {
             Task::Launch(ready) => ready.launch_after_all(self.streams.main()),
-            Task::Exchange(kind, parts) => self.exchange(*kind, parts, self.streams.main()),
+            Task::Exchange(kind, parts) => self.exchange(*kind, parts, self.streams.main(), false).map(drop),
         }
     }
 
@@ -302,7 +306,8 @@ impl CudaExecutor {
     }
 
     fn queue(&self, tasks: &[Task], lanes: &Lanes) -> Result<()> {
-        self.streams.queue(tasks, lanes, &|kind, parts, stream| self.exchange(kind, parts, stream))
+        self.streams
+            .queue(tasks, lanes, &|kind, parts, stream, dependent| self.exchange(kind, parts, stream, dependent))
     }
 
     /// Queues a bucket: its graph, captured if it is not yet, or its steps if graphs are off.

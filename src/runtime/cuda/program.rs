@@ -205,6 +205,13 @@ fn most_shared(file: &PlanFile, program: &Program) -> Result<Vec<u32>> {
     Ok(shared)
 }
 
+/// A service's kernel by itself.
+pub(super) fn service_of(file: &PlanFile, role: ServiceRole, device: &Arc<Device>) -> Result<Function> {
+    let found = file.manifest.services.iter().find(|service| service.0 == role);
+    let kernel = found.and_then(|service| file.manifest.kernels.get(service.1 as usize));
+    load_kernel(file, kernel.with_context(|| format!("the plan has no kernel for {role:?}"))?, 0, device)
+}
+
 fn load_kernel(file: &PlanFile, kernel: &Kernel, shared: u32, device: &Arc<Device>) -> Result<Function> {
     let what = || format!("kernel {} ({})", kernel.name, kernel.config);
     let cubin = kernel.cubin.and_then(|cubin| file.cubins.get(cubin as usize)).with_context(what)?;
