@@ -118,7 +118,7 @@ fn plans_for_gpus_run_on_the_cpu() {
         compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", ranks]);
         assert_eq!(run("gpu.plan"), expected, "{ranks}");
         let shown = done(at, &["inspect", "gpu.plan", "--bucket", "decode_4"]);
-        assert!(shown.contains("NCCL") && shown.contains("rank0.receive"), "{shown}");
+        assert!(shown.contains("exchange") && shown.contains("rank0.receive"), "{shown}");
     }
     compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", "expert=3"]);
     fails(at, 1, &["run", "gpu.plan", "--device", "cuda"], "the plan has no machine code");

@@ -234,8 +234,9 @@ impl Shape {
         let shares = self.shares == 1
             || (product.form == Form::Plain
                 && tiles * self.shares <= PROCESSORS
-                && k_tiles.is_multiple_of(self.shares));
-        if wasteful || tiles > i32::MAX as u64 || !shares || (self.rows / piece) % self.shares != 0 {
+                && k_tiles.is_multiple_of(self.shares)
+                && (self.rows / piece).is_multiple_of(self.shares));
+        if wasteful || tiles > i32::MAX as u64 || !shares {
             return None;
         }
         let (copiers, finishers) = self.warps(product.gathers());
