@@ -29,8 +29,8 @@ fn main() -> ExitCode {
         println!("skipped: no GPU, none of the tests of tests/gpu ran");
         return ExitCode::SUCCESS;
     }
-    // One device: tests take turns, and each compiles its kernels on all cores.
-    let arguments = Arguments { test_threads: Some(1), ..arguments };
+    // One device: tests take turns unless told otherwise, and each compiles its kernels on all cores.
+    let arguments = Arguments { test_threads: arguments.test_threads.or(Some(1)), ..arguments };
     let mut trials: Vec<Trial> = vec![];
     trials.extend(load::trials());
     trials.extend(pack::trials());
