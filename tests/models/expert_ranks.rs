@@ -1,40 +1,19 @@
 //! Plans whose experts are spread over ranks: the tokens are those of one rank that has them all.
 
-use std::path::Path;
-
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
 use lfm2c::plan::{CollectiveKind, DType, Manifest, Op, PlanFile, Semantic};
 
-use lfm2c::runtime::cpu::CpuEnsemble;
+use lfm2c::runtime::Options;
 use lfm2c::runtime::group::LocalGroup;
-use lfm2c::runtime::{Options, Request};
 
 use crate::common::*;
 use crate::expert_replicas::with_replicas;
+use crate::several::*;
 
 pub fn spread(ranks: u64) -> CompileOptions {
     CompileOptions { target: Target::Cpu, expert_ranks: ranks, ..options() }
-}
-
-/// All ranks in one process, with everything not live poisoned.
-pub fn ensemble(file: &PlanFile, directory: Option<&Path>) -> CpuEnsemble {
-    let ranks = 0..file.manifest.ranks.len();
-    CpuEnsemble::new(ranks.map(|rank| cpu_rank(file, rank, directory).with_poison(true)).collect()).expect("all ranks")
-}
-
-/// Requests of many lengths: some longer than the largest bucket, some of no new token.
-pub fn requests(count: u64, vocab: u64) -> Vec<Request> {
-    let request = |i: u64| {
-        let length = [1, 3, 17, 40, 2, 70][i as usize % 6] + i as usize % 5;
-        Request {
-            id: i,
-            eos: vec![i as u32 % 9],
-            ..request(&tokens(i, length, vocab), [6, 1, 12, 0, 9][i as usize % 5])
-        }
-    };
-    (0..count).map(request).collect()
 }
 
 #[test]
@@ -69,7 +48,6 @@ fn logits_of_prompts_differ_by_the_order_of_sums_alone() {
     assert!(found == again, "the same bits in every run");
 }
 
-/// Each rank is a thread with requests of its own, in lockstep with the others: also where it has none left, or never had one.
 #[test]
 fn ranks_with_requests_of_their_own_give_the_tokens_of_one() {
     let one = demo_plan(&spread(1));
@@ -77,31 +55,8 @@ fn ranks_with_requests_of_their_own_give_the_tokens_of_one() {
     let expected = run(&mut cpu_executor(&one, None), requests.clone(), Options::default());
     for (ranks, lookahead) in [(2, 1), (4, 3)] {
         let file = demo_plan(&spread(ranks));
-        // The last has none, the first as many as all others.
-        let of_rank = |i: usize| if i.is_multiple_of(2) { 0 } else { (i / 2) % (ranks as usize - 1) };
-        let mut found = vec![None; requests.len()];
-        std::thread::scope(|scope| {
-            let threads = LocalGroup::new(ranks as usize).into_iter().enumerate().map(|(rank, group)| {
-                let (file, requests) = (&file, &requests);
-                scope.spawn(move || {
-                    let executor = cpu_rank(file, rank, None).with_poison(true).with_lookahead(lookahead);
-                    let mut executor = executor.with_group(Box::new(group)).expect("it is one of the plan's ranks");
-                    let own = requests.iter().enumerate().filter(|(i, _)| of_rank(*i) == rank);
-                    let (numbers, own): (Vec<usize>, Vec<Request>) =
-                        own.map(|(i, request)| (i, request.clone())).unzip();
-                    let chunk = Some(9 + rank);
-                    let options = Options { chunk, ..Options::default() };
-                    numbers.into_iter().zip(run(&mut executor, own, options)).collect::<Vec<_>>()
-                })
-            });
-            for thread in threads.collect::<Vec<_>>() {
-                for (i, result) in thread.join().expect("it does not panic") {
-                    found[i] = Some(result);
-                }
-            }
-        });
+        let found = on_threads(&file, lookahead, &requests, Options::default());
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            let found = found.as_ref().unwrap_or_else(|| panic!("request {i} has no result"));
             assert_eq!(found.tokens, expected.tokens, "request {i} on {ranks} ranks");
         }
     }

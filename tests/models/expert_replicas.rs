@@ -5,7 +5,8 @@ use lfm2c::plan::{Buffer, ExpertCounts, Manifest, Op, PlanFile, Ref, Slot, scope
 use lfm2c::runtime::Options;
 
 use crate::common::*;
-use crate::expert_ranks::{ensemble, requests, semantic, spread};
+use crate::expert_ranks::{semantic, spread};
+use crate::several::*;
 
 /// The plan of so many ranks with up to so many replicas each, of a model of 8 experts, by counts that differ much from expert to expert and from layer to layer.
 pub fn with_replicas(

@@ -23,4 +23,5 @@ mod goldens;
 mod pipeline_ranks;
 mod router;
 mod sessions;
+mod several;
 mod text_graph;

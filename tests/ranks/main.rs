@@ -122,15 +122,12 @@ fn prompts_of_the_command_line_and_their_logits() {
     assert!(fs::read(at.join("1.npy")).expect("written") == fs::read(at.join("3.npy")).expect("written"));
 }
 
-/// Experts spread over ranks: results are those of one rank with all of them, on one group and on two, of tokens that are the same as
-/// long as sums differ in their order alone.
-#[test]
-fn ranks_with_experts_of_their_own_give_the_results_of_one() {
-    let folder = tempfile::tempdir().expect("a folder can be made");
-    let at = folder.path();
+/// Compiles `one.plan`, `two.plan` and `four.plan`, of so many ranks over which `what` is spread, and runs them on one group of these ranks and
+/// on two: the results must be those of one rank.
+fn results_are_those_of_one(at: &Path, what: &str) {
     compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
-    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", "expert=2"]);
-    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", "expert=4"]);
+    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", &format!("{what}=2")]);
+    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", &format!("{what}=4")]);
     let line = |i: usize| {
         let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
         let new = [0, 1, 3, 12, 25][i % 5];
@@ -155,6 +152,14 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
         assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
         assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
     }
+}
+
+/// Experts spread over ranks: tokens are the same as long as sums differ in their order alone.
+#[test]
+fn ranks_with_experts_of_their_own_give_the_results_of_one() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    results_are_those_of_one(at, "expert");
     // One prompt, of which the other ranks have nothing; and all ranks in one process.
     let prompt = ["--tokens", "5,17,3", "--max-new-tokens", "9"];
     let alone = lfm2c(at, &[&["run", "one.plan"], &prompt[..]].concat());
@@ -178,38 +183,12 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
     }
 }
 
-/// Layers spread over ranks: results are those of one rank with all of them, on one group and on two, logits included.
+/// Layers spread over ranks: logits are the same, too.
 #[test]
 fn ranks_with_layers_of_their_own_give_the_results_of_one() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
-    compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
-    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", "pipeline=2"]);
-    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", "pipeline=4"]);
-    let line = |i: usize| {
-        let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
-        let new = [0, 1, 3, 12, 25][i % 5];
-        format!(r#"{{"tokens": {prompt:?}, "max_new_tokens": {new}, "ignore_eos": true}}"#) + "\n"
-    };
-    fs::write(at.join("in.jsonl"), (0..40).map(line).collect::<String>()).expect("it is written");
-    fn run<'a>(plan: &'a str, name: &'a str) -> [&'a str; 8] {
-        ["run", plan, "--chunk", "23", "--input", "in.jsonl", "--output", name]
-    }
-    succeeded(&lfm2c(at, &run("one.plan", "1.jsonl")));
-    // A request's name is a hash of the plan too.
-    let results = |name: &str| -> Vec<String> {
-        let text = fs::read_to_string(at.join(name)).expect("it was written");
-        text.lines().map(|line| line.split(r#""prompt_tokens""#).nth(1).expect("a result").to_owned()).collect()
-    };
-    let expected = results("1.jsonl");
-    assert_eq!(expected.len(), 40);
-    for (plan, ranks) in [("two.plan", "2"), ("two.plan", "4"), ("four.plan", "4")] {
-        let name = format!("{plan}-{ranks}.jsonl");
-        let output = on_ranks(at, ranks, &run(plan, &name));
-        succeeded(&output);
-        assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
-        assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
-    }
+    results_are_those_of_one(at, "pipeline");
     let tokens = ["--tokens", "5,17,3", "--tokens", "9", "--tokens", "8,8", "--max-new-tokens", "9", "--logits"];
     let logits = |plan, ranks, name| {
         let words = [&["run", plan], &tokens[..], &[name]].concat();
