@@ -6,6 +6,8 @@
 //! timed over, and some of its candidates take very long for many rows. Who measures is not said here: times come in, a [`Lock`]
 //! comes out.
 
+mod summary;
+
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
@@ -15,6 +17,8 @@ use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
 use crate::codegen::select::{APART, Pack, Tactics, admitted, problem_key, reads_packed, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
+
+pub use self::summary::{Choice, Total};
 
 /// How much faster than the default another candidate must be: less is noise, and the default needs no lock.
 const MARGIN: f64 = 0.02;
@@ -89,38 +93,6 @@ impl Trials {
         let at = nth.checked_rem(self.list.len())?;
         if self.list[at].failed() { self.list.iter().position(|trial| !trial.failed()) } else { Some(at) }
     }
-}
-
-/// The choice of one problem; times in microseconds, none where a candidate failed or was not measured.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Choice<'a> {
-    /// The problem.
-    pub key: &'a str,
-    /// Name of the first bucket with it.
-    pub bucket: &'a str,
-    /// Steps that it is the problem of, in all buckets.
-    pub steps: usize,
-    /// Candidates that there are.
-    pub candidates: usize,
-    /// The default's time.
-    pub default_us: Option<f64>,
-    /// The name of the candidate chosen.
-    pub chosen: &'a str,
-    /// Its time.
-    pub us: Option<f64>,
-}
-
-/// A bucket's steps, one after the other, in microseconds.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Total<'a> {
-    /// The bucket's name.
-    pub bucket: &'a str,
-    /// Its steps.
-    pub steps: usize,
-    /// Sum of the defaults' times; where one failed, the chosen one's.
-    pub default_us: f64,
-    /// Sum of the chosen candidates' times.
-    pub us: f64,
 }
 
 impl Tuning {
@@ -336,47 +308,6 @@ impl Tuning {
             graphs: self.graphs.clone(),
             problems,
         }
-    }
-
-    /// The choices, in the order in which the buckets' steps come.
-    pub fn choices(&self) -> Vec<Choice<'_>> {
-        let mut choices: Vec<Choice> = vec![];
-        let mut known: BTreeMap<&str, usize> = BTreeMap::new();
-        let steps = self.buckets.iter().flat_map(|bucket| bucket.keys.iter().map(move |key| (&bucket.name, key)));
-        for (bucket, key) in steps {
-            if let Some(&at) = known.get(&**key) {
-                choices[at].steps += 1;
-                continue;
-            }
-            let Some(trials) = self.problems.get(key) else { continue };
-            let (Some(default), Some(chosen)) = (trials.list.first(), self.chosen(key)) else { continue };
-            known.insert(key, choices.len());
-            choices.push(Choice {
-                key,
-                bucket,
-                steps: 1,
-                candidates: trials.list.len(),
-                default_us: default.us(),
-                chosen: &chosen.name,
-                us: chosen.us(),
-            });
-        }
-        choices
-    }
-
-    /// The buckets' sums.
-    pub fn totals(&self) -> Vec<Total<'_>> {
-        let choices = self.choices();
-        let times: BTreeMap<&str, (Option<f64>, Option<f64>)> =
-            choices.iter().map(|choice| (choice.key, (choice.default_us, choice.us))).collect();
-        let totals = self.buckets.iter().map(|Steps { name, keys, .. }| {
-            let found = keys.iter().filter_map(|key| times.get(&**key));
-            let (default_us, us) = found.fold((0.0, 0.0), |(default_us, us), (default, chosen)| {
-                (default_us + default.or(*chosen).unwrap_or(f64::NAN), us + chosen.unwrap_or(f64::NAN))
-            });
-            Total { bucket: name, steps: keys.len(), default_us, us }
-        });
-        totals.collect()
     }
 }
 

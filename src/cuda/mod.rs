@@ -6,6 +6,7 @@ pub mod graph;
 pub mod ipc;
 mod library;
 pub mod memory;
+mod module;
 pub mod nccl;
 pub mod nvrtc;
 pub mod tensor;

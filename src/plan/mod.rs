@@ -9,6 +9,7 @@ pub mod layout;
 pub mod manifest;
 pub mod operators;
 pub mod packed;
+mod program;
 pub mod validate;
 
 pub use collective::{Collective, CollectiveKind};

@@ -28,6 +28,7 @@ mod order;
 mod payload;
 mod pool;
 mod ranks;
+mod rule;
 mod semantic;
 mod steps;
 mod transfers;
