@@ -129,14 +129,7 @@ fn a_rank_has_the_weights_of_its_experts() {
 #[test]
 fn goldens_agree_on_two_ranks() {
     for name in ["moe-base", "mixed", "moe-scale"] {
-        let directory = project("tests/goldens").join(name);
-        let file = directory_plan(&directory, &spread(2));
-        let mut executor = ensemble(&file, Some(&directory));
-        for (n, golden) in goldens(&directory) {
-            let found =
-                run(&mut executor, vec![request(&golden.ids, golden.greedy.len())], Options::default()).remove(0);
-            assert_eq!(found.tokens, golden.greedy, "{name}, prompt {n}");
-        }
+        goldens_agree_on_ranks(name, &spread(2));
     }
 }
 

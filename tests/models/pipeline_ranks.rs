@@ -4,7 +4,6 @@ use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::{CompileOptions, Recipe, Source, compile};
 use lfm2c::passes::Target;
 use lfm2c::plan::{CollectiveKind, Manifest, Op, PlanFile, StateRole};
-use lfm2c::runtime::Options;
 use lfm2c::runtime::group::LocalGroup;
 
 use crate::common::*;
@@ -61,14 +60,7 @@ fn nobody_waits_for_a_rank_that_fails() {
 #[test]
 fn goldens_agree_on_several_ranks() {
     for (name, ranks) in [("moe-base", 2), ("mixed", 3), ("dense", 2)] {
-        let directory = project("tests/goldens").join(name);
-        let file = directory_plan(&directory, &staged(ranks));
-        let mut executor = ensemble(&file, Some(&directory));
-        for (n, golden) in goldens(&directory) {
-            let found =
-                run(&mut executor, vec![request(&golden.ids, golden.greedy.len())], Options::default()).remove(0);
-            assert_eq!(found.tokens, golden.greedy, "{name}, prompt {n}");
-        }
+        goldens_agree_on_ranks(name, &staged(ranks));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use lfm2c::codegen::CompileOptions;
 use lfm2c::plan::PlanFile;
 use lfm2c::runtime::cpu::CpuEnsemble;
 use lfm2c::runtime::group::LocalGroup;
@@ -26,6 +27,17 @@ pub fn requests(count: u64, vocab: u64) -> Vec<Request> {
         }
     };
     (0..count).map(request).collect()
+}
+
+/// Compiles a golden's directory for several ranks, and checks that they choose its tokens.
+pub fn goldens_agree_on_ranks(name: &str, options: &CompileOptions) {
+    let directory = project("tests/goldens").join(name);
+    let file = directory_plan(&directory, options);
+    let mut executor = ensemble(&file, Some(&directory));
+    for (n, golden) in goldens(&directory) {
+        let found = run(&mut executor, vec![request(&golden.ids, golden.greedy.len())], Options::default()).remove(0);
+        assert_eq!(found.tokens, golden.greedy, "{name}, prompt {n}");
+    }
 }
 
 /// What each request gives where each rank is a thread with requests of its own, in lockstep with the others: the last has none, the first as
