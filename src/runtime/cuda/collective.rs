@@ -194,7 +194,7 @@ impl CudaExecutor {
             format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
         })?;
         match &others.way {
-            Way::Peers(peers) => peers.exchange(kind, parts, self.pool.address(), stream, dependent)?,
+            Way::Peers(peers) => peers.lines().exchange(kind, parts, self.pool.address(), stream, dependent)?,
             Way::Nccl(communicator, _) => communicator.exchange(kind, parts, &self.pool, stream)?,
         }
         Ok(matches!(others.way, Way::Peers(_)))

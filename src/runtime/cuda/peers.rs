@@ -150,16 +150,9 @@ impl Peers {
         })
     }
 
-    /// As [`Lines::exchange`].
-    pub(super) fn exchange(
-        &self,
-        kind: Exchange,
-        parts: &[Part],
-        memory: u64,
-        stream: &Stream,
-        dependent: bool,
-    ) -> Result<()> {
-        self.lines.exchange(kind, parts, memory, stream, dependent)
+    /// What exchanges.
+    pub(super) fn lines(&self) -> &Lines {
+        &self.lines
     }
 
     /// Has exchanges that are still on the device wait for nobody any more.
