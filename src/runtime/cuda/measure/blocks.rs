@@ -122,28 +122,35 @@ pub fn measure_block(
     let load = inputs.load(executor, bucket, &steps, 0.0)?;
     let program = executor.program();
     let total = |of: &[usize]| load.total(program, of.iter().map(|&i| &program.buckets[bucket].steps[i]));
+    let measured = |part: &[usize], what: &str| {
+        let times = replay(executor, bucket, part, options.runs());
+        times.with_context(|| format!("{block:?} blocks of bucket {name} up to {what}"))
+    };
     let (mut stages, mut so_far, mut before) = (vec![], BTreeSet::new(), 0.0);
-    let mut device = None;
+    let mut last = None;
     for (stage, own) in by_stage(&program.buckets[bucket], &steps) {
+        // Dense products read nothing that each other write and that matters.
+        if block == Block::Dense {
+            so_far.clear();
+            before = 0.0;
+        }
         // All layers up to this stage: what a step reads was written by its own block.
         so_far.extend(&own);
         let part: Vec<usize> = so_far.iter().copied().collect();
-        let measured = |part: &[usize]| {
-            let times = replay(executor, bucket, part, options.runs());
-            times.with_context(|| format!("{block:?} blocks of bucket {name} up to {stage}"))
-        };
-        let times = measured(&part)?;
-        // Dense products read nothing that each other write and that matters.
-        let added_ms = if block == Block::Dense { measured(&own)?.median_ms } else { times.median_ms - before };
+        let times = measured(&part, &stage)?;
+        let added_ms = times.median_ms - before;
         let work = total(&own)?;
         before = times.median_ms;
         let tflops = (added_ms > 0.0).then(|| work.flops / (added_ms * 1e-3) / 1e12);
         let floor_ms = ceilings.floor_ms(&work);
         let kernels = kernels(executor, bucket, &own);
         stages.push(StageReport { name: stage, steps: own.len(), kernels, added_ms, work, floor_ms, tflops });
-        device = Some(times);
+        last = Some(times);
     }
-    let device = device.context("a block without stages")?;
+    let device = match block {
+        Block::Dense => measured(&steps, "the end")?,
+        _ => last.context("a block without stages")?,
+    };
     let work = total(&steps)?;
     let floor_ms = ceilings.floor_ms(&work);
     Ok(BlockReport {
