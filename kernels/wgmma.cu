@@ -58,7 +58,7 @@ static_assert(SHARES == 1 || ((K + BK - 1) / BK % SHARES == 0 && BN / PIECE % SH
 static_assert(COPIERS + FINISHERS <= 4 && PIECE % 16 == 0 && BN % PIECE == 0 && (FINISHERS == 0 || PIECE == BN), "whole pieces");
 // Columns of the result that a thread finishes at a time, how often that is in a row, and vectors in work at once, fewer where
 // there are few registers.
-constexpr int VECTOR = 4, ROW_VECTORS = WM / HALVES / VECTOR;
+constexpr int VECTOR = 16 / sizeof(P), ROW_VECTORS = WM / HALVES / VECTOR;
 constexpr int MOST_AT_ONCE = RESIDENT * MULTIPLIERS > 2 ? 2 : 4, PIECE_VECTORS = PIECE * ROW_VECTORS / GROUP_THREADS;
 constexpr int AT_ONCE = PIECE_VECTORS < 1 ? 1 : PIECE_VECTORS < MOST_AT_ONCE ? PIECE_VECTORS : MOST_AT_ONCE;
 // The first of the barriers of each four warps: their own, then those of them and the finishers.
