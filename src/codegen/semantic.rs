@@ -202,6 +202,7 @@ fn plan_op(kind: &OpKind) -> Result<PlanOp, String> {
         OpKind::ExpertMatmul => PlanOp::ExpertMatmul,
         OpKind::WeightedSum => PlanOp::WeightedSum,
         OpKind::GroupRows { .. } => PlanOp::GroupRows,
+        OpKind::GatherPairs { k } => PlanOp::GatherPairs { k },
         OpKind::GroupedMatmulGather { k } => PlanOp::GroupedMatmulGather { k },
         OpKind::GroupedMatmul => PlanOp::GroupedMatmul,
         OpKind::GroupedWeightedSum => PlanOp::GroupedWeightedSum,

@@ -231,6 +231,11 @@ pub enum OpKind {
         /// Number of experts E.
         experts: u64,
     },
+    /// `(x [T,K], pairs i32[T*k]) -> [T*k,K]`: row i is `x[pairs[i] / k]`; zeros where the pair is negative.
+    GatherPairs {
+        /// Experts a token.
+        k: u64,
+    },
     /// `(x [T,K], weight [E,N,K], pairs i32[T*k], offsets i32[E+1]) -> [T*k,N]`: row i is `x[pairs[i] / k]` times the matrix
     /// of the expert that owns i. Rows past `offsets[E]` are zeros.
     GroupedMatmulGather {

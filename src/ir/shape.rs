@@ -130,6 +130,11 @@ pub fn result_shapes(kind: &OpKind, operands: &[Type]) -> Result<Vec<Vec<Dim>>, 
             let pairs = experts[0].times(k).ok_or("overflow")?;
             vec![vec![pairs], experts.to_vec(), vec![Dim::fixed(count.checked_add(1).ok_or("overflow")?)]]
         }
+        OpKind::GatherPairs { k } => {
+            let [x, pairs] = rule.operands([&[2], &[1]])?;
+            rule.same("number of pairs", pairs[0], x[0].times(*k).ok_or("overflow")?)?;
+            vec![vec![pairs[0], x[1]]]
+        }
         OpKind::GroupedMatmulGather { k } => {
             let [x, weight, pairs, offsets] = rule.operands([&[2], &[3], &[1], &[1]])?;
             rule.same("number of pairs", pairs[0], x[0].times(*k).ok_or("overflow")?)?;
@@ -246,7 +251,9 @@ fn check_dtype(kind: &OpKind, operands: &[Type], result: usize, found: DType) ->
         OpKind::TopK { .. } | OpKind::GroupRows { .. } | OpKind::LocalExperts { .. } | OpKind::Sample => {
             Some(DType::I32)
         }
-        OpKind::Split { .. } | OpKind::GatherRows | OpKind::GatherColumns => Some(operands[0].dtype),
+        OpKind::Split { .. } | OpKind::GatherRows | OpKind::GatherColumns | OpKind::GatherPairs { .. } => {
+            Some(operands[0].dtype)
+        }
         OpKind::AllGather { .. } => Some(operands[result].dtype),
         OpKind::AllToAll { .. } | OpKind::Send { .. } => Some(operands[0].dtype),
         OpKind::Conv1dCausal if result == 1 => Some(operands[2].dtype),

@@ -3,6 +3,7 @@
 //! - The gate's product, scores, selection and weights become one operator, `router`.
 //! - Where [`tactics::group_experts`] says so, rows are sorted by expert: products with the expert of each row become
 //!   grouped ones over `[T*k, ..]` rows, the sum over a token's experts finds them by place, and extents are the worst case.
+//!   The first product gathers its rows, or a step before it does: see [`tactics::gather_apart`].
 //!   The sort joins the router (`router+group`) where [`tactics::group_with_router`] says so, or, where experts are spread over ranks,
 //!   the look-up of this rank's (`local+group`).
 //! - Elsewhere the weighted sum joins the last product, `expert+combine`.
@@ -13,7 +14,7 @@
 use std::collections::HashMap;
 
 use crate::ir::{BinaryFn, Graph, Op, OpKind, Operand, Stage, Type, UnaryFn, Users, ValueId};
-use crate::passes::tactics::{self, Experts};
+use crate::passes::tactics::{self, Experts, Gathered};
 use crate::passes::view::{View, only_result, other_operand, row_wise};
 use crate::passes::{PassContext, Patch, Rewrite};
 
@@ -172,16 +173,6 @@ impl<'a> Regrouping<'a> {
 
     fn patch(mut self, context: &PassContext) -> Option<Patch> {
         let mut summed = false;
-        for (at, op) in self.graph.ops.iter().enumerate() {
-            let starts = op.kind == OpKind::ExpertMatmul && op.operands[2] == self.chosen.into();
-            if starts || op.uses().any(|value| self.rows.contains_key(&value)) {
-                self.convert(at, op)?;
-                summed |= op.kind == OpKind::WeightedSum;
-            }
-        }
-        if !summed || self.graph.outputs.iter().any(|output| self.rows.contains_key(output)) {
-            return None;
-        }
         let rows = self.graph.ty(self.chosen).shape.first()?.size(&context.bucket.extents)?;
         let local = self.experts?;
         // Of a rank's own experts, all of which others select from.
@@ -189,22 +180,37 @@ impl<'a> Regrouping<'a> {
             OpKind::LocalExperts { of, .. } if op.results == [self.chosen] => Some(of),
             _ => None,
         });
-        let experts = Experts { rows, k: self.k, count: spread.unwrap_or(local), local, bytes_each: self.bytes_each };
+        let count = spread.unwrap_or(local);
+        for (at, op) in self.graph.ops.iter().enumerate() {
+            let starts = op.kind == OpKind::ExpertMatmul && op.operands[2] == self.chosen.into();
+            if starts || op.uses().any(|value| self.rows.contains_key(&value)) {
+                self.convert(at, op, context, (rows, count))?;
+                summed |= op.kind == OpKind::WeightedSum;
+            }
+        }
+        if !summed || self.graph.outputs.iter().any(|output| self.rows.contains_key(output)) {
+            return None;
+        }
+        let experts = Experts { rows, k: self.k, count, local, bytes_each: self.bytes_each };
         tactics::group_experts(context, &experts).then_some(self.patch)
     }
 
-    /// Replaces an operator by one on sorted rows; `None` if there is no such.
-    fn convert(&mut self, at: usize, op: &Op) -> Option<()> {
+    /// Replaces an operator by one on sorted rows; `None` if there is no such. So many tokens select from so many experts.
+    fn convert(&mut self, at: usize, op: &Op, context: &PassContext, (tokens, count): (u64, u64)) -> Option<()> {
         let (kind, operands) = match (&op.kind, &op.operands[..]) {
             (OpKind::ExpertMatmul, [x, weight, chosen]) if *chosen == self.chosen.into() => {
                 self.count_weight(*weight)?;
                 match x.value().and_then(|x| self.rows.get(&x)) {
                     Some(&rows) => (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()]),
-                    None if self.graph.ty(x.value()?).shape.len() == 2 => (
+                    None if self.graph.ty(x.value()?).shape.len() != 2 => return None,
+                    None if tactics::gather_apart(context, &self.gathered(*weight, tokens, count)?) => {
+                        let rows = self.gather(x.value()?, op)?;
+                        (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()])
+                    }
+                    None => (
                         OpKind::GroupedMatmulGather { k: self.k },
                         vec![*x, *weight, self.pairs.into(), self.offsets.into()],
                     ),
-                    None => return None,
                 }
             }
             (OpKind::WeightedSum, [y, weights, chosen]) if *chosen == self.chosen.into() => {
@@ -220,6 +226,32 @@ impl<'a> Regrouping<'a> {
         let patch = std::mem::replace(&mut self.patch, Patch::new(self.graph));
         self.patch = patch.remove(at).insert(Op::new(kind, operands, results, &op.scope));
         Some(())
+    }
+
+    /// The first product, of so many tokens that select from so many experts, with the experts of this weight.
+    fn gathered(&self, weight: Operand, tokens: u64, count: u64) -> Option<Gathered> {
+        let ty = &self.graph.weight(weight.weight()?).ty;
+        let [experts, columns, depth] = ty.shape[..] else { return None };
+        let (rows, experts) = (tokens.checked_mul(self.k)?, experts.as_fixed()?);
+        Some(Gathered {
+            rows,
+            expected: rows.checked_mul(experts)?.checked_div(count)?,
+            experts,
+            columns: columns.as_fixed()?,
+            depth: depth.as_fixed()?,
+            dtype: ty.dtype,
+        })
+    }
+
+    /// Sorted rows of a value `[T,N]`, by a step of its own.
+    fn gather(&mut self, x: ValueId, product: &Op) -> Option<ValueId> {
+        let old = self.graph.value(x);
+        let count = old.ty.shape.first()?.times(self.k)?;
+        let rows = self.patch.value(&format!("{}.rows", old.name), Type::new(old.ty.dtype, [count, old.ty.shape[1]]));
+        let patch = std::mem::replace(&mut self.patch, Patch::new(self.graph));
+        let kind = OpKind::GatherPairs { k: self.k };
+        self.patch = patch.insert(Op::new(kind, vec![x.into(), self.pairs.into()], vec![rows], &product.scope));
+        Some(rows)
     }
 
     /// The value of sorted rows for one of `[T,k,N]`.

@@ -3,6 +3,7 @@
 //! No answer is a threshold on the number of rows. Some follow from the kind of kernel that a phase gets, the others from
 //! modelled traffic: bytes that must cross memory, with a step's fixed cost as the bytes that could have crossed meanwhile.
 
+use crate::ir::DType;
 use crate::passes::{PassContext, Phase, Target};
 
 /// Bytes a second of a read-only reduction; measured on one H200.
@@ -93,6 +94,44 @@ pub fn group_experts(context: &PassContext, experts: &Experts) -> bool {
     experts.rows > 1 && grouped < direct
 }
 
+/// A product of rows with the expert of each, of which a row is one among several of a token.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Gathered {
+    /// Rows of the result, for all of which there is room, those of other ranks' experts, too.
+    pub rows: u64,
+    /// Those expected to be of this rank's experts.
+    pub expected: u64,
+    /// Experts.
+    pub experts: u64,
+    /// Columns of the result.
+    pub columns: u64,
+    /// Columns of the rows.
+    pub depth: u64,
+    /// Type of the weight.
+    pub dtype: DType,
+}
+
+/// Operations a second of a grouped product whose rows threads gather, 16 bytes at a time, and of one whose rows the copy engine brings
+/// as they lie; measured on one H200.
+const GATHERING_FLOPS: f64 = 5.0e14;
+const LYING_FLOPS: f64 = 6.0e14;
+
+/// Whether a step of its own puts the rows of the first product in their order, at the price of writing and reading all of them once more.
+/// Threads that gather keep up with memory, which must bring the experts' weights meanwhile, but not with tensor cores. Products of f32
+/// have their rows in threads anyway.
+pub fn gather_apart(context: &PassContext, product: &Gathered) -> bool {
+    if context.target == Target::Cpu || !matches!(product.dtype, DType::BF16 | DType::F16) {
+        return false;
+    }
+    let [rows, expected, columns, depth] =
+        [product.rows, product.expected, product.columns, product.depth].map(|n| n as f64);
+    let bytes = product.dtype.bytes() as f64;
+    let weights = product.experts as f64 * columns * depth * bytes / MEMORY_BYTES_PER_SECOND;
+    let seconds = |flops: f64| weights.max(2.0 * expected * columns * depth / flops);
+    let gather = 2.0 * rows * depth * bytes / MEMORY_BYTES_PER_SECOND + BOUNDARY_SECONDS;
+    seconds(LYING_FLOPS) + gather < seconds(GATHERING_FLOPS)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +167,23 @@ mod tests {
         let experts = |rows| Experts { rows, k: 3, count: 7, local: 7, bytes_each: 1 };
         assert!((experts(1).expected_distinct() - 3.0).abs() < 1e-9);
         assert!((experts(100_000).expected_distinct() - 7.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn rows_are_gathered_apart_where_arithmetic_takes_longer_than_weights() {
+        let product = |tokens: u64, dtype| Gathered {
+            rows: 4 * tokens,
+            expected: 4 * tokens,
+            experts: 32,
+            columns: 3584,
+            depth: 2048,
+            dtype,
+        };
+        let apart = |target, tokens, dtype| gather_apart(&context(target), &product(tokens, dtype));
+        for (tokens, expected) in [(1, false), (64, false), (512, false), (2048, true), (8192, true)] {
+            assert_eq!(apart(Target::Sm90a, tokens, DType::BF16), expected, "{tokens}");
+            assert!(!apart(Target::Cpu, tokens, DType::BF16) && !apart(Target::Sm90a, tokens, DType::F32), "{tokens}");
+        }
     }
 
     proptest! {

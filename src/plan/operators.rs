@@ -87,6 +87,11 @@ pub enum Op {
     WeightedSum,
     /// `(experts i32[T,k]) -> pairs i32[T*k], places i32[T,k], offsets i32[E+1]`: stable sort of pairs by expert.
     GroupRows,
+    /// `(x [T,K], pairs i32[T*k]) -> [T*k,K]`: row `pairs[i] / k` of `x`; zeros where negative.
+    GatherPairs {
+        /// Experts a token.
+        k: u64,
+    },
     /// `(x [T,K], weight [E,N,K], pairs i32[T*k], offsets i32[E+1]) -> [T*k,N]`; zeros past the last group.
     GroupedMatmulGather {
         /// Experts a token.

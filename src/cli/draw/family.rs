@@ -60,6 +60,7 @@ impl Family {
             }
             OpKind::Split { .. }
             | OpKind::GatherRows
+            | OpKind::GatherPairs { .. }
             | OpKind::GatherColumns
             | OpKind::AllGather { .. }
             | OpKind::AllToAll { .. }
@@ -102,6 +103,7 @@ impl Family {
             plan::Op::Split { .. }
             | plan::Op::GatherRows
             | plan::Op::GatherColumns
+            | plan::Op::GatherPairs { .. }
             | plan::Op::AllGather { .. }
             | plan::Op::AllToAll { .. }
             | plan::Op::Send { .. }

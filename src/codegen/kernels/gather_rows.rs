@@ -1,4 +1,4 @@
-//! `kernels/gather_rows.cu`: rows of a table by index, for an embedding or for a choice of rows.
+//! `kernels/gather_rows.cu`: rows of a table by index, for an embedding, a choice of rows, or tokens in the order of their experts.
 
 use super::builder::{Builder, Specialised};
 use super::pattern::{args, dims, dtype, only, results};
@@ -28,9 +28,10 @@ fn specialise(problem: &Problem) -> Option<Specialised> {
     let semantic = problem.semantic;
     let instr = only(semantic)?;
     let ([first, second], [y @ Slot::Out(_)]) = (args(instr)?, results(instr)?) else { return None };
-    let (x, rows) = match instr.0 {
-        Op::Embed => (second, first),
-        Op::GatherRows => (first, second),
+    let (x, rows, each) = match instr.0 {
+        Op::Embed => (second, first, 1),
+        Op::GatherRows => (first, second, 1),
+        Op::GatherPairs { k } => (first, second, k),
         _ => return None,
     };
     let ([x_rows, columns], [count]) = (dims(semantic, x)?, dims(semantic, rows)?);
@@ -39,13 +40,18 @@ fn specialise(problem: &Problem) -> Option<Specialised> {
     if integers || dims(semantic, y) != Some([count, columns]) || columns == 0 || [x, rows].iter().any(made_here) {
         return None;
     }
-    if [x_rows, count, columns].iter().any(|&n| n > i32::MAX as u64) {
+    if [x_rows, count, columns, each].iter().any(|&n| n > i32::MAX as u64) || each == 0 {
         return None;
     }
     let widest = 16 / from.bytes().max(to.bytes());
     let vector = [8, 4, 2, 1].into_iter().find(|&n| n <= widest && columns.is_multiple_of(n))?;
     let mut builder = Builder::new(problem);
-    builder.constant("COLUMNS", columns).constant("VECTOR", vector).alias("X", from).alias("Y", to);
+    builder
+        .constant("COLUMNS", columns)
+        .constant("VECTOR", vector)
+        .constant("EACH", each)
+        .alias("X", from)
+        .alias("Y", to);
     builder.pointer("y", y).pointer("x", x).pointer("rows", rows).int("count", count).int("x_rows", x_rows);
     Some(builder.finish("", [blocks(count * (columns / vector), THREADS), 1, 1], THREADS, 0))
 }
@@ -78,6 +84,7 @@ mod tests {
             (Op::Embed, DType::BF16, DType::F32, 2048, 4),
             (Op::GatherRows, DType::F16, DType::F16, 7, 1),
             (Op::GatherRows, DType::I32, DType::I32, 6, 2),
+            (Op::GatherPairs { k: 3 }, DType::BF16, DType::BF16, 72, 8),
         ] {
             let semantic = gather(op, x, y, 33, columns);
             dump(&GatherRows, &semantic, Phase::Prefill);

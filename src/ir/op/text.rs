@@ -25,6 +25,7 @@ impl OpKind {
             OpKind::ExpertMatmul => "expert_matmul",
             OpKind::WeightedSum => "weighted_sum",
             OpKind::GroupRows { .. } => "group_rows",
+            OpKind::GatherPairs { .. } => "gather_pairs",
             OpKind::GroupedMatmulGather { .. } => "grouped_matmul_gather",
             OpKind::GroupedMatmul => "grouped_matmul",
             OpKind::GroupedWeightedSum => "grouped_weighted_sum",
@@ -54,7 +55,9 @@ impl OpKind {
             OpKind::Attention { heads, scale } => {
                 vec![("heads", Attribute::Int(*heads)), ("scale", Attribute::Float(*scale))]
             }
-            OpKind::TopK { k } | OpKind::GroupedMatmulGather { k } => vec![("k", Attribute::Int(*k))],
+            OpKind::TopK { k } | OpKind::GatherPairs { k } | OpKind::GroupedMatmulGather { k } => {
+                vec![("k", Attribute::Int(*k))]
+            }
             OpKind::GroupRows { experts } => vec![("experts", Attribute::Int(*experts))],
             OpKind::AllGather { ranks } | OpKind::AllToAll { ranks } => vec![("ranks", Attribute::Int(*ranks))],
             OpKind::Send { to, ranks } => vec![("to", Attribute::Int(*to)), ("ranks", Attribute::Int(*ranks))],
@@ -95,6 +98,7 @@ impl OpKind {
             "expert_matmul" => OpKind::ExpertMatmul,
             "weighted_sum" => OpKind::WeightedSum,
             "group_rows" => OpKind::GroupRows { experts: attributes.int("experts")? },
+            "gather_pairs" => OpKind::GatherPairs { k: attributes.int("k")? },
             "grouped_matmul_gather" => OpKind::GroupedMatmulGather { k: attributes.int("k")? },
             "grouped_matmul" => OpKind::GroupedMatmul,
             "grouped_weighted_sum" => OpKind::GroupedWeightedSum,

@@ -42,7 +42,11 @@ impl<'a> Rule<'a> {
         match self.kind {
             OpKind::Embed => &[0],
             OpKind::Conv1dCausal => &[3, 4],
-            OpKind::Rope { .. } | OpKind::TopK { .. } | OpKind::GatherRows | OpKind::GatherColumns => &[1],
+            OpKind::Rope { .. }
+            | OpKind::TopK { .. }
+            | OpKind::GatherRows
+            | OpKind::GatherColumns
+            | OpKind::GatherPairs { .. } => &[1],
             OpKind::KvWrite => &[3, 4, 5],
             OpKind::Attention { .. } => &[2, 3, 4],
             OpKind::ExpertMatmul | OpKind::WeightedSum | OpKind::GroupedMatmul | OpKind::GroupedWeightedSum => &[2],

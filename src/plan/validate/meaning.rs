@@ -77,6 +77,7 @@ pub(super) fn required(op: &Op, arguments: &[&TensorType]) -> Vec<(usize, Meanin
         Op::GatherColumns => vec![(1, new(Kind::Expert, dim(0, 1)))],
         Op::ExpertMatmul => vec![(2, new(Kind::Expert, dim(1, 0)))],
         Op::WeightedSum => vec![(2, new(Kind::Expert, ANY))],
+        Op::GatherPairs { k } => vec![(1, new(Kind::Pair, dim(0, 0).saturating_mul(*k)))],
         Op::GroupedMatmulGather { k } => {
             let pairs = dim(0, 0).saturating_mul(*k);
             vec![(2, new(Kind::Pair, pairs)), (3, new(Kind::Offset, pairs))]

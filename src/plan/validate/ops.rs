@@ -156,6 +156,12 @@ pub(super) fn check(op: &Op, arguments: &[&TensorType], results: &[&TensorType])
                 [count] => Err(format!("expected an offset for each expert and one more, found {count}")),
             }
         }
+        Op::GatherPairs { k } => {
+            let [x, pairs] = rule.arguments()?;
+            let ([rows, width], [count]) = (float(x)?, index(pairs)?);
+            same("number of pairs", count, rows.saturating_mul(*k))?;
+            rule.result(Some(x.0), &[count, width])
+        }
         Op::GroupedMatmulGather { k } => {
             let [x, weight, pairs, offsets] = rule.arguments()?;
             let ([rows, inner], [count]) = (float(x)?, index(pairs)?);

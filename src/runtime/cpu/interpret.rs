@@ -189,6 +189,12 @@ impl<'a> Frame<'a, '_> {
                 let groups = experts::group_rows(self.i32(chosen)?, count)?;
                 return Ok([groups.pairs, groups.places, groups.offsets].map(Value::I32).into());
             }
+            Op::GatherPairs { k } => {
+                let [x, pairs] = slots(args)?;
+                let k = i32::try_from(*k).ok().filter(|&k| k > 0).context("no experts a token")?;
+                let rows: Vec<i32> = self.i32(pairs)?.iter().map(|pair| pair.div_euclid(k)).collect();
+                select::rows(self.view(x)?, self.ty(x)?, &rows)?
+            }
             Op::GroupedMatmulGather { k } => {
                 let [x, weight, pairs, offsets] = slots(args)?;
                 let (pairs, k) = (self.i32(pairs)?, usize::try_from(*k)?);

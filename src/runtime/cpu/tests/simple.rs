@@ -201,6 +201,11 @@ fn gathers_give_zeros_in_padding_and_refuse_indices_outside() {
         let fault = format!("{:#}", gather(op, &[4], table_first).unwrap_err());
         assert!(fault.contains("row 4 of a table of 4 rows"), "{fault}");
     }
+    // Two pairs a row, of which one is padding.
+    let found = floats(&gather(Op::GatherPairs { k: 2 }, &[7, -1, 0, 3], true).unwrap()[0]);
+    assert_eq!(found, [9.0, 10.0, 11.0, 0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
+    let fault = format!("{:#}", gather(Op::GatherPairs { k: 2 }, &[8], true).unwrap_err());
+    assert!(fault.contains("row 4 of a table of 4 rows"), "{fault}");
     let mut case = Case::default().floats(DType::F32, &[2, 3], &table[..6]).ints(&[2, 2], &[2, -1, 0, 1]);
     assert_eq!(case.run_f32(Op::GatherColumns, DType::F32, &[2, 2]), [2.0, 0.0, 3.0, 4.0]);
     let mut case = Case::default().floats(DType::F32, &[2, 3], &table[..6]);
