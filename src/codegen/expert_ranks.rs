@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
+use std::slice::from_ref;
 
 use anyhow::{Context, Result, ensure};
 
@@ -94,8 +95,8 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions, stages: &[
                 let expected = "rows that choose several experts each, whose weights say whose turn it is".into();
                 return refuse_replicas(expected, "one expert a row".into(), "leave replicas out");
             }
-            let everything = [0..u64::MAX];
-            let stages = if stages.is_empty() { &everything[..] } else { stages };
+            let all_layers = 0..u64::MAX;
+            let stages = if stages.is_empty() { from_ref(&all_layers) } else { stages };
             match &options.expert_counts {
                 None => {
                     let evenly = || OfStage { experts: neighbours.clone(), ..OfStage::default() };
