@@ -36,22 +36,16 @@ fn agree(
     (first, (expected, all)): (usize, (&Step, &Collective)),
     (rank, (found, own)): (usize, (&Step, &Collective)),
 ) -> Result<(), String> {
-    let (step, parts) = (&found.name, &own.parts);
-    if all.kind.peer().is_some() {
-        return if all.parts == *parts {
-            Ok(())
-        } else {
-            let (sent, sending) = (&all.parts, &expected.name);
-            Err(format!(
-                "rank {rank}, step {step}: expected to receive {sent:?}, as rank {first} sends in step {sending}, found {parts:?}"
-            ))
-        };
-    }
-    let (together, name) = (&all.parts, &expected.name);
-    if (name, together) == (step, parts) {
+    let (expected_name, expected_parts, name, parts) = (&expected.name, &all.parts, &found.name, &own.parts);
+    let together = all.kind.peer().is_none();
+    if expected_parts == parts && (!together || expected_name == name) {
         return Ok(());
     }
-    Err(format!("rank {rank}, step {step}: expected {name} of {together:?}, as on rank {first}, found {parts:?}"))
+    let expected = match together {
+        true => format!("{expected_name} of {expected_parts:?}, as on rank {first}"),
+        false => format!("to receive {expected_parts:?}, as rank {first} sends in step {expected_name}"),
+    };
+    Err(format!("rank {rank}, step {name}: expected {expected}, found {parts:?}"))
 }
 
 /// A rank's exchanges in their order.
