@@ -144,17 +144,19 @@ fn expert_share(text: &str) -> Result<ExpertShare, String> {
     Ok(share)
 }
 
-/// `1@2,3,1`: rank 1 of three, whose stages have 2, 3 and 1 layers.
+/// `1@2,3,1`: rank 1 of three, whose stages have 2, 3 and 1 layers; `3@1,1/2`: rank 3 of two stages with a layer each, on two ranks each.
 fn layer_share(text: &str) -> Result<LayerShare, String> {
     let parts = || {
-        let (rank, counts) = text.split_once('@')?;
+        let (rank, rest) = text.split_once('@')?;
+        let (counts, width) = rest.split_once('/').unwrap_or((rest, "1"));
         let mut end = 0;
         let stage = |count: &str| {
             let first = end;
             end += count.parse::<u64>().ok()?;
             Some(first..end)
         };
-        Some(LayerShare { rank: rank.parse().ok()?, stages: counts.split(',').map(stage).collect::<Option<_>>()? })
+        let stages = counts.split(',').map(stage).collect::<Option<_>>()?;
+        Some(LayerShare { rank: rank.parse().ok()?, width: width.parse().ok()?, stages })
     };
     parts().ok_or_else(|| format!("`layers`: expected such as `1@2,3,1`, found `{text}`"))
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Plans whose experts, or layers, are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more.
 # Needs two GPUs (RANKS=4: four), NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
-#   [RANKS=2] [SPREAD="expert pipeline"] tests/gpu_ranks.sh [results] [times] [failures]
+#   [RANKS=2] [SPREAD="expert pipeline both"] tests/gpu_ranks.sh [results] [times] [failures]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 LFM2C=$(realpath "${LFM2C:-target/release/lfm2c}")
@@ -10,8 +10,8 @@ trap 'rm -rf "$WORK"' EXIT
 PLANS=$PWD/plans
 RANKS=${RANKS:-2}
 RUN=(mpirun --allow-run-as-root --bind-to none -n "$RANKS")
-# What SPREAD names alone, or both: experts, layers.
-SPREAD=${SPREAD:-expert pipeline}
+# What SPREAD names: experts, layers, and, on four GPUs or more, the layers in two stages with the experts over the ranks of each.
+SPREAD=${SPREAD:-expert pipeline$( ((RANKS >= 4)) && echo " both")}
 PARTS=("${@:-results times failures}")
 failed=0
 
@@ -51,7 +51,8 @@ for i in range(count):
 PY
 }
 # How ranks may exchange; sends between two go by NCCL alone.
-roads() { if [[ $1 == expert ]]; then echo peer nccl; else echo nccl; fi; }
+roads() { case $1 in expert) echo peer nccl ;; both) echo auto nccl ;; *) echo nccl ;; esac; }
+over() { if [[ $1 == both ]]; then echo expert=$((RANKS / 2)),pipeline=2; else echo "$1=$RANKS"; fi; }
 cases() { for signal in KILL STOP; do for exchange in $(roads "$1"); do echo $signal/$exchange; done; done; }
 synthetic() { quietly "$LFM2C" compile "$PLANS/synthetic.ron" --target sm_90a "$@"; }
 
@@ -60,11 +61,11 @@ if wants results; then
     lines 60 0 >in.jsonl
     for spread in $SPREAD; do for dtype in f32 bf16; do
         TOLD="compiling, $dtype" synthetic --dtype $dtype -o one.plan
-        synthetic --dtype $dtype --ranks $spread=$RANKS -o two.plan
+        synthetic --dtype $dtype --ranks "$(over "$spread")" -o two.plan
         rm -f ./*.out one.jsonl two.jsonl cpu.jsonl again.jsonl
         quietly "$LFM2C" run one.plan --input in.jsonl --output one.jsonl
         quietly "$LFM2C" run two.plan --device cpu --input in.jsonl --output cpu.jsonl
-        TOLD="$spread=$RANKS, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
+        TOLD="$(over "$spread"), $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --input in.jsonl --output two.jsonl
         quietly "${RUN[@]}" "$LFM2C" run two.plan --chunk 23 --input in.jsonl --output again.jsonl
         for exchange in $(roads "$spread"); do
             rm -f "$exchange.jsonl"
@@ -96,6 +97,13 @@ if wants times; then
         TOLD="compiling" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks pipeline=$RANKS -o layers.plan && sed -n '/^rank/,/^$/p' out.txt
         quietly "${RUN[@]}" "$LFM2C" bench layers.plan --decode 64 --prefill 512 && cat out.txt
     fi
+    if [[ " $SPREAD " == *" both "* ]]; then
+        TOLD="compiling" quietly "$LFM2C" compile "$PLANS/lfm2-8b-a1b.ron" "${sizes[@]}" --ranks "$(over both)" -o both.plan && sed -n '/^rank/,/^$/p' out.txt
+        for exchange in $(roads both); do
+            echo "  $(over both), by $exchange"
+            quietly "${RUN[@]}" "$LFM2C" bench both.plan --exchange "$exchange" --decode 64 --prefill 512 && cat out.txt
+        done
+    fi
     if [[ " $SPREAD " == *" expert "* ]]; then
         for exchange in $(roads expert); do
             echo "  experts, by $exchange"
@@ -111,7 +119,7 @@ fi
 if wants failures; then
     echo "== failures: mpirun itself stopped, so that it ends nobody"
     [[ -f long.jsonl ]] || lines 60000 200 >long.jsonl
-    for spread in $SPREAD; do synthetic --dtype f32 --ranks $spread=$RANKS -o two.plan; for case in $(cases "$spread"); do
+    for spread in $SPREAD; do synthetic --dtype f32 --ranks "$(over "$spread")" -o two.plan; for case in $(cases "$spread"); do
         IFS=/ read -r signal exchange <<<"$case"
         rm -f long.out
         "${RUN[@]}" "$LFM2C" run two.plan --exchange "$exchange" --input long.jsonl --output long.out >out.txt 2>err.txt &
@@ -119,7 +127,7 @@ if wants failures; then
         # Until results come.
         for _ in $(seq 150); do [[ -s long.out ]] && break; sleep 0.2; done
         mapfile -t ranks < <(pgrep -P $launcher)
-        echo "  $spread=$RANKS, by $exchange: $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
+        echo "  $(over "$spread"), by $exchange: $(wc -l <long.out) results, then SIG$signal to rank 1 (pid ${ranks[1]:-none})"
         kill -STOP $launcher
         begun=$(date +%s.%N)
         kill -$signal "${ranks[1]}"

@@ -97,6 +97,22 @@ fn what_ranks_do_together_has_no_launch_and_all_else_has_one() {
     }
 }
 
+/// Ranks of a stage exchange by the kernels of as many ranks, and sends need none.
+#[test]
+fn stages_of_several_ranks_exchange_like_so_many() {
+    let file = plan_with(CompileOptions { expert_ranks: 2, pipeline_ranks: 3, ..CompileOptions::default() });
+    assert_eq!(file.manifest.ranks.len(), 6);
+    let roles = file.manifest.services.iter().map(|service| service.0);
+    let exchanges: Vec<ServiceRole> = roles.filter(|role| matches!(role, ServiceRole::Exchange(..))).collect();
+    assert_eq!(exchanges, [ServiceRole::Exchange(2, 1), ServiceRole::Exchange(2, 3)]);
+    let two = plan_on(2, None, vec![]);
+    let sources = |file: &PlanFile| -> BTreeSet<String> {
+        file.manifest.kernels.iter().map(|kernel| kernel.source.clone()).collect()
+    };
+    assert!(sources(&file).is_subset(&sources(&two)));
+    assert_eq!(PlanFile::from_bytes(&file.to_bytes()).expect("it holds"), file);
+}
+
 /// A stage's steps are those of one rank with all layers, so its kernels are.
 #[test]
 fn stages_need_no_kernels_of_their_own() {

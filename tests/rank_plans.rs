@@ -92,6 +92,44 @@ fn commands_take_plans_of_several_stages() {
     fails(at, 1, &["bench", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
 }
 
+#[test]
+fn commands_take_plans_of_stages_of_several_ranks() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    let model = project("tests/goldens/moe-base");
+    let compile = |name: &str, more: &[&str]| compile(at, &model, name, more);
+    compile("one.plan", &[]);
+    let report = compile("four.plan", &["--ranks", "expert=2,pipeline=2"]);
+    for words in ["expert-parallel", "pipeline-parallel", "sent by the rank", "within the stage"] {
+        assert!(report.contains(words), "expected `{words}`: {report}");
+    }
+    let shown = done(at, &["inspect", "four.plan", "--bucket", "decode_4"]);
+    for words in ["4 rank(s)", "layers", "0 to ", "experts", "4 5 6 7", "rank0.send", "rank2.receive", "ffn.all_gather"]
+    {
+        assert!(shown.contains(words), "expected `{words}`: {shown}");
+    }
+    let drawn = done(at, &["dot", "four.plan", "--bucket", "decode_4"]);
+    assert!(drawn.contains("all_to_all") && drawn.contains("send"));
+    let prompts = ["--tokens", "5,17,3,80,41,7", "--tokens", "9,2", "--max-new-tokens", "6", "--ignore-eos"];
+    let run = |plan, more: &[&str]| done(at, &[&["run", plan, "--model", &model], &prompts[..], more].concat());
+    assert_eq!(run("four.plan", &[]), run("one.plan", &[]));
+    let golden = project("tests/goldens/moe-base/golden.safetensors");
+    let verify = ["verify", "four.plan", "--model", &model, "--golden", &golden];
+    assert!(done(at, &verify).contains("16 of 16 prompts hold"));
+    let count = |plan| {
+        run(plan, &["--count-experts", "counts.json"]);
+        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
+    };
+    assert_eq!(count("four.plan"), count("one.plan"));
+    let hot = ["--ranks", "pipeline=2,expert=2", "--expert-counts", "counts.json", "--expert-replicas", "1"];
+    let report = compile("hot.plan", &hot);
+    for words in ["rows of the busiest rank, layer by layer, as counted: ", " with replicas", "of several ranks"] {
+        assert!(report.contains(words), "expected `{words}`: {report}");
+    }
+    assert_eq!(run("hot.plan", &[]), run("one.plan", &[]));
+    fails(at, 1, &["bench", "four.plan", "--model", &model], "expected a program for one rank, found programs for 4");
+}
+
 /// A plan for GPUs means the same on the CPU.
 #[test]
 fn plans_for_gpus_run_on_the_cpu() {
@@ -114,7 +152,7 @@ fn plans_for_gpus_run_on_the_cpu() {
             "{shown}"
         );
     }
-    for ranks in ["pipeline=2", "pipeline=4"] {
+    for ranks in ["pipeline=2", "pipeline=4", "expert=2,pipeline=2"] {
         compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", ranks]);
         assert_eq!(run("gpu.plan"), expected, "{ranks}");
         let shown = done(at, &["inspect", "gpu.plan", "--bucket", "decode_4"]);
@@ -213,7 +251,8 @@ fn wrong_ranks_are_usage_errors() {
         ("pipeline=two", "expected expert=N or pipeline=N with a whole number N"),
         ("pipeline=0", "--ranks pipeline=0: expected 1 to 6 ranks, as many as the model has layers, found 0"),
         ("pipeline=7", "--ranks pipeline=7: expected 1 to 6 ranks"),
-        ("expert=2,pipeline=2", "--ranks pipeline=2: expected layers alone spread over ranks, found expert=2 as well"),
+        ("expert=2,pipeline=7", "--ranks pipeline=7: expected 1 to 6 ranks"),
+        ("expert=9,pipeline=2", "--ranks expert=9: expected 1 to 8 ranks"),
         ("expert=0", "--ranks expert=0: expected 1 to 8 ranks, as many as the model has experts, found 0"),
         ("expert=9", "--ranks expert=9: expected 1 to 8 ranks"),
     ] {

@@ -145,27 +145,31 @@ pub fn ranks(manifest: &Manifest) -> String {
     if manifest.ranks.len() < 2 {
         return String::new();
     }
-    let staged = !manifest.stages.is_empty();
-    let replicated = |expert: &&u64| manifest.experts.iter().filter(|local| local.contains(expert)).count() > 1;
+    let of_stage = manifest.stage_ranks();
     let list = |experts: Vec<&u64>| experts.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let mut columns = vec!["rank", "layers", "experts", "of several ranks", "their weights", "all weights", "pool"];
     let rows = manifest.ranks.iter().enumerate().map(|(rank, program)| {
-        let own = |weight: &&Weight| if staged { weight.name.starts_with(LAYER) } else { !weight.indices.is_empty() };
-        let bytes: u64 = program.weights.iter().filter(own).filter_map(|weight| weight.ty.bytes()).sum();
-        let experts = || manifest.experts.get(rank).into_iter().flatten();
-        let has = match manifest.stages.get(rank) {
-            Some((first, end)) => format!("{first} to {}", end.saturating_sub(1)),
-            None => list(experts().collect()),
+        let own = |weight: &&Weight| match manifest.stages.is_empty() {
+            true => !weight.indices.is_empty(),
+            false => weight.name.starts_with(LAYER),
         };
-        let shared = list(experts().filter(replicated).collect());
+        let bytes: u64 = program.weights.iter().filter(own).filter_map(|weight| weight.ty.bytes()).sum();
+        let layers =
+            manifest.stages.get(rank / of_stage).map(|(first, end)| format!("{first} to {}", end.saturating_sub(1)));
+        let experts = || manifest.experts.get(rank).into_iter().flatten();
+        let stage = || manifest.experts.chunks(of_stage).nth(rank / of_stage).into_iter().flatten();
+        let replicated = |expert: &&u64| stage().filter(|local| local.contains(expert)).count() > 1;
+        let (all, shared) = (list(experts().collect()), list(experts().filter(replicated).collect()));
         let (weights, pool) = (size(program.pool.weights.bytes), size(program.pool.bytes()));
-        vec![rank.to_string(), has, shared, size(bytes), weights, pool]
+        vec![rank.to_string(), layers.unwrap_or_default(), all, shared, size(bytes), weights, pool]
     });
-    let what = if staged { "layers" } else { "experts" };
-    let mut columns = vec!["rank", what, "of several ranks", "their weights", "all weights", "pool"];
     let mut rows: Vec<Vec<String>> = rows.collect();
-    if rows.iter().all(|cells| cells[2].is_empty()) {
-        columns.remove(2);
-        rows.iter_mut().for_each(|cells| drop(cells.remove(2)));
+    // What no rank has, from the last of these columns on.
+    for column in [3, 2, 1] {
+        if rows.iter().all(|cells| cells[column].is_empty()) {
+            columns.remove(column);
+            rows.iter_mut().for_each(|cells| drop(cells.remove(column)));
+        }
     }
     let mut text = table(&columns, &rows);
     text += "\n";
@@ -185,19 +189,29 @@ fn sent(manifest: &Manifest) -> String {
             let bucket = &program.buckets[bucket];
             let bytes: u64 = bucket.steps.iter().map(|step| step.cost.link_bytes).sum();
             let kinds = bucket.steps.iter().filter_map(|step| Some(step.collective.as_ref()?.kind));
+            let count = |is_it: fn(&CollectiveKind) -> bool| kinds.clone().filter(is_it).count().to_string();
+            let together = count(|kind| kind.peer().is_none());
             let name = if rank == 0 { bucket.name.clone() } else { String::new() };
             rows.push(if shown == 1 {
-                vec![name, kinds.count().to_string(), size(bytes)]
+                vec![name, together, size(bytes)]
             } else {
-                let (sends, receives): (Vec<_>, Vec<_>) =
-                    kinds.partition(|kind| matches!(kind, CollectiveKind::Send(_)));
-                vec![name, rank.to_string(), sends.len().to_string(), receives.len().to_string(), size(bytes)]
+                let sends = count(|kind| matches!(kind, CollectiveKind::Send(_)));
+                let receives = count(|kind| matches!(kind, CollectiveKind::Receive(_)));
+                let mut cells = vec![name, rank.to_string(), sends, receives, size(bytes)];
+                if !manifest.experts.is_empty() {
+                    cells.insert(4, together);
+                }
+                cells
             });
         }
     }
+    let mut columns = vec!["bucket", "rank", "sends", "receives", "sent by the rank"];
+    if !manifest.experts.is_empty() {
+        columns.insert(4, "within the stage");
+    }
     match shown {
         1 => table(&["bucket", "collectives", "sent by each rank"], &rows),
-        _ => table(&["bucket", "rank", "sends", "receives", "sent by the rank"], &rows),
+        _ => table(&columns, &rows),
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::codegen::cubins::{self, Compilation};
 use crate::codegen::expert_placement::Balance;
-use crate::codegen::expert_ranks::{Spread, expert_ranks};
+use crate::codegen::expert_ranks::expert_ranks;
 use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::lower::{self, TensorTable};
 use crate::codegen::pipeline::{Pipeline, Share};
@@ -50,9 +50,9 @@ pub struct CompileOptions {
     pub forced_routing: bool,
     /// Choices among kernels.
     pub tactics: Tactics,
-    /// Ranks that experts are spread over; 1 for a plan of one rank.
+    /// Ranks that experts are spread over; 1 if each has all of its layers.
     pub expert_ranks: u64,
-    /// Ranks that layers are spread over, each with neighbouring ones; 1 for a plan of one rank.
+    /// Stages of neighbouring layers, each on so many ranks; 1 if each rank has all layers.
     pub pipeline_ranks: u64,
     /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
     pub expert_counts: Option<PathBuf>,
@@ -166,13 +166,13 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         let known = names().join(", ");
         bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
     }
-    let spread = expert_ranks(source, options)?;
-    let Spread { experts, balance, .. } = &spread;
     let stages = pipeline_ranks(source, options, &unit.graph)?;
+    let spread = expert_ranks(source, options, &stages)?;
+    let experts = spread.experts();
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let selector = (options.target != Target::Cpu).then(|| {
-        Selector::new(&options.tactics, options.f32, options.pack).with_experts(experts).leaving(&options.unpacked)
+        Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts).leaving(&options.unpacked)
     });
     let pipeline = Pipeline {
         options,
@@ -184,7 +184,8 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let (mut once, mut buckets, mut texts) = (vec![], vec![], vec![]);
     let (mut tensors, mut programs, mut kernels) = (TensorTable::default(), vec![], KernelTable::default());
     for rank in 0..pipeline.ranks {
-        let of_layers = (!stages.is_empty()).then(|| LayerShare { rank, stages: stages.clone() });
+        let width = pipeline.ranks / stages.len().max(1);
+        let of_layers = (!stages.is_empty()).then(|| LayerShare { rank, width, stages: stages.clone() });
         let share = Share { experts: spread.share(rank), layers: of_layers };
         let passed = pipeline.run(graph.clone(), share, rank, &mut texts)?;
         let program = lower::lower(&passed.prepared, &*checkpoint_dtype, selector.as_ref(), &mut kernels, &mut tensors)
@@ -213,7 +214,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         tensors,
         kernels,
         services: vec![],
-        experts: experts.clone(),
+        experts,
         stages: stages.into_iter().map(|stage| (stage.start, stage.end)).collect(),
         ranks: programs,
     };
@@ -230,5 +231,5 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let file = PlanFile { manifest, recipe: unit.recipe, texts, cubins };
     file.validate()
         .context("the compiled plan does not hold: its sizes are beyond the format, or this is a bug of lfm2c")?;
-    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance: *balance })
+    Ok(Compiled { file, once, buckets, unfused_steps, kernels: compilation, known, balance: spread.balance })
 }

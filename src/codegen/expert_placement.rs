@@ -15,6 +15,21 @@ pub struct Balance {
     pub replicated: Option<f64>,
 }
 
+impl Balance {
+    /// Of all layers, of which some have so many choices and are so even, others as the next says; at least one.
+    pub(super) fn of_all(parts: &[(u64, Balance)]) -> Balance {
+        let all = parts.iter().map(|(choices, _)| *choices).sum::<u64>().max(1) as f64;
+        let mean = |of: fn(&Balance) -> Option<f64>| -> Option<f64> {
+            parts.iter().map(|(choices, balance)| Some(*choices as f64 / all * of(balance)?)).sum()
+        };
+        Balance {
+            neighbours: mean(|balance| Some(balance.neighbours)).unwrap_or(1.0),
+            placed: mean(|balance| Some(balance.placed)).unwrap_or(1.0),
+            replicated: mean(|balance| balance.replicated),
+        }
+    }
+}
+
 /// Experts as they are spread.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct Placed {

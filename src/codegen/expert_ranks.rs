@@ -1,7 +1,9 @@
 //! Which rank has which experts, as `--ranks` asks for.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
+use std::slice::from_ref;
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,31 +12,46 @@ use crate::codegen::expert_placement::{Balance, Placed, place};
 use crate::codegen::{CompileOptions, Source};
 use crate::ir::config::{Config, FeedForward};
 use crate::passes::ExpertShare;
+use crate::passes::pipeline_parallel::layer;
 use crate::plan::ExpertCounts;
 
-/// How experts are spread.
+/// How experts are spread over ranks.
 #[derive(Default)]
 pub(super) struct Spread {
-    /// Of each rank, ascending; none if there is one rank.
-    pub(super) experts: Vec<Vec<u64>>,
-    /// If several ranks have the same, the turns that each rank runs each of its experts at, by the scope of a layer's operators.
-    parts: BTreeMap<String, Vec<Vec<(u64, u64)>>>,
+    /// Over those of each stage; of a model whose layers are not spread, there is one. None if one rank has all experts.
+    stages: Vec<OfStage>,
     /// How even that is, if choices were counted.
     pub(super) balance: Option<Balance>,
 }
 
+/// How experts are spread over the ranks of a stage.
+#[derive(Default)]
+struct OfStage {
+    /// Of each rank, ascending.
+    experts: Vec<Vec<u64>>,
+    /// If several ranks have the same, the turns that each rank runs each of its experts at, by the scope of a layer's operators.
+    parts: BTreeMap<String, Vec<Vec<(u64, u64)>>>,
+}
+
 impl Spread {
-    /// What a rank has; none if there is one rank.
+    /// The experts of each rank of the group.
+    pub(super) fn experts(&self) -> Vec<Vec<u64>> {
+        self.stages.iter().flat_map(|stage| stage.experts.clone()).collect()
+    }
+
+    /// What a rank has; none if one rank has all experts.
     pub(super) fn share(&self, rank: usize) -> Option<ExpertShare> {
-        let local = self.experts.get(rank)?.clone();
-        let of = self.experts.iter().flatten().max().map_or(0, |last| last + 1);
-        let parts = self.parts.iter().map(|(scope, parts)| (scope.clone(), parts[rank].clone())).collect();
-        Some(ExpertShare { ranks: self.experts.len() as u64, of, local, parts })
+        let ranks = self.stages.first()?.experts.len();
+        let (stage, rank) = (self.stages.get(rank / ranks)?, rank % ranks);
+        let of = stage.experts.iter().flatten().max().map_or(0, |last| last + 1);
+        let parts = stage.parts.iter().map(|(scope, parts)| (scope.clone(), parts[rank].clone())).collect();
+        Some(ExpertShare { ranks: ranks as u64, of, local: stage.experts[rank].clone(), parts })
     }
 }
 
-/// The experts of each rank, if they are to be spread over several: as even as can be, neighbours together, or by counts.
-pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<Spread> {
+/// The experts of each rank, if they are to be spread over several, in each of these stages of layers if there are such: as even as can be,
+/// neighbours together, or by counts.
+pub(super) fn expert_ranks(source: &Source, options: &CompileOptions, stages: &[Range<u64>]) -> Result<Spread> {
     let (ranks, replicas) = (options.expert_ranks, options.expert_replicas);
     let refuse_replicas = |expected: String, found: String, fix: &str| {
         Err(OptionError(format!("--expert-replicas {replicas}: expected {expected}, found {found}; {fix}")).into())
@@ -78,22 +95,41 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions) -> Result<
                 let expected = "rows that choose several experts each, whose weights say whose turn it is".into();
                 return refuse_replicas(expected, "one expert a row".into(), "leave replicas out");
             }
+            let all_layers = 0..u64::MAX;
+            let stages = if stages.is_empty() { from_ref(&all_layers) } else { stages };
             match &options.expert_counts {
-                None => Ok(Spread { experts: neighbours, ..Spread::default() }),
+                None => {
+                    let evenly = || OfStage { experts: neighbours.clone(), ..OfStage::default() };
+                    Ok(Spread { stages: stages.iter().map(|_| evenly()).collect(), balance: None })
+                }
                 Some(path) => {
                     let counts = read(path, &config, experts as usize)
                         .with_context(|| format!("--expert-counts {}", path.display()))?;
-                    let (scopes, layers): (Vec<String>, Vec<Vec<u64>>) = counts.layers.into_iter().unzip();
-                    let Placed { experts: placed, parts, balance } = place(&neighbours, &layers, replicas);
-                    let shared = placed.iter().map(Vec::len).sum::<usize>() as u64 > experts;
-                    let parts = if shared { scopes.into_iter().zip(parts).collect() } else { BTreeMap::new() };
-                    Ok(Spread { experts: placed, parts, balance: Some(balance) })
+                    let (stages, found): (Vec<OfStage>, Vec<(u64, Balance)>) =
+                        stages.iter().map(|stage| by_counts(&counts, stage, &neighbours, replicas)).unzip();
+                    Ok(Spread { stages, balance: Some(Balance::of_all(&found)) })
                 }
             }
         }
         (Some(few), Some(many)) => refuse("layers of as many experts each".into(), &format!("{few} to {many}"), fix),
         _ => refuse("a model with experts".into(), "none", fix),
     }
+}
+
+/// Spreads a stage's experts over its ranks by the counts of its layers: with that, how many choices these are, and how even it is.
+fn by_counts(
+    counts: &ExpertCounts,
+    stage: &Range<u64>,
+    neighbours: &[Vec<u64>],
+    replicas: u64,
+) -> (OfStage, (u64, Balance)) {
+    let own = counts.layers.iter().filter(|(scope, _)| layer(scope).is_some_and(|layer| stage.contains(&layer)));
+    let (scopes, layers): (Vec<String>, Vec<Vec<u64>>) =
+        own.map(|(scope, counts)| (scope.clone(), counts.clone())).unzip();
+    let Placed { experts, parts, balance } = place(neighbours, &layers, replicas);
+    let shared = experts.iter().map(Vec::len).sum::<usize>() > neighbours.iter().map(Vec::len).sum();
+    let parts = if shared { scopes.into_iter().zip(parts).collect() } else { BTreeMap::new() };
+    (OfStage { experts, parts }, (layers.iter().flatten().sum(), balance))
 }
 
 /// Reads counts of the model's experts.

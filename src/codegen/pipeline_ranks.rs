@@ -1,4 +1,4 @@
-//! Which rank has which layers, as `--ranks pipeline=K` asks for.
+//! Which ranks have which layers, as `--ranks pipeline=K` asks for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -10,7 +10,7 @@ use crate::codegen::{CompileOptions, Source};
 use crate::ir::{Extents, Graph, Operand};
 use crate::passes::pipeline_parallel::layer;
 
-/// The layers of each rank, if they are to be spread over several: neighbours, such that the rank whose layers have most bytes of weights
+/// The layers of each stage, if they are to be spread over ranks: neighbours, such that the stage whose layers have most bytes of weights
 /// has as few as can be, and the others as even as that allows.
 pub(super) fn pipeline_ranks(source: &Source, options: &CompileOptions, graph: &Graph) -> Result<Vec<Range<u64>>> {
     let ranks = options.pipeline_ranks;
@@ -22,10 +22,6 @@ pub(super) fn pipeline_ranks(source: &Source, options: &CompileOptions, graph: &
     };
     if !matches!(source, Source::Recipe(..)) {
         return refuse("a model".into(), "a graph in text form", "compile it without --ranks");
-    }
-    if options.expert_ranks != 1 {
-        let found = format!("expert={} as well", options.expert_ranks);
-        return refuse("layers alone spread over ranks".into(), &found, "choose one of them");
     }
     if options.forced_routing {
         return refuse("routers that choose experts".into(), "--forced-routing", "compile it without --ranks");

@@ -247,15 +247,16 @@ pub enum OpKind {
     /// `(y [T*k,N], weights f32[T,k], places i32[T,k]) -> [T,N]`: sum over k in ascending order in f32 of
     /// `weights[t,j] * y[places[t,j]]`, leaving out negative places.
     GroupedWeightedSum,
-    /// `(x [N,..], ...) -> [ranks*N,..], ...`: for each operand, that of every rank of the group, in the order of the ranks. All ranks
-    /// of the group compute it together, as they do [`OpKind::AllToAll`].
+    /// `(x [N,..], ...) -> [ranks*N,..], ...`: for each operand, that of each of so many neighbouring ranks, in their order: of all in
+    /// the group, or of those that a rank of that number is among if the group is cut into as many. They compute it together, as they do
+    /// [`OpKind::AllToAll`].
     AllGather {
-        /// Ranks of the group.
+        /// How many ranks.
         ranks: u64,
     },
     /// `(x [ranks*N,C]) -> [ranks*N,C]`: block i of the N rows goes to rank i, and block i of the result is what rank i sent.
     AllToAll {
-        /// Ranks of the group.
+        /// How many ranks.
         ranks: u64,
     },
     /// `(link i32[1], x, ...) -> link`: gives another rank of the group what it takes, which that one gets by [`OpKind::Receive`]. The

@@ -61,16 +61,30 @@ pub struct PassContext {
 /// What one rank has of the layers.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LayerShare {
-    /// The rank's number, which is that of its stage.
+    /// The rank's number in its group.
     pub rank: usize,
-    /// The layers of each rank's stage: all layers in order.
+    /// Ranks that have a stage, neighbours by number: the first so many have the first.
+    pub width: usize,
+    /// The layers of each stage: all layers in order.
     pub stages: Vec<Range<u64>>,
+}
+
+impl LayerShare {
+    /// The number of the rank's stage.
+    pub fn stage(&self) -> usize {
+        self.rank / self.width
+    }
+
+    /// The stage that a layer is in.
+    pub fn stage_of(&self, layer: u64) -> Option<usize> {
+        self.stages.iter().position(|stage| stage.contains(&layer))
+    }
 }
 
 /// What one rank has of the experts.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ExpertShare {
-    /// Ranks that the experts are spread over.
+    /// Ranks that the experts are spread over, neighbours by number: those of a stage, where layers are spread as well.
     pub ranks: u64,
     /// All experts.
     pub of: u64,

@@ -1,4 +1,4 @@
-//! `expert-parallel`: a mixture of experts whose experts are spread over the ranks of a group, each with rows of its own.
+//! `expert-parallel`: a mixture of experts whose experts are spread over the ranks of a group, or of a stage of one, each with rows of its own.
 //!
 //! - The rows that experts read, their weights and their choices are gathered of all ranks: `ranks * T` rows, in the order of the ranks.
 //! - Each rank runs those rows through the experts that it has. A choice of another rank's expert becomes none (-1), which products
@@ -10,12 +10,14 @@
 //! Weights of experts become those of this rank's experts; which these are, [`PassContext::experts`] says.
 //!
 //! Needs: products by expert as built, or merged; runs after the passes that lay out weights, and before rows are sorted by expert, which
-//! is then done with the gathered rows. Leaves: primitive operators. Does nothing for a rank that has all experts.
+//! is then done with the gathered rows. Leaves: primitive operators. Does nothing for a rank that has all experts, nor in layers that are
+//! another stage's.
 
 use std::collections::HashMap;
 
 use crate::ir::{Dim, Graph, Layout, Op, OpKind, Operand, Type, Users, ValueId, Weight};
 use crate::passes::context::ExpertShare;
+use crate::passes::pipeline_parallel::layer;
 use crate::passes::view::row_wise;
 use crate::passes::{PassContext, Patch, Rewrite};
 
@@ -28,6 +30,11 @@ impl Rewrite for ExpertParallel {
         let op = &graph.ops[at];
         let (OpKind::ExpertMatmul, [x, _, chosen]) = (&op.kind, &op.operands[..]) else { return None };
         let (x, chosen) = (x.value()?, chosen.value()?);
+        let stage =
+            context.layers.as_ref().and_then(|layers| Some((layers.stage(), layers.stage_of(layer(&op.scope)?)?)));
+        if stage.is_some_and(|(own, found)| own != found) {
+            return None;
+        }
         let made_by = users.definition(chosen).map(|at| &graph.ops[at].kind);
         if graph.ty(x).shape.len() != 2 || matches!(made_by, Some(OpKind::LocalExperts { .. })) {
             return None;

@@ -4,6 +4,8 @@
 //! - The rows of rank m are micro-batch m: there are as many as stages. A rank embeds its own rows and gives them to the first stage; each
 //!   stage runs its layers over the rows of all ranks, one rank after the other, and gives them to the next; the last gives them back to the
 //!   rank whose they are, which has the head of its own. So while a stage runs the rows of one rank, the others run those of others.
+//! - Where several ranks have a stage, each with experts of its own, all this is so for the first ranks of the stages, for the second ones, and
+//!   so on, none of which exchange with others here. Ranks of a stage run the same micro-batch at a time, the rows of another rank each.
 //! - With rows go their positions and slots and the pages of that rank's slots, as far as the stages to come use them, up to the stage that
 //!   has them itself. They go with the rows, not to all at the beginning, so that nobody waits for those whose turn is later.
 //! - A stage has the state of its layers once for each rank, in slots and pages as that rank has dealt them.
@@ -56,7 +58,7 @@ impl<'a> Stages<'a> {
     fn new(graph: &'a Graph, share: &'a LayerShare) -> Option<Stages<'a>> {
         let stage_of = |op: &Op| {
             let layer = layer(&op.scope)?;
-            share.stages.iter().position(|stage| stage.contains(&layer))
+            share.stage_of(layer)
         };
         let stage: Vec<Option<usize>> = graph.ops.iter().map(stage_of).collect();
         let (mut made_in, mut behind) = (HashMap::new(), HashSet::<ValueId>::new());
@@ -85,6 +87,16 @@ impl<'a> Stages<'a> {
 
     fn count(&self) -> usize {
         self.share.stages.len()
+    }
+
+    /// The rank with which this one exchanges that has a stage, and whose rows are the micro-batch of that number.
+    fn rank(&self, stage: usize) -> usize {
+        stage * self.share.width + self.share.rank % self.share.width
+    }
+
+    /// Ranks of the group.
+    fn ranks(&self) -> u64 {
+        (self.count() * self.share.width) as u64
     }
 
     /// What operators of these stages take, but for states that they update.
@@ -131,8 +143,9 @@ impl<'a> Stages<'a> {
 /// The program of one rank.
 struct Staging<'a> {
     stages: Stages<'a>,
-    rank: usize,
-    /// For the rows of each rank, what stands for a value.
+    /// The number of its stage, and of the micro-batch of its own rows.
+    own: usize,
+    /// For each micro-batch, what stands for a value.
     of: Vec<HashMap<ValueId, ValueId>>,
     /// The last version of the link.
     link: ValueId,
@@ -141,7 +154,7 @@ struct Staging<'a> {
     patch: Patch,
 }
 
-/// What a rank does with the rows of a rank.
+/// What a rank does with a micro-batch.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Task {
     /// Receives them for a stage, or, for the number behind the last stage, its own back.
@@ -157,7 +170,7 @@ impl<'a> Staging<'a> {
         let mut patch = Patch::new(stages.graph);
         let link = patch.value("link", Type::new(DType::I32, [1u64]));
         let of = vec![HashMap::new(); stages.count()];
-        Staging { rank: stages.share.rank, stages, of, link, states: vec![link], inserted: vec![], patch }
+        Staging { own: stages.share.stage(), stages, of, link, states: vec![link], inserted: vec![], patch }
     }
 
     fn patch(mut self) -> Option<Patch> {
@@ -170,64 +183,65 @@ impl<'a> Staging<'a> {
             result?;
         }
         let (states, outputs) = self.ends();
-        let Staging { stages, rank, of, inserted, mut patch, .. } = self;
-        for (at, _) in stages.stage.iter().enumerate().filter(|(_, stage)| stage.is_some_and(|stage| stage != rank)) {
+        let Staging { stages, own, of, inserted, mut patch, .. } = self;
+        for (at, _) in stages.stage.iter().enumerate().filter(|(_, stage)| stage.is_some_and(|stage| stage != own)) {
             patch = patch.remove(at);
         }
         patch = inserted.into_iter().fold(patch, Patch::insert);
-        patch = of[rank].iter().fold(patch, |patch, (&value, &received)| patch.replace(value, received.into()));
+        patch = of[own].iter().fold(patch, |patch, (&value, &received)| patch.replace(value, received.into()));
         Some(patch.with_ends(states, outputs))
     }
 
-    /// What this rank does with whose rows, by time: exchanges, in the order of these rows; then it runs those that have come.
+    /// What this rank does with which micro-batch, by time: exchanges, in the order of these; then it runs the one that has come.
     fn tasks(&self) -> Vec<(usize, Task)> {
-        let (rank, count) = (self.rank, self.stages.count());
-        let mut timed = vec![(rank, false, rank, Task::Send(0)), (rank + count, false, rank, Task::Receive(count))];
+        let (own, count) = (self.own, self.stages.count());
+        let mut timed = vec![(own, false, own, Task::Send(0)), (own + count, false, own, Task::Receive(count))];
         for of in 0..count {
-            let time = of + rank;
-            timed.push((time, false, of, Task::Receive(rank)));
+            let time = of + own;
+            timed.push((time, false, of, Task::Receive(own)));
             timed.push((time, true, of, Task::Run));
-            timed.push((time + 1, false, of, Task::Send(rank + 1)));
+            timed.push((time + 1, false, of, Task::Send(own + 1)));
         }
         timed.retain(|&(_, _, of, task)| match task {
             // Nothing is sent from a rank to itself: the first's rows into the first stage, the last's out of the last.
-            Task::Send(0) | Task::Receive(0) => (of, rank) != (0, 0),
-            Task::Send(stage) | Task::Receive(stage) if stage == count => (of, rank) != (count - 1, count - 1),
+            Task::Send(0) | Task::Receive(0) => (of, own) != (0, 0),
+            Task::Send(stage) | Task::Receive(stage) if stage == count => (of, own) != (count - 1, count - 1),
             _ => true,
         });
         timed.sort_unstable();
         timed.into_iter().map(|(_, _, of, task)| (of, task)).collect()
     }
 
-    /// What stands for a value with the rows of a rank; the value itself, where those are this rank's.
+    /// What stands for a value in a micro-batch; the value itself, where its rows are this rank's.
     fn value(&self, of: usize, value: ValueId) -> Option<ValueId> {
-        self.of[of].get(&value).copied().or((of == self.rank).then_some(value))
+        self.of[of].get(&value).copied().or((of == self.own).then_some(value))
     }
 
     fn name(&self, value: ValueId, of: usize) -> String {
-        format!("{}.of{of}", self.stages.graph.value(value).name)
+        format!("{}.of{}", self.stages.graph.value(value).name, self.stages.rank(of))
     }
 
     /// An exchange: what follows the link of operands and of results.
     fn exchange(&mut self, kind: OpKind, of: usize, operands: Vec<ValueId>, results: Vec<ValueId>) {
+        let scope = format!("rank{}", self.stages.rank(of));
         let next = self.patch.value("link.next", Type::new(DType::I32, [1u64]));
         let link = std::mem::replace(&mut self.link, next);
         let operands = std::iter::once(link).chain(operands).map(Operand::Value).collect();
         let results = std::iter::once(next).chain(results).collect();
-        self.inserted.push(Op::new(kind, operands, results, &format!("rank{of}")));
+        self.inserted.push(Op::new(kind, operands, results, &scope));
     }
 
     fn send(&mut self, stage: usize, of: usize) -> Option<()> {
         let count = self.stages.count();
-        let to = if stage == count { of } else { stage };
+        let to = self.stages.rank(if stage == count { of } else { stage }) as u64;
         let payload = self.stages.payload(stage, of)?;
         let operands = payload.into_iter().map(|value| self.value(of, value)).collect::<Option<_>>()?;
-        self.exchange(OpKind::Send { to: to as u64, ranks: count as u64 }, of, operands, vec![]);
+        self.exchange(OpKind::Send { to, ranks: self.stages.ranks() }, of, operands, vec![]);
         Some(())
     }
 
     fn receive(&mut self, stage: usize, of: usize) -> Option<()> {
-        let from = if stage == 0 { of } else { stage - 1 };
+        let from = self.stages.rank(if stage == 0 { of } else { stage - 1 }) as u64;
         let payload = self.stages.payload(stage, of)?;
         let mut results = vec![];
         for value in payload {
@@ -235,17 +249,17 @@ impl<'a> Staging<'a> {
             self.of[of].insert(value, received);
             results.push(received);
         }
-        self.exchange(OpKind::Receive { from: from as u64, ranks: self.stages.count() as u64 }, of, vec![], results);
+        self.exchange(OpKind::Receive { from, ranks: self.stages.ranks() }, of, vec![], results);
         Some(())
     }
 
-    /// The stage's operators over the rows of a rank, with states of their own; over its own rows they stay as they are.
+    /// The stage's operators over a micro-batch, with states of their own; over its own rows they stay as they are.
     fn run(&mut self, of: usize) -> Option<()> {
-        if of == self.rank {
+        if of == self.own {
             return Some(());
         }
         let graph = self.stages.graph;
-        let own = graph.ops.iter().zip(&self.stages.stage).filter(|(_, stage)| **stage == Some(self.rank));
+        let own = graph.ops.iter().zip(&self.stages.stage).filter(|(_, stage)| **stage == Some(self.own));
         for op in own.map(|(op, _)| op).collect::<Vec<_>>() {
             let mut operands = vec![];
             for &operand in &op.operands {
@@ -268,7 +282,7 @@ impl<'a> Staging<'a> {
         Some(())
     }
 
-    /// A state, for the rows of a rank.
+    /// A state, for a micro-batch.
     fn state(&mut self, state: ValueId, of: usize) -> ValueId {
         if let Some(&known) = self.of[of].get(&state) {
             return known;
@@ -282,7 +296,7 @@ impl<'a> Staging<'a> {
     /// The states of the rank, and what it returns.
     fn ends(&self) -> (Vec<ValueId>, Vec<ValueId>) {
         let Stages { graph, stage, made_in, updated, .. } = &self.stages;
-        let kept = graph.ops.iter().zip(stage).filter(|(_, stage)| stage.is_none_or(|stage| stage == self.rank));
+        let kept = graph.ops.iter().zip(stage).filter(|(_, stage)| stage.is_none_or(|stage| stage == self.own));
         let used: HashSet<ValueId> = kept.map(|(op, _)| op).chain(&self.inserted).flat_map(Op::uses).collect();
         let states =
             graph.states.iter().copied().filter(|state| used.contains(state)).chain(self.states.iter().copied());
@@ -291,8 +305,8 @@ impl<'a> Staging<'a> {
             let stage = made_in.get(&output).filter(|_| updated.contains_key(&output));
             match stage {
                 None => outputs.push(output),
-                Some(&stage) if stage == self.rank => {
-                    let others = (0..self.stages.count()).filter(|&of| of != self.rank);
+                Some(&stage) if stage == self.own => {
+                    let others = (0..self.stages.count()).filter(|&of| of != self.own);
                     outputs.push(output);
                     outputs.extend(others.filter_map(|of| self.of[of].get(&output).copied()));
                 }

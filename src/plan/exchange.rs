@@ -77,13 +77,12 @@ impl ExchangeArea {
         ExchangeArea { ranks, slot_bytes }
     }
 
-    /// An area for the collectives of a program; none where it has none.
-    pub fn of(program: &Program) -> Option<ExchangeArea> {
+    /// An area for a program's collectives of so many ranks; none where it has none.
+    pub fn of(program: &Program, ranks: u64) -> Option<ExchangeArea> {
         let bytes = |(dtype, count): &(DType, u64)| count.saturating_mul(dtype.bytes());
         let sizes: Vec<Vec<u64>> =
-            collectives(program).map(|collective| collective.parts.iter().map(bytes).collect()).collect();
-        let ranks = collectives(program).map(|collective| collective.size).max()?;
-        Some(ExchangeArea::new(ranks, sizes.iter().map(Vec::as_slice)))
+            exchanges_of(program, ranks).map(|collective| collective.parts.iter().map(bytes).collect()).collect();
+        (!sizes.is_empty()).then(|| ExchangeArea::new(ranks, sizes.iter().map(Vec::as_slice)))
     }
 
     /// Slots of both halves.
@@ -114,6 +113,11 @@ pub fn exchange_role(collective: &Collective) -> Option<ServiceRole> {
 /// The collectives of a program.
 pub fn collectives(program: &Program) -> impl Iterator<Item = &Collective> {
     program.buckets.iter().flat_map(|bucket| &bucket.steps).filter_map(|step| step.collective.as_ref())
+}
+
+/// Those of so many ranks.
+pub fn exchanges_of(program: &Program, ranks: u64) -> impl Iterator<Item = &Collective> {
+    collectives(program).filter(move |collective| collective.size == ranks)
 }
 
 #[cfg(test)]

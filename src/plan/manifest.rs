@@ -45,15 +45,23 @@ pub struct Manifest {
     /// The kernels that the runtime launches by itself.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Service>,
-    /// The experts of each rank, ascending, where they are spread over several; empty where there is one rank. Each is on one of them or more,
-    /// which then run it for different rows.
+    /// The experts of each rank, ascending, where they are spread over the ranks of each stage, or over all where there are no stages; else
+    /// empty. Each is on one of these ranks or more, which then run it for different rows.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<Vec<u64>>,
-    /// The layers of each rank's stage, the first and the one behind the last, where layers are spread over several ranks; else empty.
+    /// The layers of each stage, the first and the one behind the last, where layers are spread over ranks; else empty. Each stage is on as
+    /// many ranks ([`Manifest::stage_ranks`]), neighbours by number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stages: Vec<(u64, u64)>,
     /// One program a rank. Several run in lockstep, as a group.
     pub ranks: Vec<Program>,
+}
+
+impl Manifest {
+    /// Ranks of a stage, which have the same layers and may have other experts: all, where there are no stages.
+    pub fn stage_ranks(&self) -> usize {
+        self.ranks.len() / self.stages.len().max(1)
+    }
 }
 
 /// Identity of the model.

@@ -12,7 +12,7 @@ pub mod packed;
 mod program;
 pub mod validate;
 
-pub use collective::{Collective, CollectiveKind};
+pub use collective::{Collective, CollectiveKind, meeting};
 pub use exchange::*;
 pub use expert_counts::{ExpertCounts, scope};
 pub use file::{PlanError, PlanFile};

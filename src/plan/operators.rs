@@ -101,14 +101,14 @@ pub enum Op {
     GroupedMatmul,
     /// `(y [T*k,N], weights f32[T,k], places i32[T,k]) -> [T,N]`, ascending order, leaving out negative places.
     GroupedWeightedSum,
-    /// `(x [N,..], ...) -> [ranks*N,..], ...`: what every rank of the group has of each argument, in the order of the ranks.
+    /// `(x [N,..], ...) -> [ranks*N,..], ...`: what each of so many neighbouring ranks has of each argument, in their order.
     AllGather {
-        /// Ranks of the group.
+        /// How many ranks.
         ranks: u64,
     },
     /// `(x [ranks*N,C]) -> [ranks*N,C]`: block i of N rows to rank i, and from it.
     AllToAll {
-        /// Ranks of the group.
+        /// How many ranks.
         ranks: u64,
     },
     /// `(link state, x, ...) ->`: to another rank of the group, which takes it by [`Op::Receive`]: numbers, then positions and slots

@@ -66,7 +66,8 @@ fn plan_of(ranks: u64) -> PlanFile {
 /// The ranks, and the memory of their areas.
 fn ranks(file: &PlanFile) -> Result<(Vec<Rank>, Vec<DeviceMemory>, ExchangeArea)> {
     let device: Arc<Device> = Device::open(0)?;
-    let area = ExchangeArea::of(&file.manifest.ranks[0]).context("the plan has exchanges")?;
+    let area = ExchangeArea::of(&file.manifest.ranks[0], file.manifest.ranks.len() as u64)
+        .context("the plan has exchanges")?;
     let setup = Stream::new(&device)?;
     let area_of = |_| -> Result<DeviceMemory> {
         let memory = DeviceMemory::new(&device, area.bytes() as usize)?;

@@ -28,9 +28,11 @@ pub fn trials() -> Vec<Trial> {
                 let name = format!("spread over {ranks} {} {dtype} {nth} with {replicas} replicas", shape.name);
                 trials.push(Trial::test(name, move || check(shape, dtype, (ranks, 1), nth, replicas).map_err(fail)));
             }
-            trials.push(Trial::test(format!("two stages of {} {dtype}", shape.name), move || {
-                check(shape, dtype, (1, 2), 0, 0).map_err(fail)
-            }));
+            for (of_stage, what) in [(1, ""), (2, " on two ranks each")] {
+                trials.push(Trial::test(format!("two stages of {} {dtype}{what}", shape.name), move || {
+                    check(shape, dtype, (of_stage, 2), 0, 0).map_err(fail)
+                }));
+            }
         }
     }
     trials
@@ -72,7 +74,7 @@ fn check(
             gpu.upload(i, &batch)?;
             for (at, step) in bucket.steps.iter().enumerate() {
                 if let Some(collective) = &step.collective {
-                    play(&gpu, i, step, collective, ranks)?;
+                    play(&gpu, i, step, collective)?;
                     continue;
                 }
                 for written in compare_step(&mut cpu, &gpu, i, at)? {
@@ -114,7 +116,7 @@ fn executors(file: &PlanFile, rank: usize) -> Result<(CudaExecutor, CpuExecutor)
 }
 
 /// Receives from all ranks what this one sends; from one rank random numbers, and positions, slots and pages as this one has them.
-fn play(gpu: &CudaExecutor, bucket: usize, step: &Step, collective: &Collective, ranks: usize) -> Result<()> {
+fn play(gpu: &CudaExecutor, bucket: usize, step: &Step, collective: &Collective) -> Result<()> {
     let (pool, stream) = (gpu.pool(), gpu.stream());
     let at = |place: Ref| -> Result<usize> { Ok(usize::try_from(offset(gpu.program(), bucket, place)?)?) };
     let part = |list: &[Ref], i: usize| list.get(i).copied().context("a part without a place").and_then(at);
@@ -137,7 +139,7 @@ fn play(gpu: &CudaExecutor, bucket: usize, step: &Step, collective: &Collective,
             // Of an all-to-all, the first block goes for all.
             CollectiveKind::AllGather | CollectiveKind::AllToAll => {
                 pool.read(part(&step.reads, i)?, &mut bytes, stream)?;
-                bytes = bytes.repeat(ranks);
+                bytes = bytes.repeat(usize::try_from(collective.size)?);
             }
         }
         pool.write(part(&step.writes, i)?, &bytes, stream)?;

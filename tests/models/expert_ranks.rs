@@ -203,10 +203,14 @@ fn the_validator_compares_ranks() {
         ("AllToAll: expected rows of 3 equal blocks, found 32", |m| {
             semantic(m, 0, |op| matches!(op, Op::AllToAll { .. })).body[0].0 = Op::AllToAll { ranks: 3 };
         }),
-        ("rank 1, bucket prefill_16: collective 0: expected (\"layers.2.ffn.all_gather\", ", |m| {
-            let apart = CompileOptions { disabled: vec!["expert-parallel".into()], ..spread(2) };
-            m.ranks[1] = demo_plan(&apart).manifest.ranks[1].clone();
-        }),
+        (
+            "bucket prefill_16: expected an order of all exchanges that every rank's agrees with, found ranks that wait for ever: rank 0 in step \
+          layers.2.ffn.all_gather for ranks 0 to 1",
+            |m| {
+                let apart = CompileOptions { disabled: vec!["expert-parallel".into()], ..spread(2) };
+                m.ranks[1] = demo_plan(&apart).manifest.ranks[1].clone();
+            },
+        ),
         ("step layers.5.ffn.all_to_all: a collective of the head, which a rank may run again alone", |m| {
             let bucket = &mut m.ranks[0].buckets[0];
             let last = bucket.steps.iter().rposition(|step| step.collective.is_some());

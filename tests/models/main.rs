@@ -18,6 +18,7 @@ mod bugs;
 mod common;
 mod expert_ranks;
 mod expert_replicas;
+mod expert_stages;
 mod generations;
 mod goldens;
 mod pipeline_ranks;

@@ -157,10 +157,10 @@ fn redirect(manifest: &mut Manifest, rank: usize, nth: usize, with: u64) {
 fn the_validator_finds_ranks_that_would_wait_for_ever() {
     type Change = fn(&mut Manifest);
     let cases: [(&str, Change); 9] = [
-        ("stages: expected one of each of 3 ranks", |m| m.stages.truncate(2)),
-        ("stages: expected layers from 0 on, each on one rank", |m| m.stages[1].0 = 1),
-        ("stages: expected layers from 0 on, each on one rank", |m| m.stages[2].1 = m.stages[2].0),
-        ("stages: expected either layers or experts", |m| m.experts = vec![vec![0], vec![1], vec![2]]),
+        ("stages: expected each on one of 3 ranks, or on as many as each other, found 2", |m| m.stages.truncate(2)),
+        ("stages: expected layers from 0 on, each in one stage", |m| m.stages[1].0 = 1),
+        ("stages: expected layers from 0 on, each in one stage", |m| m.stages[2].1 = m.stages[2].0),
+        ("experts: expected those of each of 3 ranks, none where a rank has all", |m| m.experts = vec![vec![0]; 3]),
         // Rank 0 sends its rows, and rank 1 gets them of rank 2.
         (
             "bucket prefill_16: expected an order of all exchanges that every rank's agrees with, found ranks that wait for ever: rank 0 \
@@ -179,7 +179,7 @@ fn the_validator_finds_ranks_that_would_wait_for_ever() {
             m.ranks[0].semantics[op].inputs.remove(1);
         }),
         // The third rank has no part in it any more.
-        ("expected one of each of 2 ranks, none for one rank, found 3", |m| m.ranks.truncate(2)),
+        ("stages: expected each on one of 2 ranks, or on as many as each other, found 3", |m| m.ranks.truncate(2)),
     ];
     for (expected, change) in cases {
         let mut file = demo_plan(&staged(3));
@@ -234,12 +234,10 @@ fn numbers_of_ranks_that_cannot_be_are_told() {
     };
     let text = "graph @g (%x: f32[4]) {\n%y = exp %x : f32[4]\nreturn %y\n}";
     let graph = Source::Graph("g".into(), Box::new(lfm2c::ir::parse(text).expect("a graph").graph));
-    let both = CompileOptions { expert_ranks: 2, ..staged(2) };
     let forced = CompileOptions { forced_routing: true, ..staged(2) };
     let cases = [
         (demo(), staged(0), "--ranks pipeline=0: expected 1 to 6 ranks, as many as the model has layers, found 0"),
         (demo(), staged(7), "--ranks pipeline=7: expected 1 to 6 ranks"),
-        (demo(), both, "--ranks pipeline=2: expected layers alone spread over ranks, found expert=2 as well"),
         (demo(), forced, "--ranks pipeline=2: expected routers that choose experts, found --forced-routing"),
         (graph, staged(2), "--ranks pipeline=2: expected a model, found a graph in text form"),
     ];

@@ -143,6 +143,7 @@ fn a_rank_with_layers_that_others_wait_for() {
     strike_in(&spread(2, "pipeline=2"), "KILL", 1, "has ended before the work was done");
     strike_in(&spread(4, "pipeline=4"), "KILL", 2, "has ended before the work was done");
     strike_in(&spread(2, "pipeline=2"), "STOP", 1, "no sign of life for 5 s");
+    strike_in(&spread(4, "expert=2,pipeline=2"), "KILL", 3, "has ended before the work was done");
 }
 
 #[test]

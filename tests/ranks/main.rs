@@ -122,12 +122,9 @@ fn prompts_of_the_command_line_and_their_logits() {
     assert!(fs::read(at.join("1.npy")).expect("written") == fs::read(at.join("3.npy")).expect("written"));
 }
 
-/// Compiles `one.plan`, `two.plan` and `four.plan`, of so many ranks over which `what` is spread, and runs them on one group of these ranks and
-/// on two: the results must be those of one rank.
-fn results_are_those_of_one(at: &Path, what: &str) {
+/// Compiles `one.plan`, and a plan for each of these `--ranks`, and runs it on as many ranks: the results must be those of one rank.
+fn results_are_those_of_one(at: &Path, plans: &[(&str, &[&str], &[&str])]) {
     compile(at, "plans/synthetic.ron", "one.plan", &["--max-sequences", "4"]);
-    compile(at, "plans/synthetic.ron", "two.plan", &["--max-sequences", "4", "--ranks", &format!("{what}=2")]);
-    compile(at, "plans/synthetic.ron", "four.plan", &["--max-sequences", "4", "--ranks", &format!("{what}=4")]);
     let line = |i: usize| {
         let prompt: Vec<usize> = (0..1 + i * 7 % 60).map(|at| 5 + (at * 31 + i) % 400).collect();
         let new = [0, 1, 3, 12, 25][i % 5];
@@ -145,12 +142,15 @@ fn results_are_those_of_one(at: &Path, what: &str) {
     };
     let expected = results("1.jsonl");
     assert_eq!(expected.len(), 40);
-    for (plan, ranks) in [("two.plan", "2"), ("two.plan", "4"), ("four.plan", "4")] {
-        let name = format!("{plan}-{ranks}.jsonl");
-        let output = on_ranks(at, ranks, &run(plan, &name));
-        succeeded(&output);
-        assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
-        assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
+    for (plan, options, ranks) in plans {
+        compile(at, "plans/synthetic.ron", plan, &[&["--max-sequences", "4", "--ranks"], *options].concat());
+        for ranks in *ranks {
+            let name = format!("{plan}-{ranks}.jsonl");
+            let output = on_ranks(at, ranks, &run(plan, &name));
+            succeeded(&output);
+            assert_eq!(results(&name), expected, "{plan} on {ranks} ranks");
+            assert!(errors(&output).contains(&format!("{ranks} ranks: ")), "{}", errors(&output));
+        }
     }
 }
 
@@ -159,7 +159,7 @@ fn results_are_those_of_one(at: &Path, what: &str) {
 fn ranks_with_experts_of_their_own_give_the_results_of_one() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
-    results_are_those_of_one(at, "expert");
+    results_are_those_of_one(at, &[("two.plan", &["expert=2"], &["2", "4"]), ("four.plan", &["expert=4"], &["4"])]);
     // One prompt, of which the other ranks have nothing; and all ranks in one process.
     let prompt = ["--tokens", "5,17,3", "--max-new-tokens", "9"];
     let alone = lfm2c(at, &[&["run", "one.plan"], &prompt[..]].concat());
@@ -188,7 +188,7 @@ fn ranks_with_experts_of_their_own_give_the_results_of_one() {
 fn ranks_with_layers_of_their_own_give_the_results_of_one() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let at = folder.path();
-    results_are_those_of_one(at, "pipeline");
+    results_are_those_of_one(at, &[("two.plan", &["pipeline=2"], &["2", "4"]), ("four.plan", &["pipeline=4"], &["4"])]);
     let tokens = ["--tokens", "5,17,3", "--tokens", "9", "--tokens", "8,8", "--max-new-tokens", "9", "--logits"];
     let logits = |plan, ranks, name| {
         let words = [&["run", plan], &tokens[..], &[name]].concat();
@@ -199,6 +199,35 @@ fn ranks_with_layers_of_their_own_give_the_results_of_one() {
     for (plan, ranks) in [("two.plan", "1"), ("two.plan", "2"), ("four.plan", "4")] {
         assert!(logits(plan, ranks, "other.npy") == alone, "{plan} on {ranks} ranks: other logits");
     }
+}
+
+/// Layers in stages, and experts over the ranks of each, as they are and as counts place them.
+#[test]
+fn stages_with_experts_over_their_ranks_give_the_results_of_one() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let at = folder.path();
+    compile(at, "plans/synthetic.ron", "counted.plan", &[]);
+    let count = ["run", "counted.plan", "--tokens", "5,17,3,80,41,7", "--max-new-tokens", "40", "--count-experts"];
+    succeeded(&lfm2c(at, &[&count[..], &["counts.json"]].concat()));
+    let hot = ["expert=2,pipeline=2", "--expert-counts", "counts.json", "--expert-replicas", "1"];
+    let plans: [(&str, &[&str], &[&str]); 3] = [
+        ("four.plan", &["expert=2,pipeline=2"], &["4", "8"]),
+        ("hot.plan", &hot, &["4"]),
+        ("six.plan", &["expert=2,pipeline=3"], &["6"]),
+    ];
+    results_are_those_of_one(at, &plans);
+    // A text, of which the other ranks have nothing.
+    compile(at, "plans/demo.ron", "alone.plan", &["--dtype", "f32"]);
+    compile(at, "plans/demo.ron", "text.plan", &["--dtype", "f32", "--ranks", "expert=2,pipeline=2"]);
+    let model = project("models/demo");
+    let run = |plan| ["run", plan, "--model", &model, "--chat", "--prompt", "What is a cat?", "--prompt", "Hello!"];
+    let alone = lfm2c(at, &run("alone.plan"));
+    for output in [on_ranks(at, "4", &run("text.plan")), lfm2c(at, &run("text.plan"))] {
+        assert!(succeeded(&output) == succeeded(&alone), "another text: {}", errors(&output));
+    }
+    let output = on_ranks(at, "6", &["run", "four.plan"]);
+    assert_eq!(output.status.code(), Some(1), "{}", errors(&output));
+    assert!(errors(&output).contains("has programs for 4: expected a multiple of 4, found 6"), "{}", errors(&output));
 }
 
 /// Texts in, texts out: those of one process, be they printed as they are made or at the end.

@@ -49,9 +49,10 @@ pub struct Choices {
     /// Positions of all sequences together that the KV cache holds
     #[arg(long, value_name = "N")]
     pub kv_tokens: Option<u64>,
-    /// Spreads the experts over ranks, with all else on each: `expert=2`; or the layers, in as many stages: `pipeline=2`. The plan then has a
-    /// program for each of them, and runs on as many ranks, or a multiple of that, under `mpirun`
-    #[arg(long, value_name = "expert=N|pipeline=N", value_parser = ranks)]
+    /// Spreads the experts over ranks, with all else on each: `expert=2`; or the layers, in as many stages: `pipeline=2`; or both, the experts
+    /// over the ranks of each stage: `expert=2,pipeline=2`. The plan then has a program for each of them, and runs on as many ranks, or a
+    /// multiple of that, under `mpirun`
+    #[arg(long, value_name = "expert=M,pipeline=K", value_parser = ranks)]
     pub ranks: Option<Spread>,
     /// Counts of choices that `lfm2c run` has written: experts are spread such that the ranks get as equally many rows as can be
     #[arg(long, value_name = "FILE", requires = "ranks")]
@@ -151,7 +152,7 @@ impl Choices {
     }
 }
 
-/// `--ranks`: how many ranks each is spread over.
+/// `--ranks`: over how many ranks experts are spread, and over how many stages layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Spread {
     experts: u64,
@@ -174,7 +175,7 @@ fn ranks(text: &str) -> Result<Spread, String> {
             (_, Some(count)) => spread.layers = count,
             _ => {
                 return Err(format!(
-                    "expected expert=N or pipeline=N with a whole number N, such as expert=2, found `{text}`"
+                    "expected expert=N or pipeline=N with a whole number N, such as expert=2, or both with a comma between, found `{text}`"
                 ));
             }
         }
@@ -195,7 +196,7 @@ pub fn choices_of(manifest: &Manifest) -> CompileOptions {
             plan::Target::Sm_90a => Target::Sm90a,
         },
         forced_routing: manifest.model.forced_routing.is_some(),
-        expert_ranks: manifest.experts.len().max(1) as u64,
+        expert_ranks: if manifest.experts.is_empty() { 1 } else { manifest.stage_ranks() as u64 },
         pipeline_ranks: manifest.stages.len().max(1) as u64,
         ..CompileOptions::default()
     }

@@ -14,12 +14,13 @@
 //! - On a device every step has a launch, of a kernel of the plan, within the device's limits, whose arguments are of its
 //!   parameters' types and of the step's operands; a plan for the CPU has neither. A service's kernel takes what the runtime
 //!   passes for its role.
-//! - Programs of several ranks have the same buckets and io, each expert is on a rank, and in each bucket all ranks have the same
-//!   collectives in the same order, which their dependencies impose; none of them in the head. Where layers are spread instead, what a
-//!   rank sends another receives, and no rank waits for one that waits for it (`transfers`).
+//! - Programs of several ranks have the same buckets and io; each layer is in a stage, and each expert on a rank of every stage. Collectives
+//!   have an order, which their dependencies impose; none is in the head. What some ranks do together, all of these do; what one sends,
+//!   another receives; and no rank waits for one that waits for it (`exchanges`).
 //! - A language model's buckets have the inputs, results and sizes that the runtime counts on.
 
 mod bucket;
+mod exchanges;
 mod launch;
 mod meaning;
 mod model;
@@ -31,7 +32,6 @@ mod ranks;
 mod rule;
 mod semantic;
 mod steps;
-mod transfers;
 
 use std::collections::HashSet;
 use std::fmt::{self, Display};

@@ -3,15 +3,14 @@
 use std::collections::BTreeSet;
 use std::fmt::Debug;
 
-use super::{Faults, order, transfers};
+use super::{Faults, exchanges, order};
 use crate::plan::{Bucket, Collective, CollectiveKind, Manifest, Op, Phase, Program, Ref, StateRole, Step, TURNS};
 
 /// Checks programs that are valid by themselves against each other.
 pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
-    if manifest.stages.is_empty() {
-        faults.note("experts", spread(manifest));
-    } else {
-        faults.note("stages", staged(manifest));
+    // Who has which experts is a matter of each stage.
+    if !faults.note("stages", staged(manifest)) || !faults.note("experts", spread(manifest)) {
+        return;
     }
     let first = &manifest.ranks[0];
     for (rank, program) in manifest.ranks.iter().enumerate() {
@@ -21,47 +20,43 @@ pub(super) fn check(manifest: &Manifest, faults: &mut Faults) {
         if faults.count() > 0 {
             return;
         }
-        for (bucket, expected) in program.buckets.iter().zip(&first.buckets) {
+        for bucket in &program.buckets {
             let at = format!("{at}, bucket {}", bucket.name);
             for (i, step) in bucket.steps.iter().enumerate() {
-                let size = manifest.ranks.len() as u64;
                 let in_head = i >= bucket.head as usize;
-                faults.note(format_args!("{at}, step {}", step.name), collective(program, step, size, in_head));
+                faults.note(format_args!("{at}, step {}", step.name), collective(manifest, program, step, in_head));
             }
             if faults.count() > 0 {
                 return;
-            }
-            if manifest.stages.is_empty() {
-                faults.note(&at, same_collectives(expected, bucket));
             }
             in_order(bucket, &at, faults);
         }
     }
     for (at, bucket) in first.buckets.iter().enumerate() {
-        faults.note(format_args!("bucket {}", bucket.name), turns(manifest, at));
-    }
-    if !manifest.stages.is_empty() && faults.count() == 0 {
-        for bucket in 0..first.buckets.len() {
-            faults.note(format_args!("bucket {}", first.buckets[bucket].name), transfers::check(manifest, bucket));
+        let name = format!("bucket {}", bucket.name);
+        faults.note(&name, exchanges::check(manifest, at));
+        for stage in manifest.ranks.chunks(manifest.stage_ranks()) {
+            faults.note(&name, turns(manifest, stage, at));
         }
     }
 }
 
-/// Checks that the stages of ranks are all layers in order, of a language model whose experts are not spread as well.
+/// Checks that stages are all layers in order, each on as many ranks, of a language model; on one rank, where experts are not spread.
 fn staged(manifest: &Manifest) -> Result<(), String> {
     let (stages, ranks) = (&manifest.stages, manifest.ranks.len());
-    if stages.len() != ranks || ranks < 2 {
-        return Err(format!("expected one of each of {ranks} ranks, none for one rank, found {}", stages.len()));
+    if stages.is_empty() {
+        return Ok(());
+    }
+    let count = stages.len();
+    if count < 2 || !ranks.is_multiple_of(count) || manifest.experts.is_empty() && ranks != count {
+        return Err(format!("expected each on one of {ranks} ranks, or on as many as each other, found {count}"));
     }
     let ends = stages.iter().map(|stage| stage.1);
-    let follow = stages.iter().map(|stage| stage.0).eq(std::iter::once(0).chain(ends).take(ranks));
+    let follow = stages.iter().map(|stage| stage.0).eq(std::iter::once(0).chain(ends).take(count));
     if !follow || stages.iter().any(|(first, end)| first >= end) {
         return Err(format!(
-            "expected layers from 0 on, each on one rank, in order, some on every rank, found {stages:?}"
+            "expected layers from 0 on, each in one stage, in order, some in every one, found {stages:?}"
         ));
-    }
-    if !manifest.experts.is_empty() {
-        return Err("expected either layers or experts spread over ranks, found both".into());
     }
     match manifest.ranks.iter().flat_map(|rank| &rank.buckets).find(|bucket| bucket.phase == Phase::Fixed) {
         Some(bucket) => Err(format!("expected a language model, found bucket {} of fixed size", bucket.name)),
@@ -69,21 +64,26 @@ fn staged(manifest: &Manifest) -> Result<(), String> {
     }
 }
 
-/// Checks that each expert is on some rank, if they are spread.
+/// Checks that each expert is on some rank of every stage, if they are spread.
 fn spread(manifest: &Manifest) -> Result<(), String> {
-    let (experts, ranks) = (&manifest.experts, manifest.ranks.len());
-    if experts.is_empty() && ranks == 1 {
+    let (experts, ranks, of_stage) = (&manifest.experts, manifest.ranks.len(), manifest.stage_ranks());
+    if experts.is_empty() && of_stage == 1 {
         return Ok(());
     }
-    if experts.len() != ranks || ranks < 2 {
-        return Err(format!("expected those of each of {ranks} ranks, none for one rank, found {}", experts.len()));
+    if experts.len() != ranks || of_stage < 2 {
+        let found = experts.len();
+        return Err(format!("expected those of each of {ranks} ranks, none where a rank has all, found {found}"));
     }
-    let all: BTreeSet<u64> = experts.iter().flatten().copied().collect();
+    let count = experts.iter().flatten().max().map_or(0, |last| last.saturating_add(1));
+    let has_all = |stage: &[Vec<u64>]| {
+        let all: BTreeSet<u64> = stage.iter().flatten().copied().collect();
+        all.into_iter().eq(0..count)
+    };
     let ascend = experts.iter().all(|local| !local.is_empty() && local.is_sorted_by(|a, b| a < b));
-    if ascend && all.iter().copied().eq(0..all.len() as u64) {
+    if ascend && experts.chunks(of_stage).all(has_all) {
         return Ok(());
     }
-    Err(format!("expected each on a rank or more, ascending, and some on every rank, found {experts:?}"))
+    Err(format!("expected each on a rank or more of each stage, ascending, and some on every rank, found {experts:?}"))
 }
 
 /// Checks that a program has the weights of its rank's experts alone, and finds experts by them.
@@ -108,15 +108,15 @@ fn experts(manifest: &Manifest, program: &Program, rank: usize) -> Result<(), St
     Ok(())
 }
 
-/// Checks that ranks share the rows of experts that several of them have: each time that they look up their experts in a bucket, one of them
-/// runs each expert at each turn.
-fn turns(manifest: &Manifest, bucket: usize) -> Result<(), String> {
-    let look_ups: Vec<Vec<LookUp>> = manifest.ranks.iter().map(|program| look_ups(program, bucket)).collect();
+/// Checks that the ranks of a stage share the rows of experts that several of them have: each time that they look up their experts in a
+/// bucket, one of them runs each expert at each turn.
+fn turns(manifest: &Manifest, stage: &[Program], bucket: usize) -> Result<(), String> {
+    let look_ups: Vec<Vec<LookUp>> = stage.iter().map(|program| look_ups(program, bucket)).collect();
     for (rank, found) in look_ups.iter().enumerate() {
         if found.len() != look_ups[0].len() {
             let expected = look_ups[0].len();
             return Err(format!(
-                "rank {rank}: expected {expected} look-ups of experts, as on rank 0, found {}",
+                "rank {rank} of its stage: expected {expected} look-ups of experts, as on the first, found {}",
                 found.len()
             ));
         }
@@ -184,8 +184,8 @@ fn same<T: PartialEq + Debug>(what: &str, expected: &[T], found: &[T]) -> Result
     }
 }
 
-/// Checks that a step exchanges with all ranks what its semantic says.
-fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Result<(), String> {
+/// Checks that a step exchanges what its semantic says, with the ranks of its stage or with one of all.
+fn collective(manifest: &Manifest, program: &Program, step: &Step, in_head: bool) -> Result<(), String> {
     let expected = Collective::of(&program.semantics[step.op as usize]);
     if step.collective != expected {
         return Err(format!("`collective`: expected {expected:?}, found {:?}", step.collective));
@@ -194,11 +194,12 @@ fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Resul
     if in_head {
         return Err("a collective of the head, which a rank may run again alone".into());
     }
-    if found.size != size || size < 2 {
-        return Err(format!(
-            "expected a collective of the plan's ranks, of which there are {size}, found {}",
-            found.size
-        ));
+    let (whose, size) = match found.kind.peer() {
+        None if !manifest.stages.is_empty() => ("a stage's ranks", manifest.stage_ranks()),
+        _ => ("the plan's ranks", manifest.ranks.len()),
+    };
+    if found.size != size as u64 || size < 2 {
+        return Err(format!("expected a collective of {whose}, of which there are {size}, found {}", found.size));
     }
     // A link is never read; of states, a rank sends its pages alone.
     let sent = step.reads.iter().skip(found.kind.first_read());
@@ -217,15 +218,6 @@ fn collective(program: &Program, step: &Step, size: u64, in_head: bool) -> Resul
         Some(place) => Err(format!("a collective: expected writes to the arena, found {place:?}")),
         None => Ok(()),
     }
-}
-
-/// Checks that a rank has the collectives of rank 0, in steps of the same names and order.
-fn same_collectives(expected: &Bucket, found: &Bucket) -> Result<(), String> {
-    let steps = |bucket: &Bucket| -> Vec<(String, Collective)> {
-        let steps = bucket.steps.iter();
-        steps.filter_map(|step| Some((step.name.clone(), step.collective.clone()?))).collect()
-    };
-    same("collective", &steps(expected), &steps(found))
 }
 
 /// Checks that no two collectives can run at a time, which ranks could then begin in different orders.

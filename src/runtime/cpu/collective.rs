@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::tensor::byte_len;
 use super::{CpuExecutor, bucket_of, part, place_of};
 use crate::plan::{Bucket, Collective, CollectiveKind, Ref, Step, TensorType};
-use crate::runtime::group::{self, Group};
+use crate::runtime::group::{Group, Mates};
 
 impl CpuExecutor {
     /// Makes the rank one of a group, with which it runs the plan's collectives.
@@ -15,8 +15,7 @@ impl CpuExecutor {
     /// # Errors
     /// The group is not one of the plan's ranks.
     pub fn with_group(mut self, group: Box<dyn Group>) -> Result<Self> {
-        group::check(&*group, self.rank, self.manifest.ranks.len())?;
-        self.group = Some(group);
+        self.mates = Some(Mates::new(group, self.rank, &self.manifest)?);
         Ok(self)
     }
 
@@ -37,9 +36,10 @@ impl CpuExecutor {
     pub(super) fn run_collective(&mut self, bucket: &Bucket, step: &Step, collective: &Collective) -> Result<()> {
         let sent = self.sent(bucket, step)?;
         let size = self.manifest.ranks.len();
-        let group = self.group.as_mut().with_context(|| {
+        let mates = self.mates.as_mut().with_context(|| {
             format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
         })?;
+        let group = mates.of(collective);
         let mut all = Vec::with_capacity(sent.len());
         match collective.kind {
             CollectiveKind::Send(to) => group.send(usize::try_from(to)?, &sent.concat())?,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use super::CpuExecutor;
-use crate::plan::{CollectiveKind, ExpertCounts, Manifest};
+use crate::plan::{Bucket, Collective, CollectiveKind, ExpertCounts, Manifest, Step, meeting};
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
 use crate::runtime::group::block;
 
@@ -44,34 +44,23 @@ impl CpuEnsemble {
             reached.push(self.run_from(rank, bucket, 0)?);
         }
         loop {
-            let kind = |rank: usize| -> Option<CollectiveKind> {
-                let step = &manifest.ranks[rank].buckets[bucket].steps[reached[rank]?];
-                step.collective.as_ref().map(|collective| collective.kind)
-            };
-            let kinds: Vec<Option<CollectiveKind>> = (0..self.ranks.len()).map(kind).collect();
-            let sends = |(from, kind): (usize, &Option<CollectiveKind>)| match kind {
-                Some(CollectiveKind::Send(to)) => {
-                    let to = usize::try_from(*to).ok()?;
-                    (kinds.get(to) == Some(&Some(CollectiveKind::Receive(from as u64)))).then_some((from, to))
-                }
-                _ => None,
-            };
-            let of_all = |kind: &Option<CollectiveKind>| kind.is_some_and(|kind| kind.peer().is_none());
-            let went_on = if let Some((from, to)) = kinds.iter().enumerate().find_map(sends) {
-                self.transfer(bucket, (from, to), &reached)?;
-                vec![from, to]
-            } else if kinds.iter().all(of_all) {
-                let at: Vec<usize> = reached.iter().copied().flatten().collect();
-                self.exchange(bucket, &at)?;
-                (0..self.ranks.len()).collect()
-            } else {
+            let next: Vec<Option<&Collective>> = (0..self.ranks.len())
+                .map(|rank| manifest.ranks[rank].buckets[bucket].steps[reached[rank]?].collective.as_ref())
+                .collect();
+            let Some(together) = (0..next.len()).find_map(|rank| meeting(rank, |other| *next.get(other)?)) else {
                 ensure!(
-                    kinds.iter().all(Option::is_none),
-                    "expected collectives that ranks run together, found {kinds:?}"
+                    next.iter().all(Option::is_none),
+                    "expected collectives that ranks run together, found {next:?}"
                 );
                 return Ok(());
             };
-            for rank in went_on {
+            match together[..] {
+                [from, to] if next[from].is_some_and(|one| one.kind.peer().is_some()) => {
+                    self.transfer(bucket, (from, to), &reached)?;
+                }
+                _ => self.exchange(bucket, &together, &reached)?,
+            }
+            for rank in together {
                 reached[rank] = self.run_from(rank, bucket, reached[rank].map_or(0, |at| at + 1))?;
             }
         }
@@ -100,21 +89,23 @@ impl CpuEnsemble {
         Ok(())
     }
 
-    /// Runs the collective that each rank has reached.
-    fn exchange(&mut self, bucket: usize, reached: &[usize]) -> Result<()> {
+    /// Runs what these ranks do together, all of which have reached it.
+    fn exchange(&mut self, bucket: usize, members: &[usize], reached: &[Option<usize>]) -> Result<()> {
         let manifest = Arc::clone(&self.ranks[0].manifest);
-        let found = |rank: usize| {
-            let at = &manifest.ranks[rank].buckets[bucket];
-            (at, &at.steps[reached[rank]])
+        let found = |rank: usize| -> Result<(usize, &Bucket, &Step)> {
+            let bucket = &manifest.ranks[rank].buckets[bucket];
+            let at = reached[rank].context("a rank behind its last collective; this is a bug")?;
+            Ok((at, bucket, &bucket.steps[at]))
         };
-        let collective = found(0).1.collective.as_ref().context("a step that is no collective; this is a bug")?;
+        let (_, _, first) = found(members[0])?;
+        let collective = first.collective.as_ref().context("a step that is no collective; this is a bug")?;
         let mut sent = vec![];
-        for (number, rank) in self.ranks.iter_mut().enumerate() {
-            rank.poison_before(bucket, reached[number]);
-            let (at, step) = found(number);
-            sent.push(rank.sent(at, step)?);
+        for &rank in members {
+            let (at, of, step) = found(rank)?;
+            self.ranks[rank].poison_before(bucket, at);
+            sent.push(self.ranks[rank].sent(of, step)?);
         }
-        for (to, rank) in self.ranks.iter_mut().enumerate() {
+        for (to, &rank) in members.iter().enumerate() {
             let from_all = |part: usize| -> Vec<u8> {
                 let of_rank = sent.iter().map(|parts| &parts[part][..]);
                 match collective.kind {
@@ -123,8 +114,8 @@ impl CpuEnsemble {
                 }
             };
             let received: Vec<Vec<u8>> = (0..collective.parts.len()).map(from_all).collect();
-            let (at, step) = found(to);
-            rank.receive(at, step, &received)?;
+            let (_, of, step) = found(rank)?;
+            self.ranks[rank].receive(of, step, &received)?;
         }
         Ok(())
     }

@@ -40,7 +40,7 @@ use crate::plan::{
 };
 use crate::runtime::executor::{Batch, Executor, SamplingParams};
 use crate::runtime::forced::ForcedExperts;
-use crate::runtime::group::Group;
+use crate::runtime::group::{Group, Mates};
 use crate::runtime::{batch, io};
 
 /// Runs one rank's program on the CPU.
@@ -55,7 +55,7 @@ pub struct CpuExecutor {
     forced: ForcedExperts,
     counts: ExpertCounts,
     /// The ranks that run collectives together with this one.
-    group: Option<Box<dyn Group>>,
+    mates: Option<Mates>,
 }
 
 /// What the results of the last run belong to.
@@ -80,7 +80,7 @@ impl CpuExecutor {
         ensure!(found == expected, "a pool of {found} bytes for a program that needs {expected}");
         let (flight, forced) = (Flight::new(1), ForcedExperts::default());
         let counts = ExpertCounts::new(&manifest.model.config_hash);
-        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced, counts, group: None })
+        Ok(CpuExecutor { manifest, rank, pool, poison: None, last: None, flight, forced, counts, mates: None })
     }
 
     /// Lets so many steps be in flight, at least 1, so that the same steps run as on a device of that lookahead. The CPU gains
@@ -300,8 +300,8 @@ impl Executor for CpuExecutor {
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {
-        match &mut self.group {
-            Some(group) => Some(&mut **group),
+        match &mut self.mates {
+            Some(mates) => Some(mates.all()),
             None => None,
         }
     }

@@ -11,9 +11,9 @@ use super::CudaExecutor;
 use super::peers::Peers;
 use super::program::{Ready, offset};
 use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
-use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step};
+use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step, exchanges_of};
 use crate::runtime::cuda::Graphs;
-use crate::runtime::group::{self, Group};
+use crate::runtime::group::{Group, Mates};
 
 /// What a step of a plan is on the stream.
 #[derive(Clone, Debug)]
@@ -80,9 +80,11 @@ pub enum Road {
 
 /// The ranks that run steps together with this one.
 pub(super) struct Others {
-    /// What they agree through.
-    pub(super) group: Box<dyn Group>,
-    way: Way,
+    mates: Mates,
+    /// Of all ranks.
+    all: Way,
+    /// Of those of a stage, where these are others and exchange.
+    stage: Option<Way>,
 }
 
 /// How they exchange.
@@ -93,12 +95,34 @@ enum Way {
 }
 
 impl Others {
+    /// What all ranks agree through.
+    pub(super) fn group(&mut self) -> &mut dyn Group {
+        self.mates.all()
+    }
+
+    fn ways(&self) -> impl Iterator<Item = &Way> {
+        std::iter::once(&self.all).chain(&self.stage)
+    }
+
     /// What has gone wrong between the GPUs, if anything has.
     pub(super) fn check(&self) -> Result<()> {
-        match &self.way {
+        self.ways().try_for_each(|way| match way {
             // One that is no more is for the watch to find.
             Way::Peers(_) => Ok(()),
             Way::Nccl(communicator, _) => Ok(communicator.check()?),
+        })
+    }
+}
+
+impl Way {
+    /// In words.
+    fn text(&self) -> String {
+        match self {
+            Way::Peers(_) => "through each other's memory".into(),
+            Way::Nccl(communicator, why) => {
+                let version = communicator.version().unwrap_or_default();
+                format!("by NCCL {version} ({why})")
+            }
         }
     }
 }
@@ -115,40 +139,45 @@ impl Drop for CudaExecutor {
             sleep(PATIENCE / 1000);
         }
         let captured = std::mem::take(&mut self.captured);
-        match others.way {
-            Way::Peers(peers) => {
-                peers.give_up();
-                drop(captured);
-            }
-            Way::Nccl(communicator, _) => communicator.end(|| drop(captured)),
+        let mut end: Box<dyn FnOnce()> = Box::new(|| drop(captured));
+        for way in std::iter::once(others.all).chain(others.stage) {
+            let work = end;
+            end = match way {
+                Way::Peers(peers) => {
+                    peers.give_up();
+                    Box::new(move || {
+                        work();
+                        drop(peers);
+                    })
+                }
+                Way::Nccl(communicator, _) => Box::new(move || communicator.end(work)),
+            };
         }
+        end();
     }
 }
 
 impl CudaExecutor {
     /// Makes the rank one of a group, with which it runs the plan's collectives: maps the others' memory, or joins them by NCCL and runs each
-    /// kind of exchange once, because that makes connections when it first needs them, which cannot be captured. All ranks of the group
-    /// call it at the same time; no step is in flight. The arena's contents are lost.
+    /// kind of exchange once, because that makes connections when it first needs them, which cannot be captured; and where a stage has
+    /// several ranks, the same with these. All ranks of the group call it at the same time; no step is in flight. The arena's contents are
+    /// lost.
     ///
     /// # Errors
     /// The group is not one of the plan's ranks, or the GPUs cannot reach each other.
-    pub fn with_group(mut self, mut group: Box<dyn Group>, road: Road) -> Result<Self> {
-        group::check(&*group, self.rank, self.manifest.ranks.len())?;
-        let kernels = &self.kernels;
-        let joined = Peers::join((self.program(), |role| kernels.service(role)), &self.device, &mut *group, road)?;
-        let way = match joined {
-            Ok(peers) => Way::Peers(peers),
-            Err(why) if road == Road::Peer => bail!(
-                "--exchange peer: expected GPUs of one host that reach each other's memory, found that they do not: {why}; use --exchange \
-                 nccl"
-            ),
-            Err(why) => {
-                let id = agree_on_id(&mut *group)?;
-                Way::Nccl(Communicator::new(&self.device, id, group.rank(), group.size())?, why)
+    pub fn with_group(mut self, group: Box<dyn Group>, road: Road) -> Result<Self> {
+        let mut mates = Mates::new(group, self.rank, &self.manifest)?;
+        let all = self.join(mates.all(), road)?;
+        let stage = match mates.stage() {
+            // The ranks of a stage have the same exchanges.
+            Some(stage) if exchanges_of(self.program(), stage.size() as u64).next().is_some() => {
+                Some(self.join(stage, road)?)
             }
+            _ => None,
         };
-        let by_nccl = matches!(way, Way::Nccl(..));
-        self.others = Some(Others { group, way });
+        let others = Others { mates, all, stage };
+        let by_nccl = others.ways().any(|way| matches!(way, Way::Nccl(..)));
+        self.others = Some(others);
         // Whether steps are captured is a matter of all ranks, so none may go on without a graph by itself.
         if self.graphs == Graphs::Lazy {
             self.graphs = Graphs::Required;
@@ -159,16 +188,28 @@ impl CudaExecutor {
         Ok(self)
     }
 
+    /// Finds a way for the exchanges of so many ranks as a group has.
+    fn join(&self, group: &mut dyn Group, road: Road) -> Result<Way> {
+        let kernels = &self.kernels;
+        let joined = Peers::join((self.program(), |role| kernels.service(role)), &self.device, group, road)?;
+        Ok(match joined {
+            Ok(peers) => Way::Peers(peers),
+            Err(why) if road == Road::Peer => bail!(
+                "--exchange peer: expected GPUs of one host that reach each other's memory, found that they do not: {why}; use --exchange \
+                 nccl"
+            ),
+            Err(why) => {
+                let id = agree_on_id(group)?;
+                Way::Nccl(Communicator::new(&self.device, id, group.rank(), group.size())?, why)
+            }
+        })
+    }
+
     /// How the rank exchanges with others, for a person; none of a plan of one rank.
     pub fn exchanges(&self) -> Option<String> {
         let others = self.others.as_ref()?;
-        Some(match &others.way {
-            Way::Peers(_) => "through each other's memory".into(),
-            Way::Nccl(communicator, why) => {
-                let version = communicator.version().unwrap_or_default();
-                format!("by NCCL {version} ({why})")
-            }
-        })
+        let of_stage = others.stage.as_ref().map(|way| format!("; within a stage {}", way.text()));
+        Some(others.all.text() + &of_stage.unwrap_or_default())
     }
 
     /// Runs each exchange of the program's buckets once, those of the same ranks and sizes together. Both ends of one leave out the same ones, so
@@ -193,11 +234,15 @@ impl CudaExecutor {
         let others = self.others.as_ref().with_context(|| {
             format!("collectives: expected {size} ranks, as the plan has, found one; start it with `mpirun -n {size}`")
         })?;
-        match &others.way {
+        let way = match (&others.stage, kind) {
+            (Some(stage), Exchange::AllGather | Exchange::AllToAll) => stage,
+            _ => &others.all,
+        };
+        match way {
             Way::Peers(peers) => peers.lines().exchange(kind, parts, self.pool.address(), stream, dependent)?,
             Way::Nccl(communicator, _) => communicator.exchange(kind, parts, &self.pool, stream)?,
         }
-        Ok(matches!(others.way, Way::Peers(_)))
+        Ok(matches!(way, Way::Peers(_)))
     }
 }
 

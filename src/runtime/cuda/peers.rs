@@ -13,7 +13,7 @@ use crate::cuda::{
 };
 use crate::plan::{
     AREA_NAME, AREA_STOP, Collective, EXCHANGE_BLOCKS, ExchangeArea, ExchangeWay, PlanFile, Program, SERVICE_THREADS,
-    ServiceRole, collectives, exchange_role,
+    ServiceRole, exchange_role, exchanges_of,
 };
 use crate::runtime::group::Group;
 
@@ -34,8 +34,9 @@ impl Lines {
     /// The plan has no kernels for it, or the device cannot run them.
     pub fn of_plan(file: &PlanFile, device: &Arc<Device>, rank: usize, areas: &[u64]) -> Result<Lines> {
         let program = file.manifest.ranks.get(rank).with_context(|| format!("no rank {rank}"))?;
-        let kernels = kernels(program, |role| service_of(file, role, device))?;
-        Lines::new(kernels, device, (rank, areas), area_of(program)?)
+        let ranks = areas.len() as u64;
+        let kernels = kernels(program, ranks, |role| service_of(file, role, device))?;
+        Lines::new(kernels, device, (rank, areas), area_of(program, ranks)?)
     }
 
     fn new(
@@ -113,7 +114,8 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    /// Maps the areas of all ranks of a group, in each of them, or in none: then why not. All ranks call it at the same time.
+    /// Maps the areas of all ranks of a group, in each of them, or in none: then why not. Through these go the program's exchanges of so many
+    /// ranks. All ranks call it at the same time.
     ///
     /// # Errors
     /// Another rank is no more, or was told to exchange in another way.
@@ -123,9 +125,10 @@ impl Peers {
         group: &mut dyn Group,
         road: Road,
     ) -> Result<Result<Peers, String>> {
+        let ranks = group.size() as u64;
         let made = match road {
             Road::Nccl => Err(anyhow!("--exchange nccl")),
-            Road::Auto | Road::Peer => Offer::make(program, device, &kernel),
+            Road::Auto | Road::Peer => Offer::make(program, ranks, device, &kernel),
         };
         let offer = made.as_ref().map_or_else(Offer::none, |(_, offer)| offer.clone());
         let (own, offers) = match (made, agree(group, road, offer)?) {
@@ -140,8 +143,8 @@ impl Peers {
         };
         let rank = group.rank();
         let mapped = map(&offers, rank, device, &own).and_then(|(others, areas)| {
-            let kernels = kernels(program, |role| kernel(role).cloned())?;
-            let lines = Lines::new(kernels, device, (rank, &areas), area_of(program)?)?;
+            let kernels = kernels(program, ranks, |role| kernel(role).cloned())?;
+            let lines = Lines::new(kernels, device, (rank, &areas), area_of(program, ranks)?)?;
             Ok(Peers { lines, _others: others, own, aside: Stream::new(device)? })
         });
         Ok(match missing(group, &mapped)? {
@@ -162,9 +165,14 @@ impl Peers {
     }
 }
 
-/// The kernels for all exchanges of a program, by their parts.
-fn kernels(program: &Program, kernel: impl Fn(ServiceRole) -> Result<Function>) -> Result<HashMap<usize, Function>> {
-    let by_parts: HashMap<usize, &Collective> = collectives(program).map(|one| (one.parts.len(), one)).collect();
+/// The kernels for a program's exchanges of so many ranks, by their parts.
+fn kernels(
+    program: &Program,
+    ranks: u64,
+    kernel: impl Fn(ServiceRole) -> Result<Function>,
+) -> Result<HashMap<usize, Function>> {
+    let by_parts: HashMap<usize, &Collective> =
+        exchanges_of(program, ranks).map(|one| (one.parts.len(), one)).collect();
     let found = by_parts.into_iter().map(|(parts, collective)| {
         let size = collective.size;
         let role = exchange_role(collective)
@@ -174,21 +182,22 @@ fn kernels(program: &Program, kernel: impl Fn(ServiceRole) -> Result<Function>) 
     found.collect()
 }
 
-/// What a program's exchanges need.
-fn area_of(program: &Program) -> Result<ExchangeArea> {
-    ExchangeArea::of(program).context("the plan has no exchanges")
+/// What a program's exchanges of so many ranks need.
+fn area_of(program: &Program, ranks: u64) -> Result<ExchangeArea> {
+    ExchangeArea::of(program, ranks).context("the plan has no exchanges")
 }
 
 impl Offer {
     /// Allocates this rank's area.
     fn make<'k>(
         program: &Program,
+        ranks: u64,
         device: &Arc<Device>,
         kernel: impl Fn(ServiceRole) -> Result<&'k Function>,
     ) -> Result<(SharedMemory, Offer)> {
-        kernels(program, |role| kernel(role).cloned())?;
+        kernels(program, ranks, |role| kernel(role).cloned())?;
         let host = host()?;
-        let area = area_of(program)?;
+        let area = area_of(program, ranks)?;
         let own = SharedMemory::new(device, usize::try_from(area.bytes())?)?;
         let prepared = || -> Result<Offer> {
             let stream = Stream::new(device)?;

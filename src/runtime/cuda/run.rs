@@ -280,7 +280,7 @@ impl Executor for CudaExecutor {
     }
 
     fn group(&mut self) -> Option<&mut dyn Group> {
-        self.others.as_mut().map(|others| &mut *others.group as &mut dyn Group)
+        self.others.as_mut().map(Others::group)
     }
 
     fn force_experts(&mut self, slot: i32, choices: Vec<i32>) {

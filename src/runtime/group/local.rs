@@ -11,6 +11,8 @@ use super::{Group, block};
 pub struct LocalGroup {
     rank: usize,
     size: usize,
+    /// How often this rank has split it.
+    splits: usize,
     meeting: Arc<Meeting>,
 }
 
@@ -33,6 +35,31 @@ struct State {
     mail: HashMap<(usize, usize), VecDeque<Vec<u8>>>,
     /// The ranks that are no more, in the order in which they went.
     gone: Vec<usize>,
+    /// The groups that this one was split into, each time.
+    parts: Vec<Vec<Arc<Meeting>>>,
+}
+
+impl Meeting {
+    fn new(size: usize) -> Arc<Meeting> {
+        let state = Mutex::new(State { sent: vec![None; size], ..State::default() });
+        Arc::new(Meeting { state, changed: Condvar::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has nobody wait for a rank any more, nor in any group that it is in as part of this one.
+    fn leave(&self, rank: usize) {
+        let mut state = self.state();
+        let size = state.sent.len();
+        for parts in &state.parts {
+            let each = size / parts.len();
+            parts[rank / each].leave(rank % each);
+        }
+        state.gone.push(rank);
+        self.changed.notify_all();
+    }
 }
 
 fn has_ended<V>(rank: usize) -> Result<V> {
@@ -42,18 +69,13 @@ fn has_ended<V>(rank: usize) -> Result<V> {
 impl LocalGroup {
     /// So many ranks, by number.
     pub fn new(size: usize) -> Vec<LocalGroup> {
-        let state = Mutex::new(State { sent: vec![None; size], ..State::default() });
-        let meeting = Arc::new(Meeting { state, changed: Condvar::new() });
-        (0..size).map(|rank| LocalGroup { rank, size, meeting: Arc::clone(&meeting) }).collect()
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.meeting.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let meeting = Meeting::new(size);
+        (0..size).map(|rank| LocalGroup { rank, size, splits: 0, meeting: Arc::clone(&meeting) }).collect()
     }
 
     /// Waits until all ranks have sent something: what each did.
     fn meet(&mut self, sent: &[u8]) -> Result<Arc<Vec<Vec<u8>>>> {
-        let mut state = self.state();
+        let mut state = self.meeting.state();
         let before = state.calls;
         state.sent[self.rank] = Some(sent.to_vec());
         if state.sent.iter().all(Option::is_some) {
@@ -120,7 +142,7 @@ impl Group for LocalGroup {
 
     fn send(&mut self, to: usize, sent: &[u8]) -> Result<()> {
         ensure!(to < self.size, "expected one of {} ranks, found {to}", self.size);
-        let mut state = self.state();
+        let mut state = self.meeting.state();
         if state.gone.contains(&to) {
             return has_ended(to);
         }
@@ -130,7 +152,7 @@ impl Group for LocalGroup {
     }
 
     fn receive(&mut self, from: usize, received: &mut [u8]) -> Result<()> {
-        let mut state = self.state();
+        let mut state = self.meeting.state();
         loop {
             // What it sent last may still be there when it has ended.
             if let Some(sent) = state.mail.get_mut(&(from, self.rank)).and_then(VecDeque::pop_front) {
@@ -145,13 +167,27 @@ impl Group for LocalGroup {
             state = self.meeting.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
+
+    fn split(&mut self, size: usize) -> Result<Box<dyn Group>> {
+        ensure!(size > 0 && self.size.is_multiple_of(size), "expected a divisor of {} ranks, found {size}", self.size);
+        let mut state = self.meeting.state();
+        if state.parts.len() == self.splits {
+            let parts: Vec<Arc<Meeting>> = (0..self.size / size).map(|_| Meeting::new(size)).collect();
+            state.gone.iter().for_each(|&gone| parts[gone / size].leave(gone % size));
+            state.parts.push(parts);
+        }
+        let parts = &state.parts[self.splits];
+        ensure!(parts.len() == self.size / size, "expected groups of {}, found {size}", self.size / parts.len());
+        let meeting = Arc::clone(&parts[self.rank / size]);
+        drop(state);
+        self.splits += 1;
+        Ok(Box::new(LocalGroup { rank: self.rank % size, size, splits: 0, meeting }))
+    }
 }
 
 impl Drop for LocalGroup {
     fn drop(&mut self) {
-        let rank = self.rank;
-        self.state().gone.push(rank);
-        self.meeting.changed.notify_all();
+        self.meeting.leave(self.rank);
     }
 }
 
@@ -221,6 +257,36 @@ mod tests {
             group.all_gather(&[0], &mut [0; 3]).expect_err("one is missing").to_string()
         });
         assert!(found[0] == found[2] && found[0].starts_with("rank ") && found[1].is_empty(), "{found:?}");
+    }
+
+    #[test]
+    fn groups_are_split_into_neighbours() {
+        let found = on_ranks(6, |mut group| {
+            let me = group.rank();
+            let (mut pair, mut half) = (group.split(2).expect("three pairs"), group.split(3).expect("two halves"));
+            assert_eq!([(pair.rank(), pair.size()), (half.rank(), half.size())], [(me % 2, 2), (me % 3, 3)]);
+            for round in 0..50u8 {
+                let mut found = [0; 6];
+                half.all_gather(&[me as u8 + round], &mut found[..3]).expect("all are there");
+                group.all_gather(&[me as u8], &mut found).expect("all are there");
+                assert_eq!(found, [0, 1, 2, 3, 4, 5]);
+                pair.all_gather(&[me as u8 + round], &mut found[..2]).expect("both are there");
+                let first = (me / 2 * 2) as u8 + round;
+                assert_eq!(found[..2], [first, first + 1]);
+            }
+            if me == 4 {
+                return String::new();
+            }
+            pair.all_gather(&[0], &mut [0; 2]).err().map_or("it is there".into(), |error| error.to_string())
+        });
+        let both = "it is there".to_owned();
+        let ended = "rank 0 of the group has ended before the work was done".to_owned();
+        assert_eq!(found, [both.clone(), both.clone(), both.clone(), both, String::new(), ended]);
+        let [mut first, second] = LocalGroup::new(2).try_into().ok().expect("two");
+        drop(second);
+        let mut both = first.split(2).expect("it is one group");
+        assert!(both.all_gather(&[0], &mut [0; 2]).is_err(), "one had left before");
+        assert!(first.split(3).err().expect("of two").to_string().contains("expected a divisor of 2 ranks"));
     }
 
     #[test]

@@ -5,6 +5,8 @@ mod local;
 
 use anyhow::{Result, ensure};
 
+use crate::plan::{Collective, Manifest};
+
 pub use self::local::LocalGroup;
 
 /// The ranks of a group, seen from one of them. What is for all, all of them call in the same order, with the same sizes; such a call
@@ -39,21 +41,57 @@ pub trait Group {
     /// # Errors
     /// That rank is no more, or sends another size.
     fn receive(&mut self, from: usize, received: &mut [u8]) -> Result<()>;
+
+    /// The group of the neighbours that this rank is among, where this one is cut into groups of so many. All ranks call it, before any of
+    /// them uses what it gives.
+    ///
+    /// # Errors
+    /// There is no whole number of them, or a rank is no more.
+    fn split(&mut self, size: usize) -> Result<Box<dyn Group>>;
 }
 
-/// Holds a group against what a plan's rank expects: its number, and how many ranks there are.
-///
-/// # Errors
-/// It is another.
-pub(super) fn check(group: &dyn Group, rank: usize, ranks: usize) -> Result<()> {
-    let found = (group.rank(), group.size());
-    ensure!(
-        (rank, ranks) == found,
-        "ranks: expected rank {rank} of {ranks}, as the plan has, found rank {} of {}",
-        found.0,
-        found.1
-    );
-    Ok(())
+/// The ranks that run a plan's steps with one of them: all, and those of its stage.
+pub(super) struct Mates {
+    all: Box<dyn Group>,
+    /// None where these are the same, or the rank is alone in its stage.
+    stage: Option<Box<dyn Group>>,
+}
+
+impl Mates {
+    /// Of a rank of a plan; all ranks call it.
+    ///
+    /// # Errors
+    /// The group is not one of the plan's ranks, or one of them is no more.
+    pub(super) fn new(mut all: Box<dyn Group>, rank: usize, manifest: &Manifest) -> Result<Mates> {
+        let (found, ranks) = ((all.rank(), all.size()), manifest.ranks.len());
+        ensure!(
+            found == (rank, ranks),
+            "ranks: expected rank {rank} of {ranks}, as the plan has, found rank {} of {}",
+            found.0,
+            found.1
+        );
+        let of_stage = manifest.stage_ranks();
+        let stage = if (2..ranks).contains(&of_stage) { Some(all.split(of_stage)?) } else { None };
+        Ok(Mates { all, stage })
+    }
+
+    /// All ranks of the plan.
+    pub(super) fn all(&mut self) -> &mut dyn Group {
+        &mut *self.all
+    }
+
+    /// Those of the rank's stage, if they are others and it is not alone.
+    pub(super) fn stage(&mut self) -> Option<&mut dyn Group> {
+        Some(&mut **self.stage.as_mut()?)
+    }
+
+    /// Those that run a collective.
+    pub(super) fn of(&mut self, collective: &Collective) -> &mut dyn Group {
+        match &mut self.stage {
+            Some(stage) if collective.kind.peer().is_none() => &mut **stage,
+            _ => &mut *self.all,
+        }
+    }
 }
 
 /// Block `number` of so many equal ones.

@@ -26,7 +26,7 @@ pub(super) struct MpiGroup {
 }
 
 impl MpiGroup {
-    /// This rank's group, if groups are of so many ranks; all ranks of the world call it.
+    /// This rank's group, where a world, or a group, is cut into groups of so many ranks; all ranks of that call it.
     pub(super) fn new(world: ffi::MPI_Comm, size: usize) -> Result<MpiGroup> {
         let (mut all, mut number) = (0, 0);
         // SAFETY: MPI has started, the handle is its own, and it writes one number to each place.
@@ -124,6 +124,10 @@ impl Group for MpiGroup {
         check("MPI_Get_count", unsafe { ffi::MPI_Get_count(&raw const status, ffi::RSMPI_UINT8_T, &raw mut found) })?;
         ensure!(found == room, "rank {from}: expected {room} bytes, found {found}");
         Ok(())
+    }
+
+    fn split(&mut self, size: usize) -> Result<Box<dyn Group>> {
+        Ok(Box::new(MpiGroup::new(self.communicator, size)?))
     }
 }
 
