@@ -75,6 +75,12 @@ if wants results; then
         echo "  $dtype, $RANKS GPUs beside one:           $(same two.jsonl one.jsonl)"
         echo "  $dtype, $RANKS GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
         echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
+        [[ $spread == expert ]] || continue
+        rm -f hot.jsonl counts.json
+        quietly "$LFM2C" run one.plan --device cpu --input in.jsonl --output /dev/null --count-experts counts.json
+        synthetic --dtype $dtype --ranks "expert=$RANKS" --expert-counts counts.json --expert-replicas 2 -o hot.plan && grep 'rows of the busiest' out.txt err.txt | sed 's/^[^:]*:/ /'
+        quietly "${RUN[@]}" "$LFM2C" run hot.plan --require-graphs --input in.jsonl --output hot.jsonl
+        echo "  $dtype, hot experts on several GPUs beside one: $(same hot.jsonl one.jsonl)"
     done; done
     for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
         rm -f other.jsonl

@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(long)]
     compare_fusion: bool,
     /// How the ranks of `mpirun` exchange what they compute together
-    #[arg(long, value_enum, default_value_t = Exchange::Nccl)]
+    #[arg(long, value_enum, default_value_t = Exchange::default())]
     pub exchange: Exchange,
     #[command(flatten)]
     pub requests: RequestArguments,

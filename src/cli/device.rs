@@ -35,11 +35,11 @@ impl Device {
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Exchange {
     /// Through each other's memory where all GPUs are of one host and reach it, else by NCCL.
+    #[default]
     Auto,
     /// Through each other's memory, or not at all.
     Peer,
     /// By NCCL.
-    #[default]
     Nccl,
 }
 

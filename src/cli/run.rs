@@ -59,7 +59,7 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
     /// How the ranks of `mpirun` exchange what they compute together on GPUs
-    #[arg(long, value_enum, default_value_t = Exchange::Nccl)]
+    #[arg(long, value_enum, default_value_t = Exchange::default())]
     exchange: Exchange,
     /// Fails rather than run without CUDA graphs
     #[arg(long)]

@@ -54,6 +54,17 @@ pub const SHAPES: &[Shape] = &[
     },
 ];
 
+/// A shape with so few large experts that a prompt's rows are gathered by a step of their own.
+pub const CROWDED: Shape = Shape {
+    name: "crowded",
+    text: r#"{"model_type": "lfm2_moe", "vocab_size": 512, "hidden_size": 1024, "intermediate_size": 512,
+        "moe_intermediate_size": 1792, "num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "num_dense_layers": 1, "num_experts": 4, "num_experts_per_tok": 2, "conv_L_cache": 3, "norm_eps": 1e-5,
+        "use_expert_bias": true, "norm_topk_prob": true, "routed_scaling_factor": 1.0,
+        "layer_types": ["conv", "full_attention"],
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "eos_token_id": 7, "bos_token_id": 1}"#,
+};
+
 /// A shape's description, with synthetic weights.
 pub fn recipe(shape: &Shape) -> Recipe {
     let raw: RawConfig = serde_json::from_str(shape.text).expect("the shape is a configuration");

@@ -8,14 +8,14 @@ use lfm2c::codegen::{CompileOptions, Tuning};
 use lfm2c::cuda::Device;
 use lfm2c::ir::DType;
 use lfm2c::passes;
-use lfm2c::plan::{Bucket, Kernel, PlanFile, Step};
+use lfm2c::plan::{Bucket, Instr, Kernel, Op, PlanFile, Step};
 use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name};
 use lfm2c::runtime::weights;
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
-use crate::models::{SHAPES, Shape, cpu, fail, gpu, plan};
+use crate::models::{CROWDED, SHAPES, Shape, cpu, fail, gpu, plan};
 
 fn options(dtype: DType) -> CompileOptions {
     CompileOptions {
@@ -48,7 +48,28 @@ pub fn trials() -> Vec<Trial> {
             }));
         }
     }
+    for dtype in [DType::BF16, DType::F16] {
+        trials.push(Trial::test(format!("steps {} {dtype}", CROWDED.name), move || gathered_apart(dtype)));
+    }
     trials
+}
+
+/// Compares the steps of a plan whose rows are gathered apart.
+fn gathered_apart(dtype: DType) -> Result<(), Failed> {
+    let options = CompileOptions {
+        prefill: Some(vec![1100]),
+        decode: Some(vec![1]),
+        max_sequences: Some(8),
+        max_context: Some(1280),
+        kv_tokens: Some(10240),
+        ..options(dtype)
+    };
+    let program = &plan(&CROWDED, &options).manifest.ranks[0];
+    let apart = |Instr(op, ..): &Instr| matches!(op, Op::GatherPairs { .. });
+    if !program.semantics.iter().any(|semantic| semantic.body.iter().any(apart)) {
+        return Err("expected a step that gathers rows, found none".into());
+    }
+    check(&CROWDED, &options)
 }
 
 /// Compares every step of a plan, from what the steps before it left on the GPU.

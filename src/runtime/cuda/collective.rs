@@ -70,11 +70,11 @@ pub(super) fn exchange(program: &Program, bucket: usize, step: &Step, collective
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum Road {
     /// Through each other's memory where all GPUs are of one host and reach it, else by NCCL.
+    #[default]
     Auto,
     /// Through each other's memory, or not at all.
     Peer,
     /// By NCCL.
-    #[default]
     Nccl,
 }
 
