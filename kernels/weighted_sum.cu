@@ -5,10 +5,7 @@
 //
 // With NORM the result's rows are normalised too, as rms_norm.cu does: a block has whole tokens, of which `count` is the number.
 
-#if NORM
-// A token is a block's: a thread has one pack of its columns, if there are so many.
-constexpr bool WHOLE = THREADS * VECTOR == COLUMNS;
-#endif
+#include "normed.cuh"
 
 // Adds up adjacent columns of a token's pairs, in the order of its choices.
 template <class S, class F, class I>
@@ -45,7 +42,6 @@ __device__ __forceinline__ void add_up(float (&sum)[VECTOR], const S* source, co
 extern "C" __global__ void __launch_bounds__(THREADS) weighted_sum(PARAMS) {
     release_next();
 #if NORM
-    __shared__ float scratch[32];
     const int column = threadIdx.x * VECTOR;
     const bool active = WHOLE || column < COLUMNS;
     Pack<W, VECTOR> scales;
@@ -64,14 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) weighted_sum(PARAMS) {
             }
             *(Pack<Y, VECTOR>*)(y + token * COLUMNS + column) = out;
         }
-        squares = block_sum(squares, scratch);
-        float scale = 1.0f / sqrtf(__fadd_rn(squares / (float)COLUMNS, EPS));
-        if (!active) continue;
-        Pack<N, VECTOR> normal;
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++)
-            normal.at[v] = from_f32<N>(__fmul_rn(rounded<Y>(__fmul_rn(to_f32(out.at[v]), scale)), to_f32(scales.at[v])));
-        *(Pack<N, VECTOR>*)(normed + token * COLUMNS + column) = normal;
+        store_normed(normed + token * COLUMNS + column, out, squares, scales, active);
     }
 #else
     wait_for_previous();

@@ -1,7 +1,7 @@
 //! `fuse-combine-norm`: the RMSNorm of the residual stream into the step that adds a layer's experts to it, which has each row whole.
 //!
-//! Needs: `fuse-residual`, and a norm that stands by itself, as where rows are many. Leaves: `combine+residual+norm`, which makes
-//! both the stream and its norm.
+//! Needs: `fuse-residual`, and a norm that stands by itself, as where rows are many. Leaves: `combine+residual+norm`, or where ranks have
+//! parts of the sum `blocksum+residual+norm`, which make both the stream and its norm.
 
 use crate::ir::{Graph, OpKind, Stage, Users};
 use crate::passes::view::View;
@@ -19,10 +19,12 @@ impl Rewrite for FuseCombineNorm {
             return None;
         }
         let sum = view.producer(*x)?;
-        if view.stages(sum) != [Stage::Combine, Stage::Residual] {
+        let mut stages = view.stages(sum);
+        if !matches!(stages[..], [Stage::Combine | Stage::BlockSum, Stage::Residual]) {
             return None;
         }
-        let patch = view.fuse(&[sum, at], vec![Stage::Combine, Stage::Residual, Stage::Norm])?;
+        stages.push(Stage::Norm);
+        let patch = view.fuse(&[sum, at], stages)?;
         // Most of it is the experts'; the norm is of the next layer.
         Some(patch.in_scope(&view.op(sum).scope))
     }

@@ -1,18 +1,14 @@
-//! `kernels/block_sum.cu`: the sum of what ranks have of the same rows, and what follows it elementwise.
+//! `kernels/block_sum.cu`: the sum of what ranks have of the same rows, what follows it elementwise, and the RMSNorm of that.
 
 use super::builder::{Builder, Specialised, by_width};
 use super::expression::Epilogue;
-use super::hopper::PROCESSORS;
+use super::normed::{Norm, Rows};
 use super::pattern::{args, dims, dtype, is_float, results, rows_and_last};
 use super::{Problem, Twin};
 use crate::plan::{Instr, Op};
 
 /// The twin.
 pub struct BlockSum;
-
-const THREADS: u32 = 256;
-/// Blocks beyond which a block does several parts.
-const MOST_BLOCKS: u64 = PROCESSORS * 64;
 
 impl Twin for BlockSum {
     fn name(&self) -> &'static str {
@@ -31,7 +27,8 @@ impl Twin for BlockSum {
 /// With the number of threads that have something to do.
 fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     let semantic = problem.semantic;
-    let (sum @ Instr(Op::BlockSum { blocks }, ..), rest) = semantic.body.split_first()? else { return None };
+    let (norm, body) = Norm::split(&semantic.body);
+    let (sum @ Instr(Op::BlockSum { blocks }, ..), rest) = body.split_first()? else { return None };
     let ([x], [result]) = (args(sum)?, results(sum)?);
     let [rows, columns] = dims(semantic, result)?;
     let epilogue = Epilogue::new(semantic, rest, result)?;
@@ -46,17 +43,19 @@ fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     }
     let mut builder = Builder::new(problem);
     builder.constant("VECTOR", vector).constant("COLUMNS", columns).constant("BLOCKS", *blocks);
-    builder.alias("X", dtype(semantic, x)).pointer("x", x).int("count", count);
+    builder.alias("X", dtype(semantic, x)).pointer("x", x);
+    let made = Rows { made: epilogue.output, count: rows, columns };
+    let (units, blocks, threads) = Norm::share(norm.as_ref(), &mut builder, semantic, &made, vector)?;
+    builder.int("count", units);
     epilogue.declare(&mut builder);
-    let grid = [count.div_ceil(u64::from(THREADS)).min(MOST_BLOCKS), 1, 1];
-    Some((count, builder.finish(format!("vector={vector}"), grid, THREADS, 0)))
+    Some((count, builder.finish(format!("vector={vector}"), [blocks, 1, 1], threads, 0)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{BinaryFn, DType, Expr, Semantic, Slot};
+    use crate::plan::{BinaryFn, DType, Expr, Semantic, Slot, TensorType};
 
     fn sum(rows: u64, blocks: u64, columns: u64, dtype: DType, residual: bool) -> Semantic {
         let row = (dtype, vec![rows, columns]);
@@ -79,6 +78,24 @@ mod tests {
         write_text(&BlockSum, &sum(500, 2, 2048, DType::BF16, true), 0, "residual");
         write_text(&BlockSum, &sum(5, 11, 2048, DType::F32, false), 0, "eleven");
         write_text(&BlockSum, &sum(5, 3, 7, DType::F16, true), 0, "odd");
+    }
+
+    #[test]
+    fn a_norm_takes_whole_rows() {
+        let normed = |rows, columns| {
+            let mut semantic = sum(rows, 2, columns, DType::BF16, true);
+            semantic.inputs.push(TensorType(DType::BF16, vec![columns]));
+            semantic.outputs.push(TensorType(DType::BF16, vec![rows, columns]));
+            semantic.body.push(Instr(Op::RmsNorm { eps: 1e-5 }, vec![Slot::Out(0), Slot::In(2)], vec![Slot::Out(1)]));
+            semantic
+        };
+        let found = candidates(&BlockSum, &normed(500, 2048)).swap_remove(0);
+        assert_eq!((found.config.as_str(), found.launch.grid[0], found.launch.block), ("vector=8", 500, 256));
+        assert!(candidates(&BlockSum, &normed(500, 1 << 14)).is_empty(), "more columns than threads have");
+        let mut other = normed(500, 2048);
+        other.body[2].1[0] = Slot::In(1);
+        assert!(candidates(&BlockSum, &other).is_empty(), "the norm of something else");
+        write_text(&BlockSum, &normed(500, 2048), 0, "norm");
     }
 
     #[test]

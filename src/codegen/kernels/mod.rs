@@ -22,6 +22,7 @@ mod heads;
 mod hopper;
 mod kv_write;
 mod local_experts;
+mod normed;
 mod pattern;
 mod pointwise;
 mod product;
@@ -130,6 +131,7 @@ pub static HEADERS: &[(&str, &str)] = &[
     ("layout.cuh", include_str!("../../../kernels/include/layout.cuh")),
     ("list.cuh", include_str!("../../../kernels/include/list.cuh")),
     ("mma.cuh", include_str!("../../../kernels/include/mma.cuh")),
+    ("normed.cuh", include_str!("../../../kernels/include/normed.cuh")),
     ("packed.cuh", include_str!("../../../kernels/include/packed.cuh")),
     ("parts.cuh", include_str!("../../../kernels/include/parts.cuh")),
     ("ring_fma.cuh", include_str!("../../../kernels/include/ring_fma.cuh")),
@@ -185,5 +187,20 @@ impl Candidate {
     /// The launch, of the kernel with this position in the plan.
     pub fn launch(&self, kernel: u32) -> Launch {
         Launch { kernel, ..self.specialised.launch.clone() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_all_of_the_folder() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/kernels/include");
+        let files = std::fs::read_dir(folder).expect("headers are there");
+        let mut names: Vec<String> =
+            files.map(|file| file.expect("a file").file_name().into_string().expect("a name in ASCII")).collect();
+        names.sort_unstable();
+        assert_eq!(HEADERS.iter().map(|(name, _)| *name).collect::<Vec<_>>(), names);
     }
 }

@@ -2,19 +2,13 @@
 
 use super::builder::{Builder, Specialised, by_width};
 use super::expression::Epilogue;
-use super::hopper::PROCESSORS;
-use super::pattern::{args, dims, dtype, results, rows_and_last, ty};
+use super::normed::{Norm, Rows};
+use super::pattern::{args, dims, dtype, results, rows_and_last};
 use super::{Problem, Twin};
-use crate::plan::{DType, Instr, Op, Semantic, Slot};
+use crate::plan::{DType, Op};
 
 /// The twin.
 pub struct WeightedSum;
-
-const THREADS: u32 = 256;
-/// Blocks beyond which a block does several parts.
-const MOST_BLOCKS: u64 = PROCESSORS * 64;
-/// Threads of a block that normalises.
-const MOST_THREADS: u64 = 1024;
 
 impl Twin for WeightedSum {
     fn name(&self) -> &'static str {
@@ -30,38 +24,10 @@ impl Twin for WeightedSum {
     }
 }
 
-/// The RMSNorm of what a body makes, at its end.
-struct Norm {
-    weight: Slot,
-    normed: Slot,
-    eps: f64,
-}
-
-impl Norm {
-    /// The norm and what is before it; none if the body ends otherwise.
-    fn split(body: &[Instr]) -> Option<(Slot, Norm, &[Instr])> {
-        let (last, before) = body.split_last()?;
-        let (Op::RmsNorm { eps }, [x, weight], [normed]) = (&last.0, &last.1[..], &last.2[..]) else { return None };
-        Some((*x, Norm { weight: *weight, normed: *normed, eps: *eps }, before))
-    }
-
-    /// Whether rows of so many columns, stored in `sum`, can be normalised while they are made.
-    fn fits(&self, semantic: &Semantic, sum: Slot, columns: u64) -> bool {
-        let whole =
-            dims(semantic, self.weight) == Some([columns]) && ty(semantic, self.normed).1 == ty(semantic, sum).1;
-        let places = matches!(self.weight, Slot::In(_)) && matches!((sum, self.normed), (Slot::Out(_), Slot::Out(_)));
-        let types = [self.weight, self.normed].map(|slot| dtype(semantic, slot));
-        whole && places && !types.contains(&DType::I32)
-    }
-}
-
 /// With the number of threads that have something to do.
 fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     let semantic = problem.semantic;
-    let (norm, body) = match Norm::split(&semantic.body) {
-        Some((x, norm, before)) => (Some((x, norm)), before),
-        None => (None, &semantic.body[..]),
-    };
+    let (norm, body) = Norm::split(&semantic.body);
     let (sum, rest) = body.split_first()?;
     let grouped = match sum.0 {
         Op::WeightedSum => false,
@@ -84,33 +50,19 @@ fn specialise(problem: &Problem, vector: u64) -> Option<(u64, Specialised)> {
     let mut builder = Builder::new(problem);
     builder.constant("VECTOR", vector).constant("COLUMNS", columns).constant("CHOSEN", k);
     builder.constant("GROUPED", u64::from(grouped)).alias("X", dtype(semantic, source));
-    builder.line(format_args!("#define NORM {}", u8::from(norm.is_some())));
     builder.pointer("source", source).pointer("weights", weights).pointer("places", places);
-    let (units, blocks, threads) = match &norm {
-        None => (count, count.div_ceil(u64::from(THREADS)), THREADS),
-        Some((x, norm)) => {
-            let threads = (columns / vector).next_multiple_of(32);
-            let widest = vector * dtype(semantic, norm.weight).bytes().max(dtype(semantic, norm.normed).bytes());
-            let inside = *x == epilogue.output && norm.fits(semantic, *x, columns);
-            if !inside || threads > MOST_THREADS || widest > 16 {
-                return None;
-            }
-            builder.number("EPS", norm.eps as f32);
-            builder.alias("W", dtype(semantic, norm.weight)).alias("N", dtype(semantic, norm.normed));
-            builder.pointer("normed", norm.normed).pointer("norm_weight", norm.weight);
-            (tokens, tokens, threads as u32)
-        }
-    };
+    let rows = Rows { made: epilogue.output, count: tokens, columns };
+    let (units, blocks, threads) = Norm::share(norm.as_ref(), &mut builder, semantic, &rows, vector)?;
     builder.int("count", units);
     epilogue.declare(&mut builder);
-    Some((count, builder.finish(format!("vector={vector}"), [blocks.min(MOST_BLOCKS), 1, 1], threads, 0)))
+    Some((count, builder.finish(format!("vector={vector}"), [blocks, 1, 1], threads, 0)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::trial::{candidates, semantic, write_text};
     use super::*;
-    use crate::plan::{BinaryFn, Expr, TensorType};
+    use crate::plan::{BinaryFn, Expr, Instr, Semantic, Slot, TensorType};
 
     fn combine(tokens: u64, k: u64, n: u64, dtype: DType, grouped: bool, residual: bool) -> Semantic {
         let source = if grouped { vec![tokens * k, n] } else { vec![tokens, k, n] };
