@@ -1,9 +1,7 @@
 // The weighted sum over a token's CHOSEN experts, then the rest of the step: `source` [tokens, CHOSEN, COLUMNS], or with
 // GROUPED its rows [tokens * CHOSEN, COLUMNS] in the order of `places`; weights and places [tokens, CHOSEN] -> [tokens, COLUMNS].
 // Pairs of a negative place (or expert) are left out and their rows not read. A thread has VECTOR adjacent columns of a
-// token; `count` is the number of such. Every thread writes what no other writes.
-//
-// With NORM the result's rows are normalised too, as rms_norm.cu does: a block has whole tokens, of which `count` is the number.
+// token; `count` is the number of such, or with NORM, where the result's rows are normalised too, of tokens.
 
 #include "normed.cuh"
 
@@ -41,38 +39,11 @@ __device__ __forceinline__ void add_up(float (&sum)[VECTOR], const S* source, co
 
 extern "C" __global__ void __launch_bounds__(THREADS) weighted_sum(PARAMS) {
     release_next();
+    auto add = [&](float (&sum)[VECTOR], i64 token, int column) { add_up(sum, source, weights, places, token, column); };
+    auto finish = [&](float sum, i64 row, int column) { return EPILOGUE(sum, 0.0f, row, column); };
 #if NORM
-    const int column = threadIdx.x * VECTOR;
-    const bool active = WHOLE || column < COLUMNS;
-    Pack<W, VECTOR> scales;
-    if (active) scales = *(const Pack<W, VECTOR>*)(norm_weight + column);
-    wait_for_previous();
-    for (i64 token = blockIdx.x; token < count; token += gridDim.x) {
-        Pack<Y, VECTOR> out;
-        float squares = 0;
-        if (active) {
-            float sum[VECTOR] = {};
-            add_up(sum, source, weights, places, token, column);
-#pragma unroll
-            for (int v = 0; v < VECTOR; v++) {
-                out.at[v] = from_f32<Y>(EPILOGUE(sum[v], 0.0f, token, column + v));
-                squares = fmaf(to_f32(out.at[v]), to_f32(out.at[v]), squares);
-            }
-            *(Pack<Y, VECTOR>*)(y + token * COLUMNS + column) = out;
-        }
-        store_normed(normed + token * COLUMNS + column, out, squares, scales, active);
-    }
+    make_rows(y, count, normed, norm_weight, add, finish);
 #else
-    wait_for_previous();
-    for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (i64)gridDim.x * THREADS) {
-        i64 token = i / (COLUMNS / VECTOR);
-        int column = (int)(i % (COLUMNS / VECTOR)) * VECTOR;
-        float sum[VECTOR] = {};
-        add_up(sum, source, weights, places, token, column);
-        Pack<Y, VECTOR> out;
-#pragma unroll
-        for (int v = 0; v < VECTOR; v++) out.at[v] = from_f32<Y>(EPILOGUE(sum[v], 0.0f, token, column + v));
-        *(Pack<Y, VECTOR>*)(y + token * COLUMNS + column) = out;
-    }
+    make_rows(y, count, add, finish);
 #endif
 }
