@@ -52,7 +52,7 @@ pub struct CompileOptions {
     pub tactics: Tactics,
     /// Ranks that experts are spread over; 1 if each has all of its layers.
     pub expert_ranks: u64,
-    /// Stages of neighbouring layers, each on so many ranks; 1 if each rank has all layers.
+    /// Stages of neighbouring layers, each on `expert_ranks` ranks; 1 if each rank has all layers.
     pub pipeline_ranks: u64,
     /// File of how often each expert was chosen ([`plan::ExpertCounts`]), by which they are spread.
     pub expert_counts: Option<PathBuf>,

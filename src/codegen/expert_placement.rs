@@ -255,6 +255,17 @@ mod tests {
     }
 
     #[test]
+    fn a_stage_without_experts_has_neighbours_and_no_say() {
+        let none = place(&evenly(4, 2), &[], 1);
+        assert_eq!((none.experts, none.parts.len()), (evenly(4, 2), 0));
+        let some = balance(1.5, 1.25, Some(1.0));
+        assert_eq!(Balance::of_all(&[(0, none.balance), (16, some)]), some);
+        // Where a stage has three times as many choices, it counts as much more.
+        let all = Balance::of_all(&[(48, some), (16, balance(2.5, 1.25, Some(1.0)))]);
+        assert_eq!(all, balance(1.75, 1.25, Some(1.0)));
+    }
+
+    #[test]
     fn the_hottest_experts_get_replicas() {
         // 12 of 16 rows are those of one expert, of which each layer gives the rank with the others as many as that has room for.
         let found = place(&evenly(4, 2), &[vec![12, 1, 2, 1], vec![12, 2, 2, 0]], 1);

@@ -248,7 +248,7 @@ pub enum OpKind {
     /// `weights[t,j] * y[places[t,j]]`, leaving out negative places.
     GroupedWeightedSum,
     /// `(x [N,..], ...) -> [ranks*N,..], ...`: for each operand, that of each of so many neighbouring ranks, in their order: of all in
-    /// the group, or of those that a rank of that number is among if the group is cut into as many. They compute it together, as they do
+    /// the group, or, where the group is cut into parts of so many, of those in this rank's part. They compute it together, as they do
     /// [`OpKind::AllToAll`].
     AllGather {
         /// How many ranks.

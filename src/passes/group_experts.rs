@@ -203,7 +203,7 @@ impl<'a> Regrouping<'a> {
                 match x.value().and_then(|x| self.rows.get(&x)) {
                     Some(&rows) => (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()]),
                     None if self.graph.ty(x.value()?).shape.len() != 2 => return None,
-                    None if tactics::gather_apart(context, &self.gathered(*weight, tokens, count)?) => {
+                    None if tactics::gather_apart(context, &self.gathered(x.value()?, *weight, tokens, count)?) => {
                         let rows = self.gather(x.value()?, op)?;
                         (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()])
                     }
@@ -228,8 +228,8 @@ impl<'a> Regrouping<'a> {
         Some(())
     }
 
-    /// The first product, of so many tokens that select from so many experts, with the experts of this weight.
-    fn gathered(&self, weight: Operand, tokens: u64, count: u64) -> Option<Gathered> {
+    /// The first product, of so many tokens `x` that select from so many experts, with the experts of this weight.
+    fn gathered(&self, x: ValueId, weight: Operand, tokens: u64, count: u64) -> Option<Gathered> {
         let ty = &self.graph.weight(weight.weight()?).ty;
         let [experts, columns, depth] = ty.shape[..] else { return None };
         let (rows, experts) = (tokens.checked_mul(self.k)?, experts.as_fixed()?);
@@ -239,7 +239,7 @@ impl<'a> Regrouping<'a> {
             experts,
             columns: columns.as_fixed()?,
             depth: depth.as_fixed()?,
-            dtype: ty.dtype,
+            dtypes: [self.graph.ty(x).dtype, ty.dtype],
         })
     }
 

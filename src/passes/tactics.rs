@@ -1,7 +1,8 @@
 //! What is worth fusing where: the questions whose answers depend on the target and the bucket, each with its reason.
 //!
 //! No answer is a threshold on the number of rows. Some follow from the kind of kernel that a phase gets, the others from
-//! modelled traffic: bytes that must cross memory, with a step's fixed cost as the bytes that could have crossed meanwhile.
+//! modelled traffic: bytes that must cross memory, with a step's fixed cost as the bytes that could have crossed meanwhile; one
+//! ([`gather_apart`]) also from how long the arithmetic takes.
 
 use crate::ir::DType;
 use crate::passes::{PassContext, Phase, Target};
@@ -107,8 +108,8 @@ pub struct Gathered {
     pub columns: u64,
     /// Columns of the rows.
     pub depth: u64,
-    /// Type of the weight.
-    pub dtype: DType,
+    /// Types of the rows and of the weight.
+    pub dtypes: [DType; 2],
 }
 
 /// Operations a second of a grouped product whose rows threads gather, 16 bytes at a time, and of one whose rows the copy engine brings
@@ -117,15 +118,16 @@ const GATHERING_FLOPS: f64 = 5.0e14;
 const LYING_FLOPS: f64 = 6.0e14;
 
 /// Whether a step of its own puts the rows of the first product in their order, at the price of writing and reading all of them once more.
-/// Threads that gather keep up with memory, which must bring the experts' weights meanwhile, but not with tensor cores. Products of f32
-/// have their rows in threads anyway.
+/// Threads that gather keep up with memory, which must bring the experts' weights meanwhile, but not with tensor cores. Rows of f32
+/// pass through threads anyway, whatever the weight's type.
 pub fn gather_apart(context: &PassContext, product: &Gathered) -> bool {
-    if context.target == Target::Cpu || !matches!(product.dtype, DType::BF16 | DType::F16) {
+    let [dtype, of_weight] = product.dtypes;
+    if context.target == Target::Cpu || !matches!(dtype, DType::BF16 | DType::F16) || of_weight != dtype {
         return false;
     }
     let [rows, expected, columns, depth] =
         [product.rows, product.expected, product.columns, product.depth].map(|n| n as f64);
-    let bytes = product.dtype.bytes() as f64;
+    let bytes = dtype.bytes() as f64;
     let weights = product.experts as f64 * columns * depth * bytes / MEMORY_BYTES_PER_SECOND;
     let seconds = |flops: f64| weights.max(2.0 * expected * columns * depth / flops);
     let gather = 2.0 * rows * depth * bytes / MEMORY_BYTES_PER_SECOND + BOUNDARY_SECONDS;
@@ -171,18 +173,22 @@ mod tests {
 
     #[test]
     fn rows_are_gathered_apart_where_arithmetic_takes_longer_than_weights() {
-        let product = |tokens: u64, dtype| Gathered {
+        let product = |tokens: u64, dtypes| Gathered {
             rows: 4 * tokens,
             expected: 4 * tokens,
             experts: 32,
             columns: 3584,
             depth: 2048,
-            dtype,
+            dtypes,
         };
-        let apart = |target, tokens, dtype| gather_apart(&context(target), &product(tokens, dtype));
+        let apart = |target, tokens, dtypes| gather_apart(&context(target), &product(tokens, dtypes));
+        let [narrow, wide] = [DType::BF16, DType::F32];
         for (tokens, expected) in [(1, false), (64, false), (512, false), (2048, true), (8192, true)] {
-            assert_eq!(apart(Target::Sm90a, tokens, DType::BF16), expected, "{tokens}");
-            assert!(!apart(Target::Cpu, tokens, DType::BF16) && !apart(Target::Sm90a, tokens, DType::F32), "{tokens}");
+            assert_eq!(apart(Target::Sm90a, tokens, [narrow; 2]), expected, "{tokens}");
+            assert!(!apart(Target::Cpu, tokens, [narrow; 2]), "{tokens}");
+            for weight in [narrow, wide] {
+                assert!(!apart(Target::Sm90a, tokens, [wide, weight]), "{tokens} rows of f32, weights of {weight}");
+            }
         }
     }
 

@@ -192,6 +192,10 @@ fn semantics() {
         ("number of pairs: expected 12, found 8", |m| {
             body(m, "layers.1.expert")[0].0 = Op::GroupedMatmulGather { k: 3 };
         }),
+        ("number of pairs: expected 12, found 8", |m| {
+            let first = &mut body(m, "layers.1.expert")[0];
+            (first.0, first.1) = (Op::GatherPairs { k: 3 }, vec![first.1[0], first.1[2]]);
+        }),
         ("In(3) is used as Position below 8 and as Slot below 2", |m| {
             body(m, "layers.0.attn.attention")[0].1[4] = Slot::In(3)
         }),
