@@ -238,6 +238,8 @@ fn experts_are_placed_by_counts() {
     let other = project("plans/synthetic.ron");
     let compile = ["compile", &other, "--target", "cpu", "-o", "x.plan", "--expert-counts", "counts.json"];
     fails(at, 2, &compile, "--ranks");
+    let staged = [&compile[..], &["--ranks", "pipeline=2"]].concat();
+    fails(at, 2, &staged, "--expert-counts: expected --ranks expert=M of 2 or more, found 1 rank");
     fails(at, 1, &[&compile[..], &["--ranks", "expert=2"]].concat(), "expected counts of this model");
 }
 
@@ -248,10 +250,11 @@ fn wrong_ranks_are_usage_errors() {
     let recipe = project("plans/synthetic.ron");
     for (ranks, said) in [
         ("2", "expected expert=N or pipeline=N with a whole number N"),
+        ("expert=2,expert=3", "expected `expert` once, found it twice in `expert=2,expert=3`"),
         ("pipeline=two", "expected expert=N or pipeline=N with a whole number N"),
-        ("pipeline=0", "--ranks pipeline=0: expected 1 to 6 ranks, as many as the model has layers, found 0"),
-        ("pipeline=7", "--ranks pipeline=7: expected 1 to 6 ranks"),
-        ("expert=2,pipeline=7", "--ranks pipeline=7: expected 1 to 6 ranks"),
+        ("pipeline=0", "--ranks pipeline=0: expected 1 to 6 stages, as many as the model has layers, found 0"),
+        ("pipeline=7", "--ranks pipeline=7: expected 1 to 6 stages"),
+        ("expert=2,pipeline=7", "--ranks pipeline=7: expected 1 to 6 stages"),
         ("expert=9,pipeline=2", "--ranks expert=9: expected 1 to 8 ranks"),
         ("expert=0", "--ranks expert=0: expected 1 to 8 ranks, as many as the model has experts, found 0"),
         ("expert=9", "--ranks expert=9: expected 1 to 8 ranks"),

@@ -62,6 +62,13 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions, stages: &[
         let counts = if options.expert_counts.is_some() { "counts" } else { "no counts" };
         return refuse_replicas(expected, format!("{ranks} rank(s) and {counts}"), "give both, or leave replicas out");
     }
+    if ranks == 1 && options.expert_counts.is_some() {
+        let fix = "give --ranks expert=M, or leave the counts out";
+        return Err(OptionError(format!(
+            "--expert-counts: expected --ranks expert=M of 2 or more, found 1 rank; {fix}"
+        ))
+        .into());
+    }
     if ranks == 1 {
         return Ok(Spread::default());
     }

@@ -29,7 +29,7 @@ pub(super) fn pipeline_ranks(source: &Source, options: &CompileOptions, graph: &
     let layers = layer_bytes(graph);
     let count = layers.len() as u64;
     if ranks == 0 || ranks > count {
-        let expected = format!("1 to {count} ranks, as many as the model has layers");
+        let expected = format!("1 to {count} stages, as many as the model has layers");
         return refuse(expected, &ranks.to_string(), "choose a number in between");
     }
     Ok(even(&layers, ranks as usize))

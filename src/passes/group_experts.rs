@@ -135,6 +135,8 @@ struct Regrouping<'a> {
     offsets: ValueId,
     /// For each value `[T,k,N]`, its rows `[T*k,N]`.
     rows: HashMap<ValueId, ValueId>,
+    /// For each value `[T,N]` whose rows a step of its own gathers, these.
+    gathered: HashMap<ValueId, ValueId>,
     /// Number of experts, and bytes of one in each product's weight.
     experts: Option<u64>,
     bytes_each: u64,
@@ -166,6 +168,7 @@ impl<'a> Regrouping<'a> {
             places,
             offsets,
             rows: HashMap::new(),
+            gathered: HashMap::new(),
             experts,
             bytes_each: 0,
         })
@@ -173,7 +176,7 @@ impl<'a> Regrouping<'a> {
 
     fn patch(mut self, context: &PassContext) -> Option<Patch> {
         let mut summed = false;
-        let rows = self.graph.ty(self.chosen).shape.first()?.size(&context.bucket.extents)?;
+        let tokens = self.graph.ty(self.chosen).shape.first()?.size(&context.bucket.extents)?;
         let local = self.experts?;
         // Of a rank's own experts, all of which others select from.
         let spread = self.graph.ops.iter().find_map(|op| match op.kind {
@@ -184,14 +187,14 @@ impl<'a> Regrouping<'a> {
         for (at, op) in self.graph.ops.iter().enumerate() {
             let starts = op.kind == OpKind::ExpertMatmul && op.operands[2] == self.chosen.into();
             if starts || op.uses().any(|value| self.rows.contains_key(&value)) {
-                self.convert(at, op, context, (rows, count))?;
+                self.convert(at, op, context, (tokens, count))?;
                 summed |= op.kind == OpKind::WeightedSum;
             }
         }
         if !summed || self.graph.outputs.iter().any(|output| self.rows.contains_key(output)) {
             return None;
         }
-        let experts = Experts { rows, k: self.k, count, local, bytes_each: self.bytes_each };
+        let experts = Experts { rows: tokens, k: self.k, count, local, bytes_each: self.bytes_each };
         tactics::group_experts(context, &experts).then_some(self.patch)
     }
 
@@ -203,7 +206,7 @@ impl<'a> Regrouping<'a> {
                 match x.value().and_then(|x| self.rows.get(&x)) {
                     Some(&rows) => (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()]),
                     None if self.graph.ty(x.value()?).shape.len() != 2 => return None,
-                    None if tactics::gather_apart(context, &self.gathered(x.value()?, *weight, tokens, count)?) => {
+                    None if tactics::gather_apart(context, &self.product(x.value()?, *weight, tokens, count)?) => {
                         let rows = self.gather(x.value()?, op)?;
                         (OpKind::GroupedMatmul, vec![rows.into(), *weight, self.offsets.into()])
                     }
@@ -229,7 +232,7 @@ impl<'a> Regrouping<'a> {
     }
 
     /// The first product, of so many tokens `x` that select from so many experts, with the experts of this weight.
-    fn gathered(&self, x: ValueId, weight: Operand, tokens: u64, count: u64) -> Option<Gathered> {
+    fn product(&self, x: ValueId, weight: Operand, tokens: u64, count: u64) -> Option<Gathered> {
         let ty = &self.graph.weight(weight.weight()?).ty;
         let [experts, columns, depth] = ty.shape[..] else { return None };
         let (rows, experts) = (tokens.checked_mul(self.k)?, experts.as_fixed()?);
@@ -243,14 +246,18 @@ impl<'a> Regrouping<'a> {
         })
     }
 
-    /// Sorted rows of a value `[T,N]`, by a step of its own.
+    /// Sorted rows of a value `[T,N]`, by a step of its own, one for all products.
     fn gather(&mut self, x: ValueId, product: &Op) -> Option<ValueId> {
+        if let Some(&rows) = self.gathered.get(&x) {
+            return Some(rows);
+        }
         let old = self.graph.value(x);
         let count = old.ty.shape.first()?.times(self.k)?;
         let rows = self.patch.value(&format!("{}.rows", old.name), Type::new(old.ty.dtype, [count, old.ty.shape[1]]));
         let patch = std::mem::replace(&mut self.patch, Patch::new(self.graph));
         let kind = OpKind::GatherPairs { k: self.k };
         self.patch = patch.insert(Op::new(kind, vec![x.into(), self.pairs.into()], vec![rows], &product.scope));
+        self.gathered.insert(x, rows);
         Some(rows)
     }
 

@@ -228,7 +228,7 @@ fn numbers_of_ranks_that_cannot_be_are_told() {
     let forced = CompileOptions { forced_routing: true, ..grid(2, 2) };
     let cases = [
         (grid(9, 2), "--ranks expert=9: expected 1 to 8 ranks"),
-        (grid(2, 7), "--ranks pipeline=7: expected 1 to 6 ranks"),
+        (grid(2, 7), "--ranks pipeline=7: expected 1 to 6 stages"),
         (forced, "--ranks pipeline=2: expected routers that choose experts, found --forced-routing"),
     ];
     for (options, expected) in cases {

@@ -236,8 +236,8 @@ fn numbers_of_ranks_that_cannot_be_are_told() {
     let graph = Source::Graph("g".into(), Box::new(lfm2c::ir::parse(text).expect("a graph").graph));
     let forced = CompileOptions { forced_routing: true, ..staged(2) };
     let cases = [
-        (demo(), staged(0), "--ranks pipeline=0: expected 1 to 6 ranks, as many as the model has layers, found 0"),
-        (demo(), staged(7), "--ranks pipeline=7: expected 1 to 6 ranks"),
+        (demo(), staged(0), "--ranks pipeline=0: expected 1 to 6 stages, as many as the model has layers, found 0"),
+        (demo(), staged(7), "--ranks pipeline=7: expected 1 to 6 stages"),
         (demo(), forced, "--ranks pipeline=2: expected routers that choose experts, found --forced-routing"),
         (graph, staged(2), "--ranks pipeline=2: expected a model, found a graph in text form"),
     ];

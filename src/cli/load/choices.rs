@@ -168,7 +168,13 @@ impl Default for Spread {
 /// The value of `--ranks`.
 fn ranks(text: &str) -> Result<Spread, String> {
     let mut spread = Spread::default();
+    let mut names = vec![];
     for part in text.split(',') {
+        let name = part.split('=').next().unwrap_or_default();
+        if names.contains(&name) {
+            return Err(format!("expected `{name}` once, found it twice in `{text}`"));
+        }
+        names.push(name);
         let number = |name: &str| part.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
         match (number("expert"), number("pipeline")) {
             (Some(count), _) => spread.experts = count,
