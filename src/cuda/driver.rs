@@ -5,12 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use thiserror::Error;
 
+use super::captures::Captures;
 pub use super::module::{Function, Module};
 use super::tensor::TensorMap;
 
@@ -65,8 +66,8 @@ pub struct Device {
     pub multiprocessors: u32,
     /// The newest CUDA version that its driver supports.
     pub driver: (u32, u32),
-    /// Read by those who capture, written by those who wait for the whole device, which would make every capture fail.
-    pub(super) captures: RwLock<()>,
+    /// Captures, and waits for the whole device.
+    pub(super) captures: Captures,
 }
 
 // SAFETY: the driver's handles may be used by any thread, which makes the context current first.
@@ -141,7 +142,7 @@ impl Device {
                 capability,
                 multiprocessors,
                 driver,
-                captures: RwLock::new(()),
+                captures: Captures::default(),
             })
         }
     }
@@ -177,7 +178,7 @@ impl Device {
     /// # Errors
     /// Something that ran has failed.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
-        let _nobody_captures = self.captures.write().unwrap_or_else(PoisonError::into_inner);
+        let _nobody_captures = self.captures.exclude();
         during("waiting for the device", result::ctx::synchronize())
     }
 }

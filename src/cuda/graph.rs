@@ -1,7 +1,7 @@
 //! CUDA graphs, captured from streams.
 #![allow(unsafe_code)]
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::result;
 use cudarc::driver::sys;
@@ -28,7 +28,7 @@ impl Graph {
     /// What `work` returns, or the driver refused.
     pub fn capture<E: From<DeviceError>>(stream: &Stream, work: impl FnOnce() -> Result<(), E>) -> Result<Graph, E> {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let _nobody_waits = stream.device.captures.read().unwrap_or_else(PoisonError::into_inner);
+        let _nobody_waits = stream.device.captures.begin();
         // SAFETY: the stream is alive; the graph is destroyed once.
         unsafe {
             during("beginning a capture", result::stream::begin_capture(stream.handle, mode))?;

@@ -1,6 +1,7 @@
 //! Safe wrappers around the CUDA driver, NVRTC and NCCL, each loaded when it is first needed: a build needs none. Every
 //! handle frees itself. Uses no other room.
 
+mod captures;
 pub mod driver;
 pub mod graph;
 pub mod ipc;
