@@ -31,6 +31,24 @@ fn compile(folder: &Path, model: &str, name: &str, more: &[&str]) -> String {
     done(folder, &[&compile[..], &["--prefill", "16,64", "--decode", "1,4", "-o", name], more].concat())
 }
 
+/// What a plan of the checkpoint at `model` prints for these prompts.
+fn run(at: &Path, model: &str, plan: &str, prompts: &[&str]) -> String {
+    done(at, &[&["run", plan, "--model", model], prompts].concat())
+}
+
+/// Expects of a plan of several ranks what `one.plan` beside it, of one rank, prints and counts, and the logits of transformers.
+fn acts_as_one_rank(at: &Path, model: &str, plan: &str, prompts: &[&str]) {
+    assert_eq!(run(at, model, plan, prompts), run(at, model, "one.plan", prompts));
+    let golden = project("tests/goldens/moe-base/golden.safetensors");
+    assert!(done(at, &["verify", plan, "--model", model, "--golden", &golden]).contains("16 of 16 prompts hold"));
+    // Each rank counts what its own layers choose.
+    let count = |plan| {
+        run(at, model, plan, &[prompts, &["--count-experts", "counts.json"]].concat());
+        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
+    };
+    assert_eq!(count(plan), count("one.plan"));
+}
+
 #[test]
 fn commands_take_plans_of_several_ranks() {
     let folder = tempfile::tempdir().expect("a folder can be made");
@@ -77,17 +95,7 @@ fn commands_take_plans_of_several_stages() {
     }
     assert!(done(at, &["dot", "two.plan", "--bucket", "decode_4"]).contains("send"));
     let prompts = ["--tokens", "5,17,3", "--tokens", "9", "--max-new-tokens", "6", "--ignore-eos"];
-    let run = |plan, more: &[&str]| done(at, &[&["run", plan, "--model", &model], &prompts[..], more].concat());
-    assert_eq!(run("two.plan", &[]), run("one.plan", &[]));
-    let golden = project("tests/goldens/moe-base/golden.safetensors");
-    let verify = ["verify", "two.plan", "--model", &model, "--golden", &golden];
-    assert!(done(at, &verify).contains("16 of 16 prompts hold"));
-    // Each rank counts what its own layers choose.
-    let count = |plan| {
-        run(plan, &["--count-experts", "counts.json"]);
-        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
-    };
-    assert_eq!(count("two.plan"), count("one.plan"));
+    acts_as_one_rank(at, &model, "two.plan", &prompts);
     fails(at, 1, &["diff", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
     fails(at, 1, &["bench", "two.plan", "--model", &model], "expected a program for one rank, found programs for 2");
 }
@@ -111,22 +119,14 @@ fn commands_take_plans_of_stages_of_several_ranks() {
     let drawn = done(at, &["dot", "four.plan", "--bucket", "decode_4"]);
     assert!(drawn.contains("all_to_all") && drawn.contains("send"));
     let prompts = ["--tokens", "5,17,3,80,41,7", "--tokens", "9,2", "--max-new-tokens", "6", "--ignore-eos"];
-    let run = |plan, more: &[&str]| done(at, &[&["run", plan, "--model", &model], &prompts[..], more].concat());
-    assert_eq!(run("four.plan", &[]), run("one.plan", &[]));
-    let golden = project("tests/goldens/moe-base/golden.safetensors");
-    let verify = ["verify", "four.plan", "--model", &model, "--golden", &golden];
-    assert!(done(at, &verify).contains("16 of 16 prompts hold"));
-    let count = |plan| {
-        run(plan, &["--count-experts", "counts.json"]);
-        std::fs::read_to_string(at.join("counts.json")).expect("it was written")
-    };
-    assert_eq!(count("four.plan"), count("one.plan"));
+    acts_as_one_rank(at, &model, "four.plan", &prompts);
     let hot = ["--ranks", "pipeline=2,expert=2", "--expert-counts", "counts.json", "--expert-replicas", "1"];
     let report = compile("hot.plan", &hot);
     for words in ["rows of the busiest rank, layer by layer, as counted: ", " with replicas", "of several ranks"] {
         assert!(report.contains(words), "expected `{words}`: {report}");
     }
-    assert_eq!(run("hot.plan", &[]), run("one.plan", &[]));
+    let run = |plan| run(at, &model, plan, &prompts);
+    assert_eq!(run("hot.plan"), run("one.plan"));
     fails(at, 1, &["bench", "four.plan", "--model", &model], "expected a program for one rank, found programs for 4");
 }
 

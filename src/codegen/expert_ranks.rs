@@ -62,14 +62,10 @@ pub(super) fn expert_ranks(source: &Source, options: &CompileOptions, stages: &[
         let counts = if options.expert_counts.is_some() { "counts" } else { "no counts" };
         return refuse_replicas(expected, format!("{ranks} rank(s) and {counts}"), "give both, or leave replicas out");
     }
-    if ranks == 1 && options.expert_counts.is_some() {
-        let fix = "give --ranks expert=M, or leave the counts out";
-        return Err(OptionError(format!(
-            "--expert-counts: expected --ranks expert=M of 2 or more, found 1 rank; {fix}"
-        ))
-        .into());
-    }
     if ranks == 1 {
+        let fault =
+            "--expert-counts: expected --ranks expert=M of 2 or more, found 1 rank; give that, or leave the counts out";
+        ensure!(options.expert_counts.is_none(), OptionError(fault.into()));
         return Ok(Spread::default());
     }
     let refuse = |expected: String, found: &str, fix: &str| {

@@ -33,11 +33,11 @@ pub(super) fn check(manifest: &Manifest, bucket: usize) -> Result<(), String> {
 
 /// Checks that two ranks exchange the same parts, and, what they do together, in steps of one name: the same layer's.
 fn agree(
-    (first, (expected, all)): (usize, (&Step, &Collective)),
+    (first, (expected, theirs)): (usize, (&Step, &Collective)),
     (rank, (found, own)): (usize, (&Step, &Collective)),
 ) -> Result<(), String> {
-    let (expected_name, expected_parts, name, parts) = (&expected.name, &all.parts, &found.name, &own.parts);
-    let together = all.kind.peer().is_none();
+    let (expected_name, expected_parts, name, parts) = (&expected.name, &theirs.parts, &found.name, &own.parts);
+    let together = theirs.kind.peer().is_none();
     if expected_parts == parts && (!together || expected_name == name) {
         return Ok(());
     }
