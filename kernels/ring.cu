@@ -29,8 +29,8 @@
 // copies: blocks are spread unevenly, as they start where there is room beside the kernel before, and the memory serves some
 // multiprocessors faster. Claims go round: after one from each block that finds nothing left, the counter is zero again.
 //
-// Races: a slot is written when all warps have met, or have arrived at its barrier `empty`, after reading it, and read after a
-// phase of its barrier `full`. What is claimed is told a barrier before it is asked for, because the unit copied next is at least
+// Races: a slot is written when all warps have met, after adding up what they read from it, or have arrived at its barrier `empty`, after a
+// fence between their reads and the copies to come, and read after a phase of its barrier `full`. What is claimed is told a barrier before it is asked for, because the unit copied next is at least
 // two ahead. Sums lie in two buffers in turn: who writes to one has passed the barrier that followed the reading of it. Rows of x
 // are staged between barriers. A routing or a convolution's state is read before the wait only if it is sure to be there. Each
 // element of y belongs to one item, and with it a channel of a sequence's state, which nobody else reads or writes. The order of
@@ -188,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
         barrier_wait(full, 0);
         held.take(slots, COLUMNS_HELD);
         if (CHUNKS == 1) keep(0, slots, COLUMNS_HELD);
-        if (UNITS > 1) barrier_arrive(empty);
+        if (UNITS > 1) barrier_arrive_after_reads(empty);
     } else if (own > 0 && UNITS > 1) {
         barrier_wait(empty, 0);
         fill(SLOTS);
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) ring(PARAMS) {
                     const u8* slot = slots + at * SLOT;
                     if (live) product.multiply(slot, x + from, count, columns);
                     if (from + CHUNK >= K) keep(buffer * PRODUCTS + sub, slot, columns);
-                    if (UNITS > 1) barrier_arrive(empty + at);
+                    if (UNITS > 1) barrier_arrive_after_reads(empty + at);
                 } else if (UNITS > 1) {
                     barrier_wait(empty + at, odd);
                     fill(unit + SLOTS);

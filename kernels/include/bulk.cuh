@@ -17,6 +17,13 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives when the calling thread has read what copies will then write anew. They pass ordinary reads: a read that is still under way, behind
+// those of another block, say, may otherwise find what was copied after an arrival that follows it.
+__device__ __forceinline__ void barrier_arrive_after_reads(u64* barrier) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_arrive(barrier);
+}
+
 // Arrives, and announces so many bytes.
 __device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");

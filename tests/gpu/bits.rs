@@ -14,6 +14,8 @@ use crate::models::{SHAPES, fail, gpu, plan, small};
 
 /// Replays of one step, each over the same state: prompt rows that go on move the convolution's ring, so it is filled anew.
 const REPLAYS: usize = 1000;
+/// Executors that share the device.
+const CROWD: usize = 8;
 
 /// One bucket a phase, so that a sequence has the same kernels alone and in company.
 fn options(dtype: DType) -> CompileOptions {
@@ -26,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let name = |what: &str| format!("{what} {} {dtype}", shape.name);
             trials.push(Trial::test(name("replays"), move || replays(&plan(&SHAPES[i], &options(dtype)))));
+            trials.push(Trial::test(name("replays in a crowd"), move || crowd(&plan(&SHAPES[i], &options(dtype)))));
             trials.push(Trial::test(name("company"), move || company(&plan(&SHAPES[i], &options(dtype)))));
             trials.push(Trial::test(name("graphs"), move || graphs(&plan(&SHAPES[i], &options(dtype)))));
             // A bucket so large that kernels for many rows are the defaults of its steps.
@@ -55,6 +58,14 @@ fn replays(file: &PlanFile) -> Result<(), Failed> {
         }
     }
     Ok(())
+}
+
+/// Several executors on one device: blocks of others are beside those of a kernel then, and what it reads and copies takes other times.
+fn crowd(file: &PlanFile) -> Result<(), Failed> {
+    std::thread::scope(|threads| {
+        let crowd: Vec<_> = (0..CROWD).map(|_| threads.spawn(|| replays(file))).collect();
+        crowd.into_iter().try_for_each(|member| member.join().map_err(|_| "a thread panicked")?)
+    })
 }
 
 fn prompts(vocab: u32) -> Vec<Vec<u32>> {
