@@ -2,6 +2,7 @@
 # Plans whose experts, or layers, are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more.
 # Needs two GPUs (RANKS=4: four), NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
 #   [RANKS=2] [SPREAD="expert pipeline both"] tests/gpu_ranks.sh [results] [times] [failures]
+# With PER_GPU=2 two ranks run on each GPU, so RANKS may be twice as many as there are GPUs, for results alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 LFM2C=$(realpath "${LFM2C:-target/release/lfm2c}")
@@ -9,10 +10,18 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 PLANS=$PWD/plans
 RANKS=${RANKS:-2}
+PER_GPU=${PER_GPU:-1}
 RUN=(mpirun --allow-run-as-root --bind-to none -n "$RANKS")
 # What SPREAD names: experts, layers, and, on four GPUs or more, the layers in two stages with the experts over the ranks of each.
 SPREAD=${SPREAD:-expert pipeline$( ((RANKS >= 4)) && echo " both")}
 PARTS=("${@:-results times failures}")
+if ((PER_GPU > 1)); then
+    PARTS=(results)
+    # NCCL lets two ranks have one GPU if it takes them for ranks of different hosts, which reach each other by sockets.
+    export NCCL_SOCKET_IFNAME=lo
+    # shellcheck disable=SC2016
+    RUN+=(bash -c 'NCCL_HOSTID=$OMPI_COMM_WORLD_RANK exec "$2" "$3" --ranks-per-gpu "$1" "${@:4}"' rank "$PER_GPU")
+fi
 failed=0
 
 # NCCL of a Python package, wherever its Python is.
@@ -88,6 +97,13 @@ if wants results; then
         quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --exchange nccl --input in.jsonl --output other.jsonl
         echo "  bf16, $off: $(same two.jsonl other.jsonl)"
     done
+    if ((PER_GPU == 1)); then
+        rm -f own.jsonl
+        # shellcheck disable=SC2016
+        own=("${RUN[@]}" bash -c 'CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_LOCAL_RANK exec "$@"' rank)
+        quietly "${own[@]}" "$LFM2C" run two.plan --input in.jsonl --output own.jsonl
+        echo "  bf16, each rank sees its GPU alone: $(same two.jsonl own.jsonl)"
+    fi
     quietly "${RUN[@]}" "$LFM2C" bench two.plan --requests 200 && cat out.txt
 fi
 

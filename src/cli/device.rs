@@ -1,4 +1,6 @@
-//! `--device`: what plans run on; `--exchange`: how ranks exchange there.
+//! `--device`: what plans run on; how ranks share GPUs and exchange there.
+
+use std::num::NonZeroUsize;
 
 use clap::ValueEnum;
 
@@ -29,6 +31,18 @@ impl Device {
             Device::Auto => manifest.target != Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0,
         }
     }
+}
+
+/// What the ranks of `mpirun` do on GPUs.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct RankArguments {
+    /// How the ranks of `mpirun` exchange what they compute together on GPUs
+    #[arg(long, value_enum, default_value_t = Exchange::default())]
+    pub exchange: Exchange,
+    /// Ranks of `mpirun` that may run on the same GPU, to try plans of more ranks than there are GPUs; slow: kernels that wait for
+    /// another rank take turns with it
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub ranks_per_gpu: NonZeroUsize,
 }
 
 /// `--exchange`.
@@ -64,13 +78,6 @@ pub struct Place {
     pub groups: Option<Groups>,
     /// How their GPUs exchange.
     pub road: Road,
-}
-
-impl Place {
-    /// The same, where ranks exchange like this.
-    pub fn exchanging(self, exchange: Exchange) -> Place {
-        Place { road: exchange.into(), ..self }
-    }
 }
 
 impl From<Device> for Place {
