@@ -7,7 +7,8 @@ use clap::ValueEnum;
 use crate::cuda;
 use crate::plan::{Manifest, Target};
 use crate::runtime::cuda::Road;
-use crate::runtime::ranks::Groups;
+use crate::runtime::ranks::{Groups, HostRanks};
+use crate::runtime::weights::share::Sharing;
 
 /// `--device`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -43,6 +44,31 @@ pub struct RankArguments {
     /// another rank take turns with it
     #[arg(long, value_name = "N", default_value = "1")]
     pub ranks_per_gpu: NonZeroUsize,
+    /// How the ranks of `mpirun` on a host get the weights of a program that several of them run on GPUs
+    #[arg(long, value_enum, default_value_t = Weights::default())]
+    pub weights: Weights,
+}
+
+/// `--weights`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Weights {
+    /// As `read`.
+    #[default]
+    Auto,
+    /// Each rank reads the checkpoint.
+    Read,
+    /// One rank reads, and the others copy what it has over the link between GPUs.
+    Share,
+}
+
+impl From<Weights> for Sharing {
+    fn from(weights: Weights) -> Sharing {
+        match weights {
+            Weights::Auto => Sharing::Auto,
+            Weights::Read => Sharing::Read,
+            Weights::Share => Sharing::Share,
+        }
+    }
 }
 
 /// `--exchange`.
@@ -78,11 +104,24 @@ pub struct Place {
     pub groups: Option<Groups>,
     /// How their GPUs exchange.
     pub road: Road,
+    /// The other ranks of the host; none if this process is the only one.
+    pub neighbours: Option<Neighbours>,
+}
+
+/// The ranks of a host, which may share weights.
+#[derive(Clone)]
+pub struct Neighbours {
+    /// This rank, of all.
+    pub rank: usize,
+    /// Those of the host.
+    pub host: HostRanks,
+    /// Who reads them.
+    pub sharing: Sharing,
 }
 
 impl From<Device> for Place {
     /// The first GPU, for a process that has them all to itself.
     fn from(device: Device) -> Place {
-        Place { device, gpu: 0, groups: None, road: Road::default() }
+        Place { device, gpu: 0, groups: None, road: Road::default(), neighbours: None }
     }
 }

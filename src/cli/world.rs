@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::cli::device::{Device, Place, RankArguments};
+use crate::cli::device::{Device, Neighbours, Place, RankArguments, Weights};
 use crate::cli::output::{describe, note};
 use crate::cli::table::table;
 use crate::cli::{is_usage, usage};
@@ -63,14 +63,21 @@ impl World {
     pub fn agree(&mut self, plans: &[PlanFile], device: Device, arguments: RankArguments) -> Result<Place> {
         let Some(ranks) = &mut self.ranks else { return Ok(device.into()) };
         let on_gpu = plans.iter().any(|plan| device.is_cuda(&plan.manifest));
+        if !on_gpu && arguments.weights == Weights::Share {
+            return usage(
+                "--weights share: expected ranks on GPUs, found the CPU, where each rank reads what others of its host have read from memory; \
+                 leave it out",
+            );
+        }
         // All ranks of the host tell what they see, whatever they run on: the others wait for it.
         let seen = if on_gpu { cuda::Device::names()? } else { vec![] };
         let host = ranks.host();
         let own = |host: HostRanks| own_gpu(&mut *host.borrow_mut(), seen, arguments.ranks_per_gpu.get());
-        let gpu = host.map_or(Ok(0), own)?;
+        let gpu = host.clone().map_or(Ok(0), own)?;
         // Where there is none, opening it says why.
         let name = if on_gpu { cuda::Device::open(gpu)?.name.clone() } else { "the CPU".to_owned() };
-        let place = Place { device, gpu, groups: ranks.groups(), road: arguments.exchange.into() };
+        let neighbours = host.map(|host| Neighbours { rank: ranks.rank(), host, sharing: arguments.weights.into() });
+        let place = Place { device, gpu, groups: ranks.groups(), road: arguments.exchange.into(), neighbours };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             plans: plans.iter().map(PlanFile::hash).collect(),

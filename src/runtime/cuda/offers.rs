@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::collective::Road;
 use crate::plan::ExchangeArea;
-use crate::runtime::group::{Group, tell};
+use crate::runtime::group::{Group, short, tell};
 
 /// The area that a rank gives, or why it gives none.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -89,19 +89,12 @@ fn of_rank(rank: usize, why: &str) -> String {
     format!("rank {rank} of the group: {why}")
 }
 
-/// Characters of a fault that a rank tells the others.
-const FAULT_CHARS: usize = 300;
-
-fn short(error: &Error) -> String {
-    format!("{error:#}").chars().take(FAULT_CHARS).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use anyhow::anyhow;
 
     use super::*;
-    use crate::runtime::group::LocalGroup;
+    use crate::runtime::group::{FAULT_CHARS, LocalGroup};
 
     fn on_ranks<R: Send>(size: usize, run: impl Fn(LocalGroup) -> R + Sync) -> Vec<R> {
         std::thread::scope(|scope| {

@@ -1,6 +1,6 @@
 //! What ranks of a group tell each other, once in a while.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -8,6 +8,14 @@ use super::Group;
 
 /// Bytes of what a rank tells the others, as JSON.
 const TOLD_BYTES: usize = 4096;
+
+/// Characters of a fault that a rank tells the others.
+pub const FAULT_CHARS: usize = 300;
+
+/// A fault, as far as a rank tells it to the others.
+pub fn short(error: &Error) -> String {
+    format!("{error:#}").chars().take(FAULT_CHARS).collect()
+}
 
 /// Tells all ranks of a group, and hears what each of them tells, by rank. All ranks call it.
 ///
