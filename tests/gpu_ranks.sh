@@ -41,7 +41,7 @@ seconds() { python3 -c "print(f'{$(date +%s.%N) - $1:.1f}')"; }
 quietly() {
     local begun; begun=$(date +%s.%N)
     if ! "$@" >out.txt 2>err.txt; then
-        echo "FAILED: $*"; tail -5 err.txt; failed=1; return 1
+        echo "FAILED: $*"; grep '^lfm2c' err.txt || tail -5 err.txt; failed=1; return 1
     fi
     [[ -z ${TOLD:-} ]] || echo "  $TOLD: $(seconds "$begun") s"
 }
@@ -187,8 +187,8 @@ PY
         cat "$CHECKPOINT"/*.safetensors >/dev/null
         rm -f "$1".*.jsonl
         for run in 1 2 3; do for how in read share; do
-            quietly "${RUN[@]}" "$LFM2C" run "$1" --model "$CHECKPOINT" --weights $how --input weights.jsonl --output "$1.$how.$run.jsonl" &&
-                grep -h '^weights' err.txt | sed "s/^/  $how: /"
+            quietly "${RUN[@]}" "$LFM2C" run "$1" --model "$CHECKPOINT" --weights $how --input weights.jsonl --output "$1.$how.$run.jsonl" || continue
+            grep -h '^weights' err.txt | sed "s/^/  $how: /"
             echo "  $how, run $run: $(grep -oh 'ready in [0-9.]* s' err.txt), $(same "$1.$how.$run.jsonl" "$1.read.1.jsonl")"
         done; done
     }
@@ -209,15 +209,18 @@ PY
         # It has touched a GB of the files.
         held=$(awk '/RssFile|RssShmem/ { sum += $2 } END { print sum }' "/proc/${ranks[0]:-none}/status" 2>/dev/null)
         ((${held:-0} > 1000000)) && break
+        kill -0 $launcher || break
         sleep 0.02
     done
-    kill -STOP $launcher
-    begun=$(date +%s.%N)
-    kill -KILL "${ranks[0]:?rank 0 was not seen to read}"
-    for _ in $(seq 200); do kill -0 "${ranks[1]}" 2>/dev/null && [[ $(ps -o stat= -p "${ranks[1]}") != Z* ]] || break; sleep 0.1; done
-    echo "  rank 1 has ended after $(seconds "$begun") s (at most 10), with $(wc -l <long.out 2>/dev/null || echo 0) results"
-    kill -KILL "${ranks[@]}" 2>/dev/null
-    kill -CONT $launcher
+    if kill -STOP $launcher && kill -KILL "${ranks[0]:-none}"; then
+        begun=$(date +%s.%N)
+        for _ in $(seq 200); do kill -0 "${ranks[1]}" 2>/dev/null && [[ $(ps -o stat= -p "${ranks[1]}") != Z* ]] || break; sleep 0.1; done
+        echo "  rank 1 has ended after $(seconds "$begun") s (at most 10), $( [[ -s long.out ]] && echo "with results" || echo "before any result")"
+        kill -KILL "${ranks[@]}" 2>/dev/null
+    else
+        echo "FAILED: rank 0 was not seen to read"; failed=1
+    fi
+    kill -CONT $launcher 2>/dev/null
     wait $launcher 2>/dev/null
     sed -n 's/^lfm2c: rank/  told: rank/p' err.txt
 fi
