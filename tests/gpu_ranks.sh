@@ -1,18 +1,30 @@
 #!/usr/bin/env bash
 # Plans whose experts, or layers, are spread over ranks, on the GPUs of this host: results, times, and what happens when a rank is no more.
 # Needs two GPUs (RANKS=4: four), NCCL, NVRTC, Open MPI and python3, and a binary with MPI: cargo build --release --features mpi.
-#   [RANKS=2] [SPREAD="expert pipeline both"] tests/gpu_ranks.sh [results] [times] [failures]
+#   [RANKS=2] [SPREAD="expert pipeline both"] tests/gpu_ranks.sh [results] [times] [failures] [weights]
+# With PER_GPU=2 two ranks run on each GPU, so RANKS may be twice as many as there are GPUs, for results (and weights) alone.
+# weights, which is only run if named, loads CHECKPOINT=DIR, or one of LFM2-8B-A1B's shape that it makes, for which it needs torch, transformers
+# and 17 GB of disk.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 LFM2C=$(realpath "${LFM2C:-target/release/lfm2c}")
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 PLANS=$PWD/plans
+CHECKPOINT=${CHECKPOINT:+$(realpath "$CHECKPOINT")}
 RANKS=${RANKS:-2}
+PER_GPU=${PER_GPU:-1}
 RUN=(mpirun --allow-run-as-root --bind-to none -n "$RANKS")
 # What SPREAD names: experts, layers, and, on four GPUs or more, the layers in two stages with the experts over the ranks of each.
 SPREAD=${SPREAD:-expert pipeline$( ((RANKS >= 4)) && echo " both")}
 PARTS=("${@:-results times failures}")
+if ((PER_GPU > 1)); then
+    case " ${PARTS[*]} " in *" results "*" weights "* | *" weights "*" results "*) PARTS=(results weights) ;; *" weights "*) PARTS=(weights) ;; *) PARTS=(results) ;; esac
+    # NCCL lets two ranks have one GPU if it takes them for ranks of different hosts, which reach each other by sockets.
+    export NCCL_SOCKET_IFNAME=lo
+    # shellcheck disable=SC2016
+    RUN+=(bash -c 'NCCL_HOSTID=$OMPI_COMM_WORLD_RANK exec "$2" "$3" --ranks-per-gpu "$1" "${@:4}"' rank "$PER_GPU")
+fi
 failed=0
 
 # NCCL of a Python package, wherever its Python is.
@@ -29,7 +41,7 @@ seconds() { python3 -c "print(f'{$(date +%s.%N) - $1:.1f}')"; }
 quietly() {
     local begun; begun=$(date +%s.%N)
     if ! "$@" >out.txt 2>err.txt; then
-        echo "FAILED: $*"; tail -5 err.txt; failed=1; return 1
+        echo "FAILED: $*"; grep '^lfm2c' err.txt || tail -5 err.txt; failed=1; return 1
     fi
     [[ -z ${TOLD:-} ]] || echo "  $TOLD: $(seconds "$begun") s"
 }
@@ -82,12 +94,22 @@ if wants results; then
         quietly "${RUN[@]}" "$LFM2C" run hot.plan --require-graphs --input in.jsonl --output hot.jsonl
         echo "  $dtype, hot experts on several GPUs beside one: $(same hot.jsonl one.jsonl)"
     done; done
+    rm -f share.jsonl
+    quietly "${RUN[@]}" "$LFM2C" run one.plan --weights share --input in.jsonl --output share.jsonl && grep '^weights' err.txt | sed 's/^/  /'
+    echo "  bf16, one rank's weights copied by all:  $(same share.jsonl one.jsonl)"
     for off in NCCL_P2P_DISABLE=1 "NCCL_P2P_DISABLE=1 NCCL_SHM_DISABLE=1"; do
         rm -f other.jsonl
         # shellcheck disable=SC2086
         quietly env $off "${RUN[@]}" "$LFM2C" run two.plan --exchange nccl --input in.jsonl --output other.jsonl
         echo "  bf16, $off: $(same two.jsonl other.jsonl)"
     done
+    if ((PER_GPU == 1)); then
+        rm -f own.jsonl
+        # shellcheck disable=SC2016
+        own=("${RUN[@]}" bash -c 'CUDA_VISIBLE_DEVICES=$OMPI_COMM_WORLD_LOCAL_RANK exec "$@"' rank)
+        quietly "${own[@]}" "$LFM2C" run two.plan --input in.jsonl --output own.jsonl
+        echo "  bf16, each rank sees its GPU alone: $(same two.jsonl own.jsonl)"
+    fi
     quietly "${RUN[@]}" "$LFM2C" bench two.plan --requests 200 && cat out.txt
 fi
 
@@ -146,5 +168,60 @@ if wants failures; then
         # What ranks say goes through mpirun.
         sed -n 's/^lfm2c: rank/  told: rank/p' err.txt
     done; done
+fi
+if wants weights; then
+    if [[ -z $CHECKPOINT ]]; then
+        CHECKPOINT=$WORK/8b
+        PYTHONPATH=$PLANS/../tests/oracle python3 - "$CHECKPOINT" <<'PY' || exit 1
+import sys
+from pathlib import Path
+from compare_8b import FULL, make_checkpoint
+from make_goldens import moe
+print(make_checkpoint(Path(sys.argv[1]), moe("ccacccacccacccacccaccacc", **FULL), 0, "cuda", bias_spread=0.0))
+PY
+    fi
+    echo "== weights: $CHECKPOINT, $RANKS ranks with all weights each"
+    sizes=(--model "$CHECKPOINT" --target sm_90a --dtype bf16 --prefill 512 --decode 64 --max-sequences 64 --max-context 1024 --kv-tokens 65536)
+    # Three runs of a plan each way, by turns, with the files in memory.
+    weigh() {
+        cat "$CHECKPOINT"/*.safetensors >/dev/null
+        rm -f "$1".*.jsonl
+        for run in 1 2 3; do for how in read share; do
+            quietly "${RUN[@]}" "$LFM2C" run "$1" --model "$CHECKPOINT" --weights $how --input weights.jsonl --output "$1.$how.$run.jsonl" || continue
+            grep -h '^weights' err.txt | sed "s/^/  $how: /"
+            echo "  $how, run $run: $(grep -oh 'ready in [0-9.]* s' err.txt), $(same "$1.$how.$run.jsonl" "$1.read.1.jsonl")"
+        done; done
+    }
+    lines 60 8 >weights.jsonl
+    TOLD=compiling quietly "$LFM2C" compile "${sizes[@]}" -o whole.plan && weigh whole.plan
+    TOLD="compiling, packed" quietly "$LFM2C" compile "${sizes[@]}" --pack -o packed.plan && weigh packed.plan
+    if ((RANKS >= 4)); then
+        echo "  experts over two ranks, $((RANKS / 2)) groups"
+        TOLD=compiling quietly "$LFM2C" compile "${sizes[@]}" --ranks expert=2 -o groups.plan && weigh groups.plan
+    fi
+    echo "  rank 0 killed while it reads and the others wait, mpirun itself stopped"
+    rm -f long.out
+    "${RUN[@]}" "$LFM2C" run whole.plan --model "$CHECKPOINT" --weights share --input weights.jsonl --output long.out >out.txt 2>err.txt &
+    launcher=$!
+    ranks=()
+    for _ in $(seq 3000); do
+        mapfile -t ranks < <(pgrep -P $launcher)
+        # It has touched a GB of the files.
+        held=$(awk '/RssFile|RssShmem/ { sum += $2 } END { print sum }' "/proc/${ranks[0]:-none}/status" 2>/dev/null)
+        ((${held:-0} > 1000000)) && break
+        kill -0 $launcher || break
+        sleep 0.02
+    done
+    if kill -STOP $launcher && kill -KILL "${ranks[0]:-none}"; then
+        begun=$(date +%s.%N)
+        for _ in $(seq 200); do kill -0 "${ranks[1]}" 2>/dev/null && [[ $(ps -o stat= -p "${ranks[1]}") != Z* ]] || break; sleep 0.1; done
+        echo "  rank 1 has ended after $(seconds "$begun") s (at most 10), $( [[ -s long.out ]] && echo "with results" || echo "before any result")"
+        kill -KILL "${ranks[@]}" 2>/dev/null
+    else
+        echo "FAILED: rank 0 was not seen to read"; failed=1
+    fi
+    kill -CONT $launcher 2>/dev/null
+    wait $launcher 2>/dev/null
+    sed -n 's/^lfm2c: rank/  told: rank/p' err.txt
 fi
 exit $failed

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use crate::cli::bench_requests::RequestArguments;
-use crate::cli::device::Exchange;
+use crate::cli::device::RankArguments;
 use crate::cli::inspect::Format;
 use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::measure::{self, Measuring, Opened, experts_cell, floor_heading, percent};
@@ -46,9 +46,8 @@ pub struct Arguments {
     /// Compiles a recipe's smallest bucket, or a graph, without fusion and with it, and compares times and results
     #[arg(long)]
     compare_fusion: bool,
-    /// How the ranks of `mpirun` exchange what they compute together
-    #[arg(long, value_enum, default_value_t = Exchange::default())]
-    pub exchange: Exchange,
+    #[command(flatten)]
+    pub ranks: RankArguments,
     #[command(flatten)]
     pub requests: RequestArguments,
     #[command(flatten)]

@@ -67,7 +67,7 @@ fn on_ranks(arguments: &Arguments, world: &mut World) -> Result<()> {
         );
     }
     check_device(&file.manifest, None)?;
-    let place = world.agree(from_ref(&file), Device::Cuda)?.exchanging(arguments.exchange);
+    let place = world.agree(from_ref(&file), Device::Cuda, arguments.ranks)?;
     let mut executor = load::executor_on_gpu(&file, model, &place, Graphs::Required)?;
     let machine = measure_machine(executor.gpu())?;
     let ceilings = arguments.measuring.ceilings(&machine);

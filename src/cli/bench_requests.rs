@@ -112,14 +112,14 @@ pub fn execute(arguments: &Arguments, count: usize) -> Result<()> {
 fn on_ranks(arguments: &Arguments, count: usize, world: &mut World) -> Result<()> {
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input, model, &arguments.choices.options_for(&arguments.input)?)?;
-    let (device, exchange, graphs) = (Device::Auto, arguments.exchange, Graphs::Lazy);
+    let (device, ranks, graphs) = (Device::Auto, arguments.ranks, Graphs::Lazy);
     if world.follower().is_some() {
-        return Following { plans: from_ref(&file), model, device, exchange, graphs, timed: true }.run(world);
+        return Following { plans: from_ref(&file), model, device, ranks, graphs, timed: true }.run(world);
     }
     let (prompts, new) = spans(&arguments.requests, &file.manifest)?;
     let (seed, sampling) = arguments.measuring.sampling();
     let requests = requests(count, (prompts, new), file.manifest.model.vocab, seed, sampling);
-    let place = world.agree(from_ref(&file), device)?.exchanging(exchange);
+    let place = world.agree(from_ref(&file), device, ranks)?;
     world.load(0)?;
     let mut executor = load::prepared_executor(&file, model, place, graphs)?;
     world.wait_until_ready()?;

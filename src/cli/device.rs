@@ -1,11 +1,14 @@
-//! `--device`: what plans run on; `--exchange`: how ranks exchange there.
+//! `--device`: what plans run on; how ranks share GPUs and exchange there.
+
+use std::num::NonZeroUsize;
 
 use clap::ValueEnum;
 
 use crate::cuda;
 use crate::plan::{Manifest, Target};
 use crate::runtime::cuda::Road;
-use crate::runtime::ranks::Groups;
+use crate::runtime::ranks::{Groups, HostRanks};
+use crate::runtime::weights::share::Sharing;
 
 /// `--device`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -27,6 +30,43 @@ impl Device {
             Device::Cuda => true,
             // Where it cannot run there, the error that says why is more use than a silent CPU.
             Device::Auto => manifest.target != Target::Cpu && manifest.toolkit.is_some() && cuda::Device::count() > 0,
+        }
+    }
+}
+
+/// What the ranks of `mpirun` do on GPUs.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct RankArguments {
+    /// How the ranks of `mpirun` exchange what they compute together on GPUs
+    #[arg(long, value_enum, default_value_t = Exchange::default())]
+    pub exchange: Exchange,
+    /// Ranks of `mpirun` that may run on the same GPU, to try plans of more ranks than there are GPUs; slow: kernels that wait for
+    /// another rank take turns with it
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub ranks_per_gpu: NonZeroUsize,
+    /// How the ranks of `mpirun` on a host get the weights of a program that several of them run on GPUs
+    #[arg(long, value_enum, default_value_t = Weights::default())]
+    pub weights: Weights,
+}
+
+/// `--weights`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Weights {
+    /// As `read`.
+    #[default]
+    Auto,
+    /// Each rank reads the checkpoint.
+    Read,
+    /// One rank reads, and the others copy what it has over the link between GPUs.
+    Share,
+}
+
+impl From<Weights> for Sharing {
+    fn from(weights: Weights) -> Sharing {
+        match weights {
+            Weights::Auto => Sharing::Auto,
+            Weights::Read => Sharing::Read,
+            Weights::Share => Sharing::Share,
         }
     }
 }
@@ -64,18 +104,24 @@ pub struct Place {
     pub groups: Option<Groups>,
     /// How their GPUs exchange.
     pub road: Road,
+    /// The other ranks of the host; none if this process is the only one.
+    pub neighbours: Option<Neighbours>,
 }
 
-impl Place {
-    /// The same, where ranks exchange like this.
-    pub fn exchanging(self, exchange: Exchange) -> Place {
-        Place { road: exchange.into(), ..self }
-    }
+/// The ranks of a host, which may share weights.
+#[derive(Clone)]
+pub struct Neighbours {
+    /// This rank, of all.
+    pub rank: usize,
+    /// Those of the host.
+    pub host: HostRanks,
+    /// Who reads them.
+    pub sharing: Sharing,
 }
 
 impl From<Device> for Place {
     /// The first GPU, for a process that has them all to itself.
     fn from(device: Device) -> Place {
-        Place { device, gpu: 0, groups: None, road: Road::default() }
+        Place { device, gpu: 0, groups: None, road: Road::default(), neighbours: None }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::cli::device::{Device, Exchange};
+use crate::cli::device::{Device, RankArguments};
 use crate::cli::world::World;
 use crate::cli::{load, text};
 use crate::plan::PlanFile;
@@ -22,8 +22,8 @@ pub struct Following<'a> {
     pub model: Option<&'a Path>,
     /// What plans run on.
     pub device: Device,
-    /// How ranks exchange on GPUs.
-    pub exchange: Exchange,
+    /// What ranks do on GPUs.
+    pub ranks: RankArguments,
     /// Whether buckets run as graphs.
     pub graphs: Graphs,
     /// Whether what is loaded is to be timed, so that graphs are captured at once.
@@ -36,7 +36,7 @@ impl Following<'_> {
     /// # Errors
     /// Rank 0 or the executor failed.
     pub fn run(&self, world: &mut World) -> Result<()> {
-        let place = world.agree(self.plans, self.device)?.exchanging(self.exchange);
+        let place = world.agree(self.plans, self.device, self.ranks)?;
         let ranks = world.follower().context("rank 0 follows nobody; this is a bug")?;
         let mut loaded: Option<(&PlanFile, Box<dyn Executor>)> = None;
         loop {

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cli::device::{Device, Place};
+use crate::cli::device::{Device, Neighbours, Place};
 use crate::cli::measure::is_source;
 use crate::cli::output::{note, note_once};
+use crate::cli::table::size;
 use crate::cli::{lock, progress, usage};
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Recipe, Source};
@@ -18,7 +19,7 @@ use crate::cuda;
 use crate::plan::{Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
-use crate::runtime::weights::{self, Checkpoint, Origin};
+use crate::runtime::weights::{self, Checkpoint, Origin, share};
 
 pub use self::choices::{Choices, TargetChoice, choices_of};
 pub use self::compiled::{compile_for_checkpoint, compile_source};
@@ -184,8 +185,23 @@ pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, gra
     let mut executor = CudaExecutor::new(file, rank, &device, graphs)?;
     executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", weights::total_bytes(executor.program()));
-    with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))?;
+    let read = |executor: &mut CudaExecutor| {
+        with_origin(file, model, |origin| executor.load(origin, &|done| bar.set_position(done)))
+    };
+    let loaded = match &place.neighbours {
+        None => read(&mut executor).map(|()| vec![])?,
+        Some(Neighbours { rank, host, sharing }) => {
+            executor.load_with(&mut *host.borrow_mut(), *rank, *sharing, &read)?
+        }
+    };
     bar.finish_and_clear();
+    // The first rank of the host tells for all of them.
+    if let (Some(own), Some(first)) = (&place.neighbours, loaded.first())
+        && own.rank == first.rank
+    {
+        let bytes = executor.program().pool.weights.bytes;
+        note(format_args!("weights, {} for a rank: {}", size(bytes), share::in_words(&loaded)));
+    }
     match group {
         Some(group) => executor.with_group(group, place.road),
         None => Ok(executor),

@@ -20,7 +20,7 @@ pub use self::evaluate::write_answers;
 use self::print::Texts;
 use self::prompt::{PromptArguments, Prompts};
 pub use self::results::Ordered;
-use crate::cli::device::{Device, Exchange};
+use crate::cli::device::{Device, RankArguments};
 use crate::cli::follow::Following;
 use crate::cli::load::{self, Choices, has_extension};
 use crate::cli::output::note;
@@ -58,9 +58,8 @@ pub struct Arguments {
     /// What to run on
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     device: Device,
-    /// How the ranks of `mpirun` exchange what they compute together on GPUs
-    #[arg(long, value_enum, default_value_t = Exchange::default())]
-    exchange: Exchange,
+    #[command(flatten)]
+    ranks: RankArguments,
     /// Fails rather than run without CUDA graphs
     #[arg(long)]
     require_graphs: bool,
@@ -143,8 +142,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 /// What ranks other than 0 do.
 fn follow(arguments: &Arguments, world: &mut World) -> Result<()> {
     let (plans, graphs) = (plans(arguments)?, arguments.graphs());
-    let (model, device, exchange) = (arguments.model.as_deref(), arguments.device, arguments.exchange);
-    Following { plans: &plans, model, device, exchange, graphs, timed: is_samples(arguments) }.run(world)
+    let (model, device, ranks) = (arguments.model.as_deref(), arguments.device, arguments.ranks);
+    Following { plans: &plans, model, device, ranks, graphs, timed: is_samples(arguments) }.run(world)
 }
 
 /// Whether the input is one of samples.
@@ -163,7 +162,7 @@ fn plans(arguments: &Arguments) -> Result<Vec<PlanFile>> {
 fn prompts(arguments: &Arguments, sampling: SamplingParams, started: Instant, world: &mut World) -> Result<()> {
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    let place = world.agree(from_ref(&file), arguments.device)?.exchanging(arguments.exchange);
+    let place = world.agree(from_ref(&file), arguments.device, arguments.ranks)?;
     let prompts = arguments.text.prompts(&arguments.tokens, &file, model)?;
     let count = prompts.tokens.len();
     if arguments.prompt_logits.is_some() && count != 1 {

@@ -2,14 +2,15 @@
 
 use anyhow::{Result, bail};
 
-use crate::cli::device::{Device, Place};
+use crate::cli::device::{Device, Neighbours, Place, RankArguments, Weights};
 use crate::cli::output::{describe, note};
 use crate::cli::table::table;
 use crate::cli::{is_usage, usage};
 use crate::cuda;
 use crate::plan::PlanFile;
-use crate::runtime::cuda::Road;
-use crate::runtime::ranks::{self, Introduction, Message, Mode, Order, Peer, Ranks, Summary, next_order};
+use crate::runtime::ranks::{
+    self, HostRanks, Introduction, Message, Mode, Order, Peer, Ranks, Summary, next_order, own_gpu,
+};
 use crate::runtime::{Executor, Generator, Options, Work};
 
 /// The ranks of which this process is one, or nothing.
@@ -54,24 +55,29 @@ impl World {
         self.ranks.as_mut().filter(|ranks| ranks.rank() > 0)
     }
 
-    /// Sees to it that all ranks have the same plans and devices, and each a GPU of its own if plans run on GPUs: tells which.
+    /// Sees to it that all ranks have the same plans and devices, and each a GPU of its own if plans run on GPUs, or the same as no more ranks than may:
+    /// tells which.
     ///
     /// # Errors
     /// They have not, or the plans are not for so many ranks.
-    pub fn agree(&mut self, plans: &[PlanFile], device: Device) -> Result<Place> {
+    pub fn agree(&mut self, plans: &[PlanFile], device: Device, arguments: RankArguments) -> Result<Place> {
         let Some(ranks) = &mut self.ranks else { return Ok(device.into()) };
-        let (gpu, name) = match plans.iter().any(|plan| device.is_cuda(&plan.manifest)) {
-            false => (0, "the CPU".to_owned()),
-            true => {
-                // Where there is none, opening it says why.
-                let gpu = match cuda::Device::count() {
-                    0 => 0,
-                    gpus => ranks.local().gpu(gpus)?,
-                };
-                (gpu, cuda::Device::open(gpu)?.name.clone())
-            }
-        };
-        let place = Place { device, gpu, groups: ranks.groups(), road: Road::default() };
+        let on_gpu = plans.iter().any(|plan| device.is_cuda(&plan.manifest));
+        if !on_gpu && arguments.weights == Weights::Share {
+            return usage(
+                "--weights share: expected ranks on GPUs, found the CPU, where each rank reads what others of its host have read from memory; \
+                 leave it out",
+            );
+        }
+        // All ranks of the host tell what they see, whatever they run on: the others wait for it.
+        let seen = if on_gpu { cuda::Device::names()? } else { vec![] };
+        let host = ranks.host();
+        let own = |host: HostRanks| own_gpu(&mut *host.borrow_mut(), seen, arguments.ranks_per_gpu.get());
+        let gpu = host.clone().map_or(Ok(0), own)?;
+        // Where there is none, opening it says why.
+        let name = if on_gpu { cuda::Device::open(gpu)?.name.clone() } else { "the CPU".to_owned() };
+        let neighbours = host.map(|host| Neighbours { rank: ranks.rank(), host, sharing: arguments.weights.into() });
+        let place = Place { device, gpu, groups: ranks.groups(), road: arguments.exchange.into(), neighbours };
         let introduction = Introduction {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             plans: plans.iter().map(PlanFile::hash).collect(),

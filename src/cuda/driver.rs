@@ -84,6 +84,19 @@ impl Device {
         result::device::get_count().map_or(0, |count| count.max(0) as usize)
     }
 
+    /// A name for each device that no other on any host has, as whoever sees it knows it, by number; none without a driver.
+    ///
+    /// # Errors
+    /// The driver failed.
+    pub fn names() -> Result<Vec<String>, DeviceError> {
+        let name = |ordinal: usize| {
+            let uuid = result::device::get(ordinal as i32).and_then(result::device::get_uuid);
+            let uuid = during("reading a device's UUID", uuid)?;
+            Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
+        };
+        (0..Device::count()).map(name).collect()
+    }
+
     /// Opens a device, once for the process, and makes its context current in this thread.
     ///
     /// # Errors

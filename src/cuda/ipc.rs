@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
@@ -16,6 +17,18 @@ pub struct MemoryHandle([u8; MemoryHandle::BYTES]);
 impl MemoryHandle {
     /// Its size.
     pub const BYTES: usize = 64;
+
+    /// That of a block of [`DeviceMemory::shareable`], which the owner frees when no process has mapped it any more.
+    ///
+    /// # Errors
+    /// The system shares no memory between processes.
+    pub fn of(memory: &DeviceMemory) -> Result<MemoryHandle, DeviceError> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; MemoryHandle::BYTES] };
+        // SAFETY: the address is an allocation's beginning; the driver writes the handle.
+        let made = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, memory.address()) };
+        during("sharing memory with other processes", made.result())?;
+        Ok(MemoryHandle(handle.reserved.map(|byte| byte as u8)))
+    }
 
     /// As it is sent to another process.
     pub fn to_bytes(self) -> [u8; MemoryHandle::BYTES] {
@@ -34,16 +47,12 @@ impl MemoryHandle {
 pub struct SharedMemory(ManuallyDrop<DeviceMemory>);
 
 impl SharedMemory {
-    /// The driver's own blocks: memory that is shared whole has nothing else in it.
-    const GRANULARITY: usize = 2 << 20;
-
-    /// Allocates at least so many bytes; the contents are whatever was there.
+    /// Allocates; the contents are whatever was there.
     ///
     /// # Errors
     /// Not enough memory.
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<SharedMemory, DeviceError> {
-        let bytes = bytes.max(1).next_multiple_of(Self::GRANULARITY);
-        Ok(SharedMemory(ManuallyDrop::new(DeviceMemory::new(device, bytes)?)))
+        Ok(SharedMemory(ManuallyDrop::new(DeviceMemory::shareable(device, bytes)?)))
     }
 
     /// The memory.
@@ -61,11 +70,7 @@ impl SharedMemory {
     /// # Errors
     /// The system shares no memory between processes.
     pub fn handle(&self) -> Result<MemoryHandle, DeviceError> {
-        let mut handle = sys::CUipcMemHandle { reserved: [0; MemoryHandle::BYTES] };
-        // SAFETY: the address is an allocation's beginning; the driver writes the handle.
-        let made = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, self.0.address()) };
-        during("sharing memory with other processes", made.result())?;
-        Ok(MemoryHandle(handle.reserved.map(|byte| byte as u8)))
+        MemoryHandle::of(&self.0)
     }
 }
 
@@ -98,18 +103,40 @@ impl MappedMemory {
         self.address
     }
 
-    /// Copies its first bytes to the host and waits.
+    fn at(&self, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr, DeviceError> {
+        match offset.checked_add(bytes).is_some_and(|end| end <= self.bytes) {
+            true => Ok(self.address + offset as u64),
+            false => Err(DeviceError::Call {
+                what: format!("reading {bytes} bytes at {offset} of another process' memory"),
+                error: format!("it has {}", self.bytes),
+            }),
+        }
+    }
+
+    /// Copies to the host and waits.
     ///
     /// # Errors
-    /// More than it has, or the driver failed.
-    pub fn read(&self, to: &mut [u8], stream: &Stream) -> Result<(), DeviceError> {
-        if to.len() > self.bytes {
-            let what = format!("reading {} bytes of another process' memory", to.len());
-            return Err(DeviceError::Call { what, error: format!("it has {}", self.bytes) });
-        }
+    /// Out of range, or the driver failed.
+    pub fn read(&self, offset: usize, to: &mut [u8], stream: &Stream) -> Result<(), DeviceError> {
+        let from = self.at(offset, to.len())?;
         // SAFETY: in range, and over before the borrow ends.
-        let read = unsafe { cudarc::driver::result::memcpy_dtoh_async(to, self.address, stream.handle) };
+        let read = unsafe { cudarc::driver::result::memcpy_dtoh_async(to, from, stream.handle) };
         during("reading another process' memory", read)?;
+        stream.synchronize()
+    }
+
+    /// Copies a range to the same place of a block of this process and waits.
+    ///
+    /// # Errors
+    /// Out of range of one of them, or the driver failed.
+    pub fn copy_to(&self, to: &DeviceMemory, range: Range<usize>, stream: &Stream) -> Result<(), DeviceError> {
+        let (from, to) = (self.at(range.start, range.len())?, to.at(range.start, range.len())?);
+        if range.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: both in range, and of different allocations; over before the borrows end.
+        let copied = unsafe { cudarc::driver::result::memcpy_dtod_async(to, from, range.len(), stream.handle) };
+        during("copying another process' memory", copied)?;
         stream.synchronize()
     }
 }

@@ -9,6 +9,9 @@ use cudarc::driver::sys;
 
 use super::driver::{Device, DeviceError, Stream, during};
 
+/// What the driver itself allocates in.
+const DRIVER_BLOCK_BYTES: usize = 2 << 20;
+
 /// A block of device memory.
 #[derive(Debug)]
 pub struct DeviceMemory {
@@ -28,6 +31,17 @@ impl DeviceMemory {
         Ok(DeviceMemory { address, bytes, device: Arc::clone(device) })
     }
 
+    /// Allocates a block that other processes can be given, by a [`MemoryHandle`](super::MemoryHandle), without anything else: of whole blocks of the
+    /// driver's own.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn shareable(device: &Arc<Device>, bytes: usize) -> Result<DeviceMemory, DeviceError> {
+        let mut memory = DeviceMemory::new(device, bytes.max(1).next_multiple_of(DRIVER_BLOCK_BYTES))?;
+        memory.bytes = bytes;
+        Ok(memory)
+    }
+
     /// Its address, for kernels.
     pub fn address(&self) -> u64 {
         self.address
@@ -38,7 +52,7 @@ impl DeviceMemory {
         self.bytes
     }
 
-    fn at(&self, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr, DeviceError> {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr, DeviceError> {
         match offset.checked_add(bytes).is_some_and(|end| end <= self.bytes) {
             true => Ok(self.address + offset as u64),
             false => Err(DeviceError::Call {

@@ -329,6 +329,22 @@ fn requests_are_timed_by_ranks() {
 }
 
 #[test]
+fn weights_are_shared_on_gpus_alone() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let recipe = project("plans/synthetic.ron");
+    let run = |more: &[&str]| {
+        on_ranks(folder.path(), "2", &[&["run", &recipe, "--tokens", "5", "--device", "cpu"], more].concat())
+    };
+    let expected = succeeded(&run(&[])).to_vec();
+    assert_eq!(succeeded(&run(&["--weights", "read", "--ranks-per-gpu", "2"])), expected);
+    let refused = run(&["--weights", "share"]);
+    let text = errors(&refused);
+    assert_eq!(refused.status.code(), Some(2), "{text}");
+    assert_eq!(text.matches("lfm2c: ").count(), 1, "{text}");
+    assert!(text.contains("--weights share: expected ranks on GPUs, found the CPU"), "{text}");
+}
+
+#[test]
 fn other_commands_run_in_one_process() {
     let folder = tempfile::tempdir().expect("a folder can be made");
     let recipe = project("plans/synthetic.ron");

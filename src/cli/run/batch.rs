@@ -38,7 +38,7 @@ pub fn execute(
     check_options(arguments, input)?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &arguments.choices.options_for(&arguments.input_plan)?)?;
-    let place = world.agree(from_ref(&file), arguments.device)?.exchanging(arguments.exchange);
+    let place = world.agree(from_ref(&file), arguments.device, arguments.ranks)?;
     let mut lines = Lines::open(input, arguments.batch.first)?;
     let total = count(input, arguments.batch.first, arguments.prompt_logits.is_some())?;
     if arguments.prompt_logits.is_some() && total != Some(1) {

@@ -58,7 +58,7 @@ pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result
     if let Some(path) = &arguments.batch.compare {
         check_models(path, &plans)?;
     }
-    let place = world.agree(&plans, arguments.device)?.exchanging(arguments.exchange);
+    let place = world.agree(&plans, arguments.device, arguments.ranks)?;
     let inputs = Inputs::open(input)?;
     let count = arguments.batch.first.unwrap_or(inputs.count);
     if count == 0 || count > inputs.count {

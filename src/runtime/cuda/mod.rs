@@ -13,6 +13,7 @@ mod offers;
 mod peers;
 mod program;
 mod run;
+mod share;
 
 use std::sync::Arc;
 
@@ -85,7 +86,7 @@ impl CudaExecutor {
         );
         let kernels = Kernels::load(file, program, device)?;
         let (before, _) = device.memory()?;
-        let pool = DeviceMemory::new(device, usize::try_from(planned)?)?;
+        let pool = DeviceMemory::shareable(device, usize::try_from(planned)?)?;
         let (after, _) = device.memory()?;
         let streams = Streams::new(device)?;
         for region in [program.pool.state, program.pool.arena, program.pool.io] {

@@ -1,12 +1,11 @@
 //! What ranks tell each other before they exchange through memory: whether each can, and by what the others find its area.
 
-use anyhow::{Context, Error, Result, bail, ensure};
-use serde::de::DeserializeOwned;
+use anyhow::{Context, Error, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::collective::Road;
 use crate::plan::ExchangeArea;
-use crate::runtime::group::Group;
+use crate::runtime::group::{Group, short, tell};
 
 /// The area that a rank gives, or why it gives none.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -90,35 +89,12 @@ fn of_rank(rank: usize, why: &str) -> String {
     format!("rank {rank} of the group: {why}")
 }
 
-/// Bytes of what a rank tells the others.
-const TOLD_BYTES: usize = 4096;
-/// Characters of a fault that a rank tells the others.
-const FAULT_CHARS: usize = 300;
-
-fn short(error: &Error) -> String {
-    format!("{error:#}").chars().take(FAULT_CHARS).collect()
-}
-
-/// Tells all ranks of a group, and hears what each of them tells.
-fn tell<T: Serialize + DeserializeOwned>(group: &mut dyn Group, own: &T) -> Result<Vec<T>> {
-    let mut sent = serde_json::to_vec(own)?;
-    ensure!(
-        sent.len() <= TOLD_BYTES,
-        "what a rank tells the others: expected at most {TOLD_BYTES} bytes, found {}",
-        sent.len()
-    );
-    sent.resize(TOLD_BYTES, b' ');
-    let mut received = vec![0; group.size() * TOLD_BYTES];
-    group.all_gather(&sent, &mut received)?;
-    received.chunks(TOLD_BYTES).map(|told| serde_json::from_slice(told).context("what another rank tells")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use anyhow::anyhow;
 
     use super::*;
-    use crate::runtime::group::LocalGroup;
+    use crate::runtime::group::{FAULT_CHARS, LocalGroup};
 
     fn on_ranks<R: Send>(size: usize, run: impl Fn(LocalGroup) -> R + Sync) -> Vec<R> {
         std::thread::scope(|scope| {

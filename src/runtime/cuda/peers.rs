@@ -9,7 +9,8 @@ use super::collective::Road;
 use super::offers::{Offer, agree, missing};
 use super::program::service_of;
 use crate::cuda::{
-    Argument, Device, Exchange, Function, LaunchShape, MappedMemory, MemoryHandle, Part, SharedMemory, Stream,
+    Argument, Device, DeviceMemory, Exchange, Function, LaunchShape, MappedMemory, MemoryHandle, Part, SharedMemory,
+    Stream,
 };
 use crate::plan::{
     AREA_NAME, AREA_STOP, Collective, EXCHANGE_BLOCKS, ExchangeArea, ExchangeWay, PlanFile, Program, SERVICE_THREADS,
@@ -202,9 +203,7 @@ impl Offer {
         let prepared = || -> Result<Offer> {
             let stream = Stream::new(device)?;
             own.memory().fill(0..own.memory().bytes(), 0, &stream)?;
-            let unique =
-                format!("{host} {} {} {:?}", std::process::id(), own.memory().address(), std::time::SystemTime::now());
-            let name = blake3::hash(unique.as_bytes()).as_bytes()[..NAME_BYTES].to_vec();
+            let name = name_of(own.memory())?;
             own.memory().write(AREA_NAME as usize, &name, &stream)?;
             let handle = own.handle()?.to_bytes().to_vec();
             Ok(Offer { fault: None, host: host.clone(), name, handle, ranks: area.ranks, slot_bytes: area.slot_bytes })
@@ -219,8 +218,14 @@ impl Offer {
     }
 }
 
-/// Bytes by which an area is known.
-const NAME_BYTES: usize = 16;
+/// Bytes by which memory is known to other processes.
+pub(super) const NAME_BYTES: usize = 16;
+
+/// A name for memory of this process that no other has.
+pub(super) fn name_of(memory: &DeviceMemory) -> Result<Vec<u8>> {
+    let unique = format!("{} {} {} {:?}", host()?, std::process::id(), memory.address(), std::time::SystemTime::now());
+    Ok(blake3::hash(unique.as_bytes()).as_bytes()[..NAME_BYTES].to_vec())
+}
 
 /// Maps the areas of the others: the mappings, and the addresses of all ranks' areas.
 fn map(
@@ -241,7 +246,7 @@ fn map(
         let bytes = usize::try_from(offer.area().bytes())?;
         let memory = MappedMemory::open(device, handle.with_context(what)?, bytes).with_context(what)?;
         let mut header = [0; AREA_NAME as usize + NAME_BYTES];
-        memory.read(&mut header, &stream).with_context(what)?;
+        memory.read(0, &mut header, &stream).with_context(what)?;
         ensure!(
             header[AREA_NAME as usize..] == offer.name[..],
             "{}: expected its name at the beginning of what was mapped, found other bytes",

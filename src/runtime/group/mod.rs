@@ -2,12 +2,14 @@
 //! steps, the agreement on what runs next.
 
 mod local;
+mod tell;
 
 use anyhow::{Result, ensure};
 
 use crate::plan::{Collective, Manifest};
 
 pub use self::local::LocalGroup;
+pub use self::tell::{FAULT_CHARS, short, tell};
 
 /// The ranks of a group, seen from one of them. What is for all, all of them call in the same order, with the same sizes; such a call
 /// returns when all have. What one sends to another, that one receives.

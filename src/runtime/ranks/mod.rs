@@ -26,6 +26,7 @@ mod mpi_group;
 mod tests;
 pub mod watch;
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::thread::sleep;
 use std::time::Duration;
@@ -36,7 +37,7 @@ use thiserror::Error;
 pub use self::follow::{Order, Stop, follow, next_order};
 pub use self::launcher::{Launched, launched};
 pub use self::lead::{Mode, lead};
-pub use self::local::Local;
+pub use self::local::own_gpu;
 pub use self::message::{Introduction, Message, Summary};
 use self::watch::Watch;
 pub use self::watch::{Failure, GiveUp, Peer};
@@ -86,6 +87,9 @@ pub trait Transport {
 /// Gathers groups of so many ranks, neighbours by number, all ranks at a time: the one of this rank.
 pub type Groups = Rc<dyn Fn(usize) -> Result<Box<dyn Group>>>;
 
+/// The ranks of this host. All of them call it at the same time, and waiting in it for the others takes no core.
+pub type HostRanks = Rc<RefCell<dyn Group>>;
+
 /// This process among the ranks.
 pub struct Ranks {
     transport: Box<dyn Transport>,
@@ -93,17 +97,16 @@ pub struct Ranks {
     watch: Option<Watch>,
     /// By rank; on ranks other than 0, only rank 0 and itself are known by more than their number.
     peers: Vec<Peer>,
-    local: Local,
-    /// None where tests gather groups themselves.
+    /// None where tests gather groups themselves, as the next.
     groups: Option<Groups>,
+    host: Option<HostRanks>,
 }
 
 impl Ranks {
     /// Over a transport, without anybody to see whether the others live.
     pub fn unwatched(transport: Box<dyn Transport>) -> Ranks {
         let peers = (0..transport.size()).map(Peer::unknown).collect();
-        let local = Local { rank: transport.rank(), size: transport.size() };
-        Ranks { transport, watch: None, peers, local, groups: None }
+        Ranks { transport, watch: None, peers, groups: None, host: None }
     }
 
     /// This rank.
@@ -121,14 +124,14 @@ impl Ranks {
         &self.peers
     }
 
-    /// This rank among those of its host.
-    pub fn local(&self) -> Local {
-        self.local
-    }
-
     /// What gathers the ranks that run steps together.
     pub fn groups(&self) -> Option<Groups> {
         self.groups.clone()
+    }
+
+    /// The ranks of this host, which share its GPUs.
+    pub fn host(&self) -> Option<HostRanks> {
+        self.host.clone()
     }
 
     /// Sends a message.

@@ -1,6 +1,7 @@
 //! MPI as a [`Transport`], in one thread that never waits for another rank between the start and the end.
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::ffi::c_int;
 use std::net::IpAddr;
@@ -21,7 +22,7 @@ use mpi::traits::{AsRaw, Communicator};
 use super::launcher::Launched;
 use super::mpi_group::MpiGroup;
 use super::watch::{GiveUp, Watch};
-use super::{Groups, Local, NAP, Ranks, Transport, TransportError, connect};
+use super::{Groups, HostRanks, NAP, Ranks, Transport, TransportError, connect};
 
 /// How long MPI itself may take to start: it waits for all ranks, and hosts are not equally quick.
 const START: Duration = Duration::from_secs(30);
@@ -49,10 +50,10 @@ pub fn join(launched: &Launched, tell: Arc<dyn Fn(&str) + Send + Sync>) -> Ranks
     match joined {
         Ok((transport, links, peers)) => {
             let watch = Watch::begin(peers[transport.rank].clone(), links, give_up);
-            let local = transport.local;
             let world = transport.world;
+            let host = transport.host.clone();
             let groups: Groups = Rc::new(move |size| Ok(Box::new(MpiGroup::new(world, size)?)));
-            Ranks { transport: Box::new(transport), watch: Some(watch), peers, local, groups: Some(groups) }
+            Ranks { transport: Box::new(transport), watch: Some(watch), peers, groups: Some(groups), host: Some(host) }
         }
         Err(error) => {
             if !error.to_string().is_empty() {
@@ -153,7 +154,7 @@ struct Mpi {
     world: ffi::MPI_Comm,
     rank: usize,
     size: usize,
-    local: Local,
+    host: HostRanks,
     /// On their way out, in the order in which they were sent.
     sending: VecDeque<Flight>,
     /// By rank: what is on its way in.
@@ -195,15 +196,12 @@ impl Mpi {
             launched.size,
             launched.by
         );
-        // Ranks that can share memory are those of a host, for every launcher.
-        let host = world.split_shared(world.rank());
-        let local = Local { rank: host.rank() as usize, size: host.size() as usize };
-        drop(host);
         let world = world.as_raw();
         // SAFETY: MPI has started, and the handles are its own.
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(world, ffi::RSMPI_ERRORS_RETURN) })?;
+        let host: HostRanks = Rc::new(RefCell::new(MpiGroup::of_host(world)?));
         let receiving = (0..size).map(|_| Incoming::default()).collect();
-        Ok(Mpi { universe: Some(universe), world, rank, size, local, sending: VecDeque::new(), receiving, next: 0 })
+        Ok(Mpi { universe: Some(universe), world, rank, size, host, sending: VecDeque::new(), receiving, next: 0 })
     }
 
     /// Lets go of what has been sent.

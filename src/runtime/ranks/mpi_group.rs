@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use mpi::ffi;
 
+use super::NAP;
 use super::mpi::check;
 use crate::runtime::group::Group;
 
@@ -23,18 +24,14 @@ pub(super) struct MpiGroup {
     communicator: ffi::MPI_Comm,
     rank: usize,
     size: usize,
+    /// Whether waiting for what all do is no work: for ranks that may come at very different times.
+    naps: bool,
 }
 
 impl MpiGroup {
     /// This rank's group, where a world, or a group, is cut into groups of so many ranks; all ranks of that call it.
     pub(super) fn new(world: ffi::MPI_Comm, size: usize) -> Result<MpiGroup> {
-        let (mut all, mut number) = (0, 0);
-        // SAFETY: MPI has started, the handle is its own, and it writes one number to each place.
-        unsafe {
-            check("MPI_Comm_size", ffi::MPI_Comm_size(world, &raw mut all))?;
-            check("MPI_Comm_rank", ffi::MPI_Comm_rank(world, &raw mut number))?;
-        }
-        let (all, number) = (usize::try_from(all)?, usize::try_from(number)?);
+        let (number, all) = number_and_size(world)?;
         ensure!(size > 0 && all.is_multiple_of(size), "ranks: expected a multiple of {size}, found {all}");
         let mut communicator = world;
         // SAFETY: as above; MPI replaces the handle.
@@ -44,8 +41,67 @@ impl MpiGroup {
             let code = ffi::MPI_Comm_set_errhandler(communicator, ffi::RSMPI_ERRORS_RETURN);
             check("MPI_Comm_set_errhandler", code)?;
         }
-        Ok(MpiGroup { communicator, rank: number % size, size })
+        Ok(MpiGroup { communicator, rank: number % size, size, naps: false })
     }
+
+    /// This rank among those of its host, by their numbers in a world, all ranks of which call it: those that can share memory, which they are for
+    /// every launcher.
+    pub(super) fn of_host(world: ffi::MPI_Comm) -> Result<MpiGroup> {
+        let (number, _) = number_and_size(world)?;
+        let mut communicator = world;
+        // SAFETY: MPI has started, and the handles are its own, of which it replaces the last.
+        unsafe {
+            let (kind, info) = (ffi::RSMPI_COMM_TYPE_SHARED, ffi::RSMPI_INFO_NULL);
+            let code = ffi::MPI_Comm_split_type(world, kind, number as c_int, info, &raw mut communicator);
+            check("MPI_Comm_split_type", code)?;
+            let code = ffi::MPI_Comm_set_errhandler(communicator, ffi::RSMPI_ERRORS_RETURN);
+            check("MPI_Comm_set_errhandler", code)?;
+        }
+        let (rank, size) = number_and_size(communicator)?;
+        Ok(MpiGroup { communicator, rank, size, naps: true })
+    }
+
+    /// As [`Group::all_gather`] of so many bytes a rank, asleep until all are there.
+    fn gather_asleep(&self, sent: &[u8], received: &mut [u8], count: c_int) -> Result<()> {
+        // MPI may go on with these after an error, so they are its own then.
+        let (sent, mut all) = (sent.to_vec(), vec![0; received.len()]);
+        // SAFETY: a null request is a value that MPI replaces. MPI reads `count` bytes, and writes as many of each rank, until the request is
+        // complete; both places have them, and are freed only when it is.
+        let code = unsafe {
+            let mut request = ffi::RSMPI_REQUEST_NULL;
+            let (from, to) = (sent.as_ptr().cast(), all.as_mut_ptr().cast());
+            let byte = ffi::RSMPI_UINT8_T;
+            let mut code = ffi::MPI_Iallgather(from, count, byte, to, count, byte, self.communicator, &raw mut request);
+            let mut done = 0;
+            while code == 0 {
+                code = ffi::MPI_Test(&raw mut request, &raw mut done, ffi::RSMPI_STATUS_IGNORE);
+                if done != 0 {
+                    break;
+                }
+                sleep(NAP);
+            }
+            code
+        };
+        match exchanged("MPI_Iallgather", code) {
+            Ok(()) => received.copy_from_slice(&all),
+            Err(error) => {
+                std::mem::forget((sent, all));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// This rank's number in a communicator, and how many there are.
+fn number_and_size(communicator: ffi::MPI_Comm) -> Result<(usize, usize)> {
+    let (mut number, mut size) = (0, 0);
+    // SAFETY: MPI has started, the handle is its own, and it writes one number to each place.
+    unsafe {
+        check("MPI_Comm_size", ffi::MPI_Comm_size(communicator, &raw mut size))?;
+        check("MPI_Comm_rank", ffi::MPI_Comm_rank(communicator, &raw mut number))?;
+    }
+    Ok((usize::try_from(number)?, usize::try_from(size)?))
 }
 
 impl Group for MpiGroup {
@@ -61,6 +117,9 @@ impl Group for MpiGroup {
         let (expected, found) = (self.size * sent.len(), received.len());
         ensure!(found == expected, "expected room for {expected} bytes, found {found}");
         let count = count(sent.len())?;
+        if self.naps {
+            return self.gather_asleep(sent, received, count);
+        }
         // SAFETY: MPI reads `count` bytes, and writes as many of each rank, before it returns; both places have them.
         let code = unsafe {
             ffi::MPI_Allgather(

@@ -6,6 +6,7 @@ mod header;
 mod layout;
 mod pack;
 mod resolve;
+pub mod share;
 pub mod synthetic;
 mod transfer;
 
