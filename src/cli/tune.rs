@@ -9,7 +9,7 @@ use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
 use crate::codegen::refine::{Entry, Refined, Refinement, last_fused};
-use crate::codegen::select::{APART, Pack, Tactics};
+use crate::codegen::select::{APART, Libraries, Pack, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -32,12 +32,13 @@ pub fn measure(
     let gpu = gpu()?;
     // All that can be packed, so that weights stay while kernels change.
     let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
-    let options = &CompileOptions { tactics: Tactics::default(), pack, ..options.clone() };
+    let libraries = if options.libraries == Libraries::Never { Libraries::Never } else { Libraries::All };
+    let options = &CompileOptions { tactics: Tactics::default(), pack, libraries, ..options.clone() };
     let problems = CompileOptions { without_cubins: true, ..options.clone() };
     let compiled = load::compile_source(source, &problems)?;
     let manifest = compiled.file.manifest;
     let mut bench = Bench { source, model, held: None };
-    let mut tuning = Tuning::of(&manifest, pack);
+    let mut tuning = Tuning::of(&manifest, options.allowed());
     let rounds = tuning.rounds();
     let mut toolkit = (0, 0);
     for (i, &round) in rounds.iter().enumerate() {
@@ -192,7 +193,7 @@ impl Bench<'_> {
             let some = CompileOptions { tactics, ..alone.clone() };
             let without = CompileOptions { without_cubins: true, ..some.clone() };
             let compiled = load::compile_source(self.source, &without)?;
-            let mut parts = Tuning::of(&compiled.file.manifest, alone.pack);
+            let mut parts = Tuning::of(&compiled.file.manifest, alone.allowed());
             parts.learn(tuning);
             for round in parts.rounds() {
                 if !parts.measured(round).is_empty() {
