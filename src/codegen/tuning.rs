@@ -6,6 +6,7 @@
 //! timed over, and some of its candidates take very long for many rows. Who measures is not said here: times come in, a [`Lock`]
 //! comes out.
 
+pub mod libraries;
 mod summary;
 
 use std::collections::BTreeMap;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::codegen::compile::Silent;
+use crate::codegen::kernels::{Candidate, candidates};
 use crate::codegen::{CompileOptions, Recipe, Source, compile};
 use crate::ir::DType;
 use crate::passes::Target;
