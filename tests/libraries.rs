@@ -120,6 +120,51 @@ fn calls_come_one_after_the_other_whatever_is_left_out() {
     assert!(added > 0, "expected branches");
 }
 
+/// Graphs of one product, such as the GPU's tests compare.
+#[test]
+fn products_of_each_type_are_calls() {
+    let cases = [
+        ("f32", "f32", true),
+        ("bf16", "bf16", true),
+        ("f16", "f16", true),
+        ("bf16", "f32", true),
+        ("f32", "f32", false),
+    ];
+    for (x, y, chunks) in cases {
+        let columns = if chunks { 264 } else { 262 };
+        for (stream, sum, last) in [
+            (String::new(), String::new(), "o"),
+            (
+                format!(", %h: {y}[80,{columns}]"),
+                format!("  %sum = add %o, %h : {y}[80,{columns}] in layers.0.ffn\n"),
+                "sum",
+            ),
+        ] {
+            let text = format!(
+                "graph @product (%x: {x}[80,200]{stream}) {{\n  weight @w : {x}[{columns},200]\n  %o = matmul %x, @w : {y}[80,{columns}] \
+                 in layers.0.ffn\n{sum}  return %{last}\n}}\n"
+            );
+            let graph = lfm2c::ir::parse(&text).unwrap_or_else(|fault| panic!("{fault}\n{text}")).graph;
+            let source = Source::Graph("product".into(), Box::new(graph));
+            let compiled = |tactics| {
+                let options = CompileOptions {
+                    target: Target::Sm90a,
+                    without_cubins: true,
+                    libraries: Libraries::Asked,
+                    tactics,
+                    ..CompileOptions::default()
+                };
+                compile(&source, &options, &Silent).expect("it compiles").file
+            };
+            let problems = Tuning::of(&compiled(Tactics::default()).manifest, Libraries::Asked);
+            let chosen = problems.problems().map(|(key, _)| (key.to_owned(), "cublaslt".to_owned())).collect();
+            let file = compiled(Tactics { chosen, ..Tactics::default() });
+            let steps = &file.manifest.ranks[0].buckets[0].steps;
+            assert!(steps.len() == 1 && steps[0].library.is_some() == chunks, "{text}{steps:?}");
+        }
+    }
+}
+
 #[test]
 fn what_follows_a_call_reads_nothing_early_because_of_it() {
     let file = by_library();

@@ -187,13 +187,13 @@ impl Tuning {
         let kernels: Vec<&Trial> = trials.list.iter().filter(|trial| !trial.library).collect();
         let best = refined.or_else(|| choose(&kernels))?;
         // A library must be faster than the best kernel, too, by more than is noise.
-        let library = trials.list.iter().filter(|trial| trial.library);
-        let faster = |trial: &&Trial| match (trial.us(), best.us()) {
+        let faster = |trial: &Trial| match (trial.us(), best.us()) {
             (Some(us), Some(best_us)) => us < best_us * (1.0 - MARGIN),
             (us, None) => us.is_some() && best.failed(),
             _ => false,
         };
-        Some(library.filter(faster).next().filter(|_| refined.is_none()).unwrap_or(best))
+        let library = trials.list.iter().find(|trial| trial.library && faster(trial));
+        Some(library.filter(|_| refined.is_none()).unwrap_or(best))
     }
 
     /// The problems and the names of their candidates, the default first.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::select::{Libraries, Tactics};
 use lfm2c::codegen::{CompileOptions, Source, Tuning, compile};
+use lfm2c::cuda::{Cublaslt, CublasltError, Device};
 use lfm2c::ir::DType;
 use lfm2c::passes::Target;
 use lfm2c::plan::{LibraryCall, PlanFile, StateRole};
@@ -16,13 +17,19 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::bits;
 use crate::models::{SHAPES, Shape, cpu, fail, gpu, plan, small};
-use crate::steps;
+use crate::{steps, tune};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![];
+    let missing = Device::open(0).is_ok_and(|device| matches!(Cublaslt::new(&device), Err(CublasltError::Missing)));
+    if missing && std::env::var_os("LFM2C_REQUIRE_GPU").is_none() {
+        println!("skipped: no cuBLASLt, none of the tests of tests/gpu/library.rs ran");
+        return trials;
+    }
     for (x, y) in [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32")] {
         trials.push(Trial::test(format!("library product {x} {y}"), move || product(x, y)));
     }
+    trials.push(Trial::test("library tuned", tune::libraries));
     // Rows of the other shape are no whole chunks.
     for shape in SHAPES.iter().filter(|shape| shape.name != "odd") {
         for dtype in [DType::BF16, DType::F16] {

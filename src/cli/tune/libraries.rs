@@ -68,7 +68,7 @@ pub fn measure(
                     for refused in &steps {
                         note(format_args!("step {}: {}", bucket.steps[refused.step].name, refused.error));
                     }
-                    trials.leave_out(at, &steps.iter().map(|refused| refused.step).collect::<Vec<_>>());
+                    trials.leave_out(at, &steps.iter().map(|refused| refused.step).collect::<Vec<_>>())?;
                     continue;
                 }
             }

@@ -102,8 +102,17 @@ impl LibraryTrials {
     }
 
     /// Leaves out the problems of some steps of a bucket, because the library has no algorithm for them.
-    pub fn leave_out(&mut self, bucket: usize, steps: &[usize]) {
+    ///
+    /// # Errors
+    /// None of the steps is one of a library's.
+    pub fn leave_out(&mut self, bucket: usize, steps: &[usize]) -> Result<()> {
+        let before = self.list.len();
         self.list.retain(|trial| trial.bucket.0 != bucket || !trial.steps.iter().any(|step| steps.contains(step)));
+        ensure!(
+            self.list.len() < before,
+            "bucket {bucket}: the device refuses kernels of steps {steps:?}; measure with --tune"
+        );
+        Ok(())
     }
 
     /// What is known of a bucket's problems, for the search by whole graphs.
@@ -207,7 +216,8 @@ mod tests {
         assert_eq!(first.candidates["cublaslt"], Time::Us(8.0));
         assert_eq!(lock.problems[&keys[2]].chosen, trials.list[2].kernel.0);
 
-        trials.leave_out(prefill, &trials.list[1].steps.clone());
+        trials.leave_out(prefill, &trials.list[1].steps.clone()).expect("one is left out");
         assert_eq!(trials.list.len(), keys.len() - 1);
+        assert!(trials.leave_out(prefill, &[]).is_err());
     }
 }

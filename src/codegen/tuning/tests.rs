@@ -162,3 +162,27 @@ fn what_another_has_measured_is_not_measured_again() {
     known.absorb(again);
     assert_eq!(known.problems.len(), before, "they are the same");
 }
+
+#[test]
+fn a_library_that_is_clearly_faster_goes_before_the_best_kernel() {
+    let trial =
+        |name: &str, library, us: f64| Trial { name: name.into(), packed: false, library, time: Some(Time::Us(us)) };
+    let lock = |library_us: f64| {
+        let list = vec![trial("a", false, 10.0), trial("b", false, 8.0), trial("cublaslt", true, library_us)];
+        let problems = BTreeMap::from([("product".to_owned(), Trials { phase: Phase::Prefill, list })]);
+        Tuning { problems, ..Tuning::default() }
+            .lock("a GPU", (13, 0))
+            .problems
+            .remove("product")
+            .expect("it is measured")
+    };
+    let faster = lock(7.5);
+    assert_eq!((&*faster.chosen, faster.library.as_deref()), ("b", Some("cublaslt")));
+    // Faster than the default, and than the best kernel by what may be noise.
+    let alike = lock(7.9);
+    assert_eq!((&*alike.chosen, alike.library.as_deref()), ("b", None));
+    assert_eq!(alike.candidates["cublaslt"], Time::Us(7.9));
+    let tactics =
+        Lock { problems: BTreeMap::from([("product".into(), faster)]), ..Tuning::default().lock("a GPU", (13, 0)) };
+    assert_eq!(tactics.tactics().library["product"], "cublaslt");
+}
