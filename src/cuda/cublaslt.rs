@@ -110,13 +110,12 @@ impl Drop for Cublaslt {
 fn version() -> Result<usize, CublasltError> {
     static LOADED: OnceLock<Option<usize>> = OnceLock::new();
     let version = LOADED.get_or_init(|| {
-        let found = library::places(FILE, "cu13").into_iter().find(|path| path.is_file());
-        if let Some(path) = found {
-            // Opened again by its name alone it is then found.
-            // SAFETY: opening the vendor's library runs its initialisers, as the loader would.
-            if let Ok(library) = unsafe { libloading::Library::new(path) } {
-                std::mem::forget(library);
-            }
+        let places = library::places(FILE, "cu13").into_iter().filter(|path| path.is_file());
+        let mut paths = std::iter::once(FILE.into()).chain(places);
+        // Kept open: by its name alone it is found again, and asking whether it is there does not unload it.
+        // SAFETY: opening the vendor's library runs its initialisers, as the loader would.
+        if let Some(library) = paths.find_map(|path| unsafe { libloading::Library::new(path) }.ok()) {
+            std::mem::forget(library);
         }
         // SAFETY: opens a library and calls a function without arguments.
         unsafe { sys::is_culib_present().then(|| sys::cublasLtGetVersion()) }
