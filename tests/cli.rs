@@ -317,7 +317,10 @@ fn a_lock_file_beside_a_recipe_chooses_kernels() {
     let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
     let mut last = tuning.problems().filter_map(last);
     let (key, chosen) = last.find(|(_, chosen)| !before.contains(chosen)).expect("there is a choice");
-    let measured = |chosen: &str| Measured { chosen: chosen.into(), packed: None, candidates: Default::default() };
+    let measured = |chosen: &str| {
+        let (chosen, candidates) = (chosen.into(), Default::default());
+        Measured { chosen, packed: None, library: None, candidates }
+    };
     let problems = [(key, measured(&chosen)), ("dream 0123".into(), measured("wish"))];
     let lock = Lock {
         version: LOCK_VERSION,
@@ -402,7 +405,7 @@ fn drawn_weights_take_the_place_of_a_checkpoint() {
     done(at, &["compile", demo.to_str().expect("UTF-8"), "--synthetic", "1", "-o", "drawn.plan"]);
     assert_eq!(done(at, &["run", "drawn.plan", "--tokens", "5,6,7", "--max-new-tokens", "8"]), tokens("1"));
     let errors = fails(at, 2, &["run", "drawn.plan", "--synthetic", "2"]);
-    assert!(errors.contains("is compiled already: --target, --dtype, --pack, --synthetic"), "{errors}");
+    assert!(errors.contains("is compiled already: --target, --dtype, --pack, --libraries, --synthetic"), "{errors}");
 }
 
 /// `-o` may name a device: renaming a file onto it would take it from the whole machine.

@@ -84,8 +84,8 @@ if wants results; then
             TOLD="by $exchange, $dtype" quietly "${RUN[@]}" "$LFM2C" run two.plan --require-graphs --exchange "$exchange" --input in.jsonl --output "$exchange.jsonl"
             echo "  $dtype, by $exchange beside by default:    $(same "$exchange.jsonl" two.jsonl)"
         done
-        echo "  $dtype, $RANKS GPUs beside one:           $(same two.jsonl one.jsonl)"
-        echo "  $dtype, $RANKS GPUs beside ranks on CPU:  $(same two.jsonl cpu.jsonl)"
+        echo "  $dtype, $RANKS ranks beside one GPU:          $(same two.jsonl one.jsonl)"
+        echo "  $dtype, $RANKS ranks beside as many on CPU:  $(same two.jsonl cpu.jsonl)"
         echo "  $dtype, again, prompts in parts of 23: $(same two.jsonl again.jsonl)"
         [[ $spread == expert ]] || continue
         rm -f hot.jsonl counts.json

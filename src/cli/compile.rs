@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use anyhow::Result;
+use clap::ValueEnum;
 
 use crate::cli::load::{self, Choices, TargetChoice, compile_source};
 use crate::cli::output::{note, print};
@@ -32,15 +33,33 @@ pub struct Arguments {
     /// Measures the candidates of every choice among kernels on the GPU of this machine, and writes the fastest to the lock file,
     /// for this and every later compilation. Keeps what the file has of other sizes, measured alike, unless --no-lock is given.
     /// Steps are timed one by one; then, for decode buckets, the best candidates within the whole captured graph, where neighbours
-    /// overlap
-    #[arg(long, conflicts_with_all = ["without_cubins", "forced_routing", "stop_after_patch"])]
-    tune: bool,
+    /// overlap. `--tune=libraries` measures only where the --libraries are faster, within whole graphs, than the kernels that are
+    /// chosen already
+    #[arg(
+        long,
+        value_enum,
+        value_name = "WHAT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        conflicts_with_all = ["without_cubins", "forced_routing", "stop_after_patch"]
+    )]
+    tune: Option<Tune>,
     /// Prints the graph after a pass, or after `all`, to standard error
     #[arg(long, value_name = "NAME")]
     print_after: Option<String>,
     /// The plan file to write
     #[arg(short, long, value_name = "FILE.plan")]
     output: PathBuf,
+}
+
+/// `--tune`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+enum Tune {
+    /// Every choice
+    All,
+    /// The choice between kernels and libraries
+    Libraries,
 }
 
 /// Does it.
@@ -50,9 +69,9 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     // What the lock file lies beside.
     let named = arguments.recipe.as_deref().unwrap_or(&arguments.output);
     let options = match (arguments.tune, arguments.choices.no_lock) {
-        (true, _) => tuned(arguments, &source, named)?,
-        (false, true) => arguments.choices.options(),
-        (false, false) => lock::apply(arguments.choices.options(), named)?,
+        (Some(what), _) => tuned(arguments, &source, named, what)?,
+        (None, true) => arguments.choices.options(),
+        (None, false) => lock::apply(arguments.choices.options(), named)?,
     };
     if let Some(name) = &arguments.print_after
         && name != "all"
@@ -95,7 +114,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
 }
 
 /// Measures, writes the lock file, and gives the options with its choices.
-fn tuned(arguments: &Arguments, source: &Source, named: &Path) -> Result<CompileOptions> {
+fn tuned(arguments: &Arguments, source: &Source, named: &Path, what: Tune) -> Result<CompileOptions> {
     if arguments.choices.target == TargetChoice::Cpu {
         return usage("--tune: expected --target sm_90a or auto, found cpu, which has no choice among kernels");
     }
@@ -107,9 +126,23 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path) -> Result<Compile
             ));
         }
     }
+    if what == Tune::Libraries && arguments.choices.libraries.is_empty() {
+        return usage(
+            "--tune=libraries: expected libraries to measure, found none; name them with --libraries cublaslt",
+        );
+    }
     let path = lock::beside(named);
     // A file that is no lock is told before anything is measured.
     let earlier = if arguments.choices.no_lock { None } else { Lock::read(&path)? };
+    if what == Tune::Libraries {
+        let options = if arguments.choices.no_lock { options } else { lock::apply(options, named)? };
+        let mut tactics = options.tactics.clone();
+        tune::libraries::measure(source, &options, arguments.model.as_deref(), earlier, &mut |lock| {
+            tactics.overlay(lock.tactics());
+            lock.write(&path)
+        })?;
+        return Ok(CompileOptions { tactics, ..options });
+    }
     let (mut tactics, mut kept) = (Tactics::default(), 0);
     tune::measure(source, &options, arguments.model.as_deref(), &mut |mut lock| {
         kept = earlier.as_ref().map_or(0, |earlier| lock.keep(earlier));

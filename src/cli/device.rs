@@ -52,7 +52,7 @@ pub struct RankArguments {
 /// `--weights`.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Weights {
-    /// As `read`.
+    /// As `share` where GPUs reach each other's memory, else as `read`.
     #[default]
     Auto,
     /// Each rank reads the checkpoint.

@@ -10,7 +10,7 @@ use crate::cli::table::table;
 use crate::plan::Phase;
 use crate::runtime::Executor;
 use crate::runtime::compare::{bound, compare_step};
-use crate::runtime::cuda::Graphs;
+use crate::runtime::cuda::{Graphs, runner_name};
 use crate::runtime::workload::{History, random_batch};
 
 /// Compares the GPU with the CPU, step by step.
@@ -77,12 +77,11 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             for written in &written {
                 worst = if written.error > worst || written.error.is_nan() { written.error } else { worst };
                 if arguments.all || !written.holds(bound) {
-                    let launch = step.launch.as_ref().context("a step without a launch")?;
                     let first = written.first.map(|(i, a, b)| format!("[{i}] CPU {a}, GPU {b}"));
                     rows.push(vec![
                         bucket.name.clone(),
                         step.name.clone(),
-                        crate::runtime::cuda::kernel_name(&file.manifest.kernels[launch.kernel as usize]),
+                        runner_name(&file.manifest, step).context("a step without a launch")?,
                         written.name.clone(),
                         format!("{:.1e}", written.error),
                         first.unwrap_or_default(),

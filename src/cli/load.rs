@@ -85,7 +85,7 @@ pub fn plan(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
     }
     if *options != Choices::default().options() {
         return usage(format!(
-            "{} is compiled already: --target, --dtype, --pack, --synthetic, --ranks, bucket sizes, limits and passes are choices of \
+            "{} is compiled already: --target, --dtype, --pack, --libraries, --synthetic, --ranks, bucket sizes, limits and passes are choices of \
              `lfm2c compile`",
             path.display()
         ));

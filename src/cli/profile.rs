@@ -145,6 +145,8 @@ fn step_table(steps: &[StepProfile], ceilings: &Ceilings) -> String {
     let rows: Vec<Vec<String>> = steps
         .iter()
         .map(|step| {
+            // A library does not say how it launches its kernels.
+            let known = |text: String| if step.block == 0 { "-".to_owned() } else { text };
             vec![
                 step.name.clone(),
                 format!("{:.2}", step.us),
@@ -153,12 +155,12 @@ fn step_table(steps: &[StepProfile], ceilings: &Ceilings) -> String {
                 format!("{:.3}", step.work.flops / 1e6),
                 format!("{:.2}", step.floor_us),
                 percent(step.fraction),
-                step.grid.map(|n| n.to_string()).join("x"),
-                step.block.to_string(),
-                step.registers.to_string(),
-                step.local.to_string(),
-                step.shared.to_string(),
-                step.blocks_per_multiprocessor.to_string(),
+                known(step.grid.map(|n| n.to_string()).join("x")),
+                known(step.block.to_string()),
+                known(step.registers.to_string()),
+                known(step.local.to_string()),
+                known(step.shared.to_string()),
+                known(step.blocks_per_multiprocessor.to_string()),
                 step.kernel.clone(),
             ]
         })

@@ -1,5 +1,7 @@
 //! `lfm2c compile --tune`: the candidates of every choice among kernels, measured on the GPU that is present.
 
+pub mod libraries;
+
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -9,7 +11,7 @@ use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
 use crate::codegen::refine::{Entry, Refined, Refinement, last_fused};
-use crate::codegen::select::{APART, Pack, Tactics};
+use crate::codegen::select::{APART, Libraries, Pack, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -32,12 +34,13 @@ pub fn measure(
     let gpu = gpu()?;
     // All that can be packed, so that weights stay while kernels change.
     let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
-    let options = &CompileOptions { tactics: Tactics::default(), pack, ..options.clone() };
+    let libraries = if options.libraries == Libraries::Never { Libraries::Never } else { Libraries::All };
+    let options = &CompileOptions { tactics: Tactics::default(), pack, libraries, ..options.clone() };
     let problems = CompileOptions { without_cubins: true, ..options.clone() };
     let compiled = load::compile_source(source, &problems)?;
     let manifest = compiled.file.manifest;
     let mut bench = Bench { source, model, held: None };
-    let mut tuning = Tuning::of(&manifest, pack);
+    let mut tuning = Tuning::of(&manifest, options.allowed());
     let rounds = tuning.rounds();
     let mut toolkit = (0, 0);
     for (i, &round) in rounds.iter().enumerate() {
@@ -49,9 +52,9 @@ pub fn measure(
     for (bucket, at) in manifest.ranks[RANK].buckets.iter().enumerate() {
         if at.phase == Phase::Decode {
             note(format_args!("whole graphs of {}", at.name));
-            let alone = only(&manifest, at.tokens, options);
+            let alone = only(&manifest, at.phase, at.tokens, options);
             let search = Refinement::new(&tuning.entries(bucket), tuning.order(bucket));
-            tuning.refine(bucket, bench.refine(&alone, search)?);
+            tuning.refine(bucket, bench.refine(&alone, search, 0)?);
             keep(tuning.lock(&gpu, toolkit))?;
             if let Some(found) = bench.apart(&alone, &mut tuning, &compiled.buckets[bucket].optional)? {
                 tuning.take_apart(bucket, found);
@@ -146,8 +149,8 @@ impl Bench<'_> {
         timed
     }
 
-    /// Times a bucket's whole graphs, with the options' own tactics beside those tried.
-    fn refine(&mut self, options: &CompileOptions, mut search: Refinement) -> Result<Refined> {
+    /// Times the whole graphs of a bucket of the plan, with the options' own tactics beside those tried.
+    fn refine(&mut self, options: &CompileOptions, mut search: Refinement, bucket: usize) -> Result<Refined> {
         let mut prepared: Option<Inputs> = None;
         let all = search.left();
         let bar = progress::count("timing graphs", all as u64);
@@ -159,9 +162,9 @@ impl Bench<'_> {
             let mut executor = self.open(&file)?;
             let inputs = match prepared.take().filter(|_| stays) {
                 Some(inputs) => inputs,
-                None => Inputs::prepare(&mut executor, 0, &over_held_state())?,
+                None => Inputs::prepare(&mut executor, bucket, &over_held_state())?,
             };
-            search.record(Some(graph_us(&mut executor, 0, &inputs)?));
+            search.record(Some(graph_us(&mut executor, bucket, &inputs)?));
             (self.held, prepared) = (Some(executor), Some(inputs));
             bar.set_position((all - search.left()) as u64);
         }
@@ -192,7 +195,7 @@ impl Bench<'_> {
             let some = CompileOptions { tactics, ..alone.clone() };
             let without = CompileOptions { without_cubins: true, ..some.clone() };
             let compiled = load::compile_source(self.source, &without)?;
-            let mut parts = Tuning::of(&compiled.file.manifest, alone.pack);
+            let mut parts = Tuning::of(&compiled.file.manifest, alone.allowed());
             parts.learn(tuning);
             for round in parts.rounds() {
                 if !parts.measured(round).is_empty() {
@@ -204,16 +207,17 @@ impl Bench<'_> {
         }
         let base = CompileOptions { tactics: tuning.lock("", (0, 0)).tactics(), ..alone.clone() };
         let entries: Vec<Entry> = optional.iter().map(|key| Entry::fusion(key)).collect();
-        self.refine(&base, Refinement::new(&entries, &[])).map(Some)
+        self.refine(&base, Refinement::new(&entries, &[]), 0).map(Some)
     }
 }
 
-/// Options that compile one decode bucket with the limits of the whole plan, on which its problems depend.
-fn only(manifest: &Manifest, rows: u64, options: &CompileOptions) -> CompileOptions {
+/// Options that compile one bucket with the limits of the whole plan, on which its problems depend.
+fn only(manifest: &Manifest, phase: Phase, rows: u64, options: &CompileOptions) -> CompileOptions {
     let limits = &manifest.limits;
+    let (decode, prefill) = if phase == Phase::Decode { (vec![rows], vec![]) } else { (vec![], vec![rows]) };
     CompileOptions {
-        decode: Some(vec![rows]),
-        prefill: Some(vec![]),
+        decode: Some(decode),
+        prefill: Some(prefill),
         max_sequences: Some(limits.max_sequences),
         max_context: Some(limits.max_context),
         kv_tokens: Some(limits.kv_tokens),

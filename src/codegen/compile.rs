@@ -14,7 +14,7 @@ use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::lower::{self, TensorTable};
 use crate::codegen::pipeline::{Pipeline, Share};
 use crate::codegen::pipeline_ranks::pipeline_ranks;
-use crate::codegen::select::{F32, Known, Pack, Selector, Tactics};
+use crate::codegen::select::{Allowed, F32, Known, Libraries, Pack, Selector, Tactics};
 use crate::codegen::{Recipe, services, types};
 use crate::ir::{DType, Graph};
 use crate::passes::driver::PassReport;
@@ -62,10 +62,19 @@ pub struct CompileOptions {
     pub f32: F32,
     /// Which weights get a packed form.
     pub pack: Pack,
+    /// Whether steps may be calls of libraries, where tactics choose them.
+    pub libraries: Libraries,
     /// Names of weights that get none, because they do not pack.
     pub unpacked: BTreeSet<String>,
     /// Leaves machine code out of a plan for a device, which then only the CPU executor can run; needs no CUDA compiler.
     pub without_cubins: bool,
+}
+
+impl CompileOptions {
+    /// What candidates may use.
+    pub fn allowed(&self) -> Allowed {
+        Allowed { pack: self.pack, libraries: self.libraries }
+    }
 }
 
 impl Default for CompileOptions {
@@ -89,6 +98,7 @@ impl Default for CompileOptions {
             tactics: Tactics::default(),
             f32: F32::default(),
             pack: Pack::default(),
+            libraries: Libraries::default(),
             unpacked: BTreeSet::new(),
             without_cubins: false,
         }
@@ -172,7 +182,9 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
     let Unit { graph, specs, checkpoint_dtype, .. } = unit;
     let unfused_steps = graph.ops.len();
     let selector = (options.target != Target::Cpu).then(|| {
-        Selector::new(&options.tactics, options.f32, options.pack).with_experts(&experts).leaving(&options.unpacked)
+        Selector::new(&options.tactics, options.f32, options.allowed())
+            .with_experts(&experts)
+            .leaving(&options.unpacked)
     });
     let pipeline = Pipeline {
         options,

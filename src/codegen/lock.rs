@@ -59,6 +59,9 @@ pub struct Measured {
     /// The one that is taken instead where kernels may read packed weights, if it reads one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub packed: Option<String>,
+    /// The library that is taken instead of both where steps may be calls of it, if it is faster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<String>,
     /// What was measured of each, by name.
     pub candidates: BTreeMap<String, Time>,
 }
@@ -148,7 +151,14 @@ impl Lock {
         };
         let measured = self.problems.iter().map(|(key, measured)| (key.clone(), ranked(measured)));
         let packed = self.problems.iter().filter_map(|(key, measured)| Some((key.clone(), measured.packed.clone()?)));
-        Tactics { chosen: chosen.collect(), packed: packed.collect(), measured: measured.collect(), nth: None }
+        let library = self.problems.iter().filter_map(|(key, measured)| Some((key.clone(), measured.library.clone()?)));
+        Tactics {
+            chosen: chosen.collect(),
+            packed: packed.collect(),
+            library: library.collect(),
+            measured: measured.collect(),
+            nth: None,
+        }
     }
 
     /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
@@ -192,7 +202,7 @@ pub(super) mod tests {
             graphs: BTreeMap::from([("decode_1".into(), GraphTime { default_us: 1450.0, us: 1390.5, timed: 31 })]),
             problems: BTreeMap::from([(
                 "matmul 01".to_owned(),
-                Measured { chosen: "stream a=1".into(), packed: None, candidates },
+                Measured { chosen: "stream a=1".into(), packed: None, library: None, candidates },
             )]),
         }
     }
@@ -297,7 +307,7 @@ pub(super) mod tests {
         let mut last = tuning.problems().filter_map(last);
         let (key, chosen) = last.find(|(_, chosen)| !before.contains(chosen)).expect("there is a choice");
         let mut lock = lock();
-        let measured = Measured { chosen: chosen.clone(), packed: None, candidates: BTreeMap::new() };
+        let measured = Measured { chosen: chosen.clone(), packed: None, library: None, candidates: BTreeMap::new() };
         lock.problems.insert(key, measured);
         let tuned = compiled(lock.tactics());
         assert!(kernels(&tuned).contains(&chosen), "{chosen} in {:?}", kernels(&tuned));
@@ -319,7 +329,10 @@ pub(super) mod tests {
         let times = times.map(|(name, time)| (name.to_owned(), time));
         let failed = (names[0].to_owned(), Time::Failed("too much".into()));
         let candidates = times.into_iter().chain([failed]).collect();
-        lock.problems.insert(key.to_owned(), Measured { chosen: "wish speed=11".into(), packed: None, candidates });
+        lock.problems.insert(
+            key.to_owned(),
+            Measured { chosen: "wish speed=11".into(), packed: None, library: None, candidates },
+        );
         let tactics = lock.tactics();
         assert_eq!(tactics.measured[key], ["wish speed=11", &fast, &slow]);
         let tuned = compiled(tactics);
@@ -334,7 +347,8 @@ pub(super) mod tests {
         let mut lock = lock();
         let tuning = Tuning::of(&default.file.manifest, Pack::default());
         for (key, _) in tuning.problems() {
-            let measured = Measured { chosen: "wish speed=11".into(), packed: None, candidates: BTreeMap::new() };
+            let measured =
+                Measured { chosen: "wish speed=11".into(), packed: None, library: None, candidates: BTreeMap::new() };
             lock.problems.insert(key.to_owned(), measured);
         }
         let tuned = compiled(lock.tactics());

@@ -7,13 +7,13 @@ use std::collections::HashMap;
 use crate::codegen::cost::cost;
 use crate::codegen::kernel_table::KernelTable;
 use crate::codegen::kernels::is_weight;
-use crate::codegen::select::Selector;
-use crate::codegen::{packed, semantic};
+use crate::codegen::select::{Selector, Way};
+use crate::codegen::{libraries, packed, semantic};
 use crate::ir::{self, Extents, Graph, Operand, ValueId};
 use crate::passes::plan_memory::Placement;
 use crate::passes::schedule::{Schedule, Storage, storage};
 use crate::passes::{BucketSpec, Phase};
-use crate::plan::{self, ALIGNMENT, Bucket, Buffer, Collective, Program, Ref, Region, Semantic, Step};
+use crate::plan::{self, ALIGNMENT, Bucket, Buffer, Collective, LibraryCall, Program, Ref, Region, Semantic, Step};
 
 pub use self::tables::TensorTable;
 use self::tables::{Tables, end, too_large};
@@ -33,7 +33,7 @@ pub struct Prepared {
 }
 
 /// Lowers all buckets of one rank. `checkpoint_dtype` gives a checkpoint tensor's element type by its weight's name; with a
-/// selector, steps get launches, of kernels that `kernels` gets, unless ranks run them together. `tensors` gets what weights are made of.
+/// selector, steps get launches, of kernels that `kernels` gets, or are calls of libraries, unless ranks run them together. `tensors` gets what weights are made of.
 ///
 /// # Errors
 /// Sizes beyond 64 bits, or a step that no kernel can run.
@@ -49,7 +49,8 @@ pub fn lower(
         buckets.iter().map(|bucket| tables.bucket(bucket, checkpoint_dtype)).collect::<Result<Vec<_>, _>>()?;
     if selector.is_some() {
         let longest = lowered.iter().map(|bucket| bucket.steps.len()).max().unwrap_or(0);
-        tables.device_states(longest as u64);
+        let workspace = selector.map_or(0, |selector| libraries::workspace(selector, &tables.semantics, &lowered));
+        tables.device_states(longest as u64, workspace);
     }
     let mut weights_end = match tables.weights.last() {
         Some(last) => end(last.offset, &last.ty).ok_or_else(|| too_large(&last.name))?,
@@ -103,6 +104,7 @@ impl Tables<'_> {
         let places = self.places(graph, placement, extents)?;
         let mut steps = Vec::with_capacity(schedule.steps.len());
         let mut names: HashMap<String, u32> = HashMap::new();
+        let mut last_call = None;
         for scheduled in &schedule.steps {
             let op = &graph.ops[scheduled.op];
             let lowered = semantic::lower(graph, op, &roots, extents)?;
@@ -130,11 +132,15 @@ impl Tables<'_> {
                 name = format!("{name}.{uses}");
             }
             let collective = Collective::of(&lowered.semantic);
-            let launch = match collective {
-                Some(_) => Ok(None),
-                None => self.launch(&lowered.semantic, plan_phase(spec.phase), &reads),
+            let phase = plan_phase(spec.phase);
+            let run = match collective {
+                Some(_) => Ok((None, None)),
+                None => self.run(&lowered.semantic, phase, &reads),
             };
-            let mut launch = launch.map_err(|fault| format!("{name}: {fault}"))?;
+            let (mut launch, library) = run.map_err(|fault| format!("{name}: {fault}"))?;
+            let in_turn = self
+                .selector
+                .is_some_and(|selector| library.is_some() || libraries::might_be(selector, &lowered.semantic, phase));
             if let Some(launch) = &mut launch {
                 launch.dependent &= weights_are_constant(&lowered.semantic, &reads);
                 for arg in &mut launch.args {
@@ -153,7 +159,11 @@ impl Tables<'_> {
                 cost: cost(graph, op, extents),
                 launch,
                 collective,
+                library,
             });
+            if in_turn {
+                libraries::follow(&mut steps, &mut last_call);
+            }
             read_in_time(&mut steps);
         }
         let mut outputs = vec![];
@@ -183,23 +193,26 @@ impl Tables<'_> {
     }
 
     /// How a step runs on the device, if it is lowered for one.
-    fn launch(
+    fn run(
         &mut self,
         semantic: &Semantic,
         phase: plan::Phase,
         reads: &[Ref],
-    ) -> Result<Option<plan::Launch>, String> {
-        let Some(selector) = self.selector else { return Ok(None) };
-        let chosen = selector.choose(semantic, phase);
-        let chosen = match chosen {
-            Some(found) if !packed::fits(&found.specialised.launch, reads, &self.weights, selector) => {
-                selector.choose_unpacked(semantic, phase)
+    ) -> Result<(Option<plan::Launch>, Option<LibraryCall>), String> {
+        let Some(selector) = self.selector else { return Ok((None, None)) };
+        let mut chosen = selector.choose(semantic, phase).ok_or(NO_KERNEL)?;
+        if let Some(candidate) = chosen.kernel()
+            && !packed::fits(&candidate.specialised.launch, reads, &self.weights, selector)
+        {
+            chosen = selector.choose_unpacked(semantic, phase).ok_or(NO_KERNEL)?;
+        }
+        Ok(match &*chosen {
+            Way::Kernel(candidate) => {
+                let id = self.kernels.add(candidate);
+                (Some(candidate.launch(id)), None)
             }
-            chosen => chosen,
-        };
-        let candidate = chosen.ok_or("no kernel can run it")?;
-        let id = self.kernels.add(&candidate);
-        Ok(Some(candidate.launch(id)))
+            Way::Library(call) => (None, Some(*call)),
+        })
     }
 
     /// Where each value that is no weight lies.
@@ -228,6 +241,9 @@ impl Tables<'_> {
         Ok(places)
     }
 }
+
+/// Why a step cannot be lowered.
+const NO_KERNEL: &str = "no kernel can run it";
 
 /// Whether everything that the step's kernel may load before it waits for the steps before is a weight. In a graph in text form
 /// it may be a value that one of them makes.

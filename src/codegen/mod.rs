@@ -7,6 +7,7 @@ mod expert_placement;
 mod expert_ranks;
 mod kernel_table;
 pub mod kernels;
+mod libraries;
 pub mod lock;
 mod lower;
 mod packed;

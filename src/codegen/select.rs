@@ -1,12 +1,18 @@
-//! Which kernel runs which step: the registry's default, or what tactics say.
+//! What runs which step: the registry's default, or what tactics say.
+
+mod allowed;
+mod ways;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::codegen::kernels::{Candidate, Problem, candidates};
+use crate::codegen::kernels::Problem;
 use crate::codegen::semantic;
 use crate::ir::{Extents, Graph, Op};
-use crate::plan::{self, Arg, Collective, DType, Instr, Phase, Program, Semantic, Slot};
+use crate::plan::{self, Collective, DType, Instr, Phase, Program, Semantic, Slot};
+
+pub use self::allowed::{Allowed, Libraries, Pack};
+pub use self::ways::{Way, admitted, library_call};
 
 /// What tactics say of a problem that is better left as the steps that it was made of.
 pub const APART: &str = "apart";
@@ -19,6 +25,8 @@ pub struct Tactics {
     pub chosen: BTreeMap<String, String>,
     /// The candidate that goes before that where kernels may read packed weights, and there is such a one.
     pub packed: BTreeMap<String, String>,
+    /// The library that goes before both where steps may be calls of it.
+    pub library: BTreeMap<String, String>,
     /// What was measured of a problem's candidates, fastest first: where there is no such candidate as is chosen, the first that there is
     /// is taken.
     pub measured: BTreeMap<String, Vec<String>>,
@@ -31,10 +39,12 @@ impl Tactics {
     pub fn overlay(&mut self, others: Tactics) {
         for key in others.chosen.keys() {
             self.packed.remove(key);
+            self.library.remove(key);
             self.measured.remove(key);
         }
         self.chosen.extend(others.chosen);
         self.packed.extend(others.packed);
+        self.library.extend(others.library);
         self.measured.extend(others.measured);
     }
 }
@@ -47,18 +57,6 @@ pub enum F32 {
     Exact,
     /// On tensor cores, as sums of terms, where a kernel can: the first candidate of a twin that is not exact.
     Split,
-}
-
-/// Which weights get a packed form (see [`crate::plan::packed`]), and whether kernels may read it.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub enum Pack {
-    /// None: kernels that read one are no candidates.
-    #[default]
-    Never,
-    /// Those of which a step's kernel reads it.
-    Asked,
-    /// All that can have one, so that plans with other kernels have the same pool: for measurements.
-    All,
 }
 
 /// How many of a program's problems tactics know.
@@ -177,36 +175,23 @@ fn may_be_apart(semantic: &Semantic) -> bool {
     }
 }
 
-/// The candidates for a step that may be chosen, the default first.
-pub fn admitted(problem: &Problem, pack: Pack) -> Vec<Candidate> {
-    let mut list = candidates(problem);
-    if pack == Pack::Never {
-        list.retain(|found| !reads_packed(found));
-    }
-    list
-}
-
-/// Whether a candidate reads the packed form of a weight.
-pub fn reads_packed(candidate: &Candidate) -> bool {
-    candidate.specialised.launch.args.iter().any(|arg| matches!(arg, Arg::Packed(_)))
-}
-
 /// Chooses, and remembers what it chose.
 pub struct Selector<'a> {
     tactics: &'a Tactics,
     f32: F32,
-    pack: Pack,
+    allowed: Allowed,
     /// Weights that get no packed form.
     unpacked: BTreeSet<String>,
     /// The experts of each rank, if they are spread over several.
     experts: Vec<Vec<u64>>,
-    known: Mutex<HashMap<String, Option<Arc<Candidate>>>>,
+    known: Mutex<HashMap<String, Option<Arc<Way>>>>,
 }
 
 impl<'a> Selector<'a> {
     /// A selector that goes by these tactics.
-    pub fn new(tactics: &'a Tactics, f32: F32, pack: Pack) -> Self {
-        Selector { tactics, f32, pack, unpacked: BTreeSet::new(), experts: vec![], known: Mutex::default() }
+    pub fn new(tactics: &'a Tactics, f32: F32, allowed: impl Into<Allowed>) -> Self {
+        let allowed = allowed.into();
+        Selector { tactics, f32, allowed, unpacked: BTreeSet::new(), experts: vec![], known: Mutex::default() }
     }
 
     /// For ranks that have these experts each: what tactics say of a product over all of them goes for a rank's share, too.
@@ -225,7 +210,12 @@ impl<'a> Selector<'a> {
 
     /// Which weights get a packed form.
     pub fn pack(&self) -> Pack {
-        self.pack
+        self.allowed.pack
+    }
+
+    /// Whether steps may be calls of libraries.
+    pub fn libraries(&self) -> Libraries {
+        self.allowed.libraries
     }
 
     /// Whether a weight can have one.
@@ -233,29 +223,29 @@ impl<'a> Selector<'a> {
         weight.packed_bytes().is_some() && !self.unpacked.contains(&weight.name)
     }
 
-    /// The candidate for a step, if any kernel can run it.
-    pub fn choose(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Candidate>> {
-        self.choose_by(semantic, phase, self.pack)
+    /// The way to run a step, if any kernel can.
+    pub fn choose(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Way>> {
+        self.choose_by(semantic, phase, self.allowed)
     }
 
-    /// The candidate for a step whose operands have no packed form.
-    pub fn choose_unpacked(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Candidate>> {
-        self.choose_by(semantic, phase, Pack::Never)
+    /// The way to run a step whose operands have no packed form.
+    pub fn choose_unpacked(&self, semantic: &Semantic, phase: Phase) -> Option<Arc<Way>> {
+        self.choose_by(semantic, phase, Allowed { pack: Pack::Never, ..self.allowed })
     }
 
-    fn choose_by(&self, semantic: &Semantic, phase: Phase, pack: Pack) -> Option<Arc<Candidate>> {
-        let key = format!("{pack:?} {phase:?} {semantic:?}");
+    fn choose_by(&self, semantic: &Semantic, phase: Phase, allowed: Allowed) -> Option<Arc<Way>> {
+        let key = format!("{allowed:?} {phase:?} {semantic:?}");
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = known().get(&key) {
             return found.clone();
         }
         let problem = Problem { semantic, phase };
-        let mut list = admitted(&problem, pack);
+        let mut list = admitted(&problem, allowed);
         // Whatever candidate tactics name, there is a choice if there is one: what is fused must not depend on that.
         let nth = || self.tactics.nth.and_then(|nth| nth.checked_rem(list.len()));
         let split = || match self.f32 {
             F32::Exact => None,
-            F32::Split => list.iter().position(|found| !found.twin.exact()),
+            F32::Split => list.iter().position(|found| !found.exact()),
         };
         let at = self.chosen(&problem, &list).or_else(nth).or_else(split).unwrap_or(0);
         let chosen = (at < list.len()).then(|| Arc::new(list.swap_remove(at)));
@@ -264,10 +254,11 @@ impl<'a> Selector<'a> {
     }
 
     /// Position of the candidate that tactics name, if there is such a one.
-    fn chosen(&self, problem: &Problem, list: &[Candidate]) -> Option<usize> {
+    fn chosen(&self, problem: &Problem, list: &[Way]) -> Option<usize> {
         let (key, wanted) = self.wanted(problem)?;
         let measured = self.tactics.measured.get(&key).into_iter().flatten();
-        let mut names = self.tactics.packed.get(&key).into_iter().chain([wanted]).chain(measured);
+        let first = [&self.tactics.library, &self.tactics.packed].map(|names| names.get(&key));
+        let mut names = first.into_iter().flatten().chain([wanted]).chain(measured);
         names.find_map(|name| list.iter().position(|found| found.name() == *name))
     }
 
@@ -290,7 +281,7 @@ impl<'a> Selector<'a> {
         for (_, problem) in step_problems(program) {
             problems
                 .entry(problem_key(&problem))
-                .or_insert_with(|| self.chosen(&problem, &admitted(&problem, self.pack)).is_some());
+                .or_insert_with(|| self.chosen(&problem, &admitted(&problem, self.allowed)).is_some());
         }
         Known { problems: problems.len(), chosen: problems.values().filter(|&&chosen| chosen).count() }
     }
@@ -316,7 +307,7 @@ impl<'a> Selector<'a> {
         let problem = Problem { semantic: &semantic, phase };
         let packed = |key: &str| {
             let name = self.tactics.packed.get(key);
-            name.is_some_and(|name| admitted(&problem, self.pack).iter().any(|found| found.name() == *name))
+            name.is_some_and(|name| admitted(&problem, self.allowed).iter().any(|found| found.name() == *name))
         };
         let apart = self.wanted(&problem).is_some_and(|(key, wanted)| wanted == APART && !packed(&key));
         optional.insert(problem_key(&problem));

@@ -6,16 +6,16 @@
 //! timed over, and some of its candidates take very long for many rows. Who measures is not said here: times come in, a [`Lock`]
 //! comes out.
 
+pub mod libraries;
 mod summary;
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::codegen::kernels::Candidate;
 use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
-use crate::codegen::select::{APART, Pack, Tactics, admitted, problem_key, reads_packed, step_problems};
+use crate::codegen::select::{APART, Allowed, Tactics, Way, admitted, problem_key, step_problems};
 use crate::plan::{Bucket, Manifest, Phase};
 
 pub use self::summary::{Choice, Total};
@@ -66,12 +66,14 @@ struct Trial {
     name: String,
     /// Whether it reads packed weights.
     packed: bool,
+    /// Whether it is a library.
+    library: bool,
     time: Option<Time>,
 }
 
 impl Trial {
-    fn of(candidate: &Candidate) -> Trial {
-        Trial { name: candidate.name(), packed: reads_packed(candidate), time: None }
+    fn of(way: &Way) -> Trial {
+        Trial { name: way.name(), packed: way.reads_packed(), library: way.kernel().is_none(), time: None }
     }
 
     fn us(&self) -> Option<f64> {
@@ -96,8 +98,9 @@ impl Trials {
 }
 
 impl Tuning {
-    /// Nothing measured yet of the problems of a plan's first rank, which need not have machine code, and was compiled with this choice.
-    pub fn of(manifest: &Manifest, pack: Pack) -> Tuning {
+    /// Nothing measured yet of the problems of a plan's first rank, which need not have machine code, and was compiled with what candidates may use.
+    pub fn of(manifest: &Manifest, allowed: impl Into<Allowed>) -> Tuning {
+        let allowed = allowed.into();
         let Some(program) = manifest.ranks.first() else {
             return Tuning::default();
         };
@@ -107,7 +110,7 @@ impl Tuning {
         for (bucket, problem) in step_problems(program) {
             let key = problem_key(&problem);
             problems.entry(key.clone()).or_insert_with(|| {
-                let list = admitted(&problem, pack);
+                let list = admitted(&problem, allowed);
                 let list = list.iter().map(Trial::of).collect();
                 Trials { phase: problem.phase, list }
             });
@@ -181,7 +184,16 @@ impl Tuning {
     fn chosen(&self, key: &str) -> Option<&Trial> {
         let trials = self.problems.get(key)?;
         let refined = self.refined.get(key).and_then(|name| trials.list.iter().find(|trial| trial.name == *name));
-        refined.or_else(|| choose(&trials.list))
+        let kernels: Vec<&Trial> = trials.list.iter().filter(|trial| !trial.library).collect();
+        let best = refined.or_else(|| choose(&kernels))?;
+        // A library must be faster than the best kernel, too, by more than is noise.
+        let faster = |trial: &Trial| match (trial.us(), best.us()) {
+            (Some(us), Some(best_us)) => us < best_us * (1.0 - MARGIN),
+            (us, None) => us.is_some() && best.failed(),
+            _ => false,
+        };
+        let library = trials.list.iter().find(|trial| trial.library && faster(trial));
+        Some(library.filter(|_| refined.is_none()).unwrap_or(best))
     }
 
     /// The problems and the names of their candidates, the default first.
@@ -286,10 +298,13 @@ impl Tuning {
         let measured = |key: &str, trials: &Trials| {
             let times = trials.list.iter().map(|trial| Some((trial.name.clone(), trial.time.clone()?)));
             let best = self.chosen(key)?;
-            let plain: Vec<Trial> = trials.list.iter().filter(|trial| !trial.packed).cloned().collect();
+            let library = best.library.then(|| best.name.clone());
+            let kernels: Vec<&Trial> = trials.list.iter().filter(|trial| !trial.library).collect();
+            let best = if best.library { choose(&kernels)? } else { best };
+            let plain: Vec<&Trial> = kernels.into_iter().filter(|trial| !trial.packed).collect();
             let chosen = if best.packed { choose(&plain)? } else { best }.name.clone();
             let packed = best.packed.then(|| best.name.clone());
-            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen, packed })
+            Some(Measured { candidates: times.collect::<Option<_>>()?, chosen, packed, library })
         };
         let apart = |key: &String| self.refined.get(key).is_some_and(|chosen| chosen == APART);
         let mut problems: BTreeMap<String, Measured> = BTreeMap::new();
@@ -297,7 +312,7 @@ impl Tuning {
             problems.extend(measured(key, trials).map(|measured| (key.clone(), measured)));
         }
         for key in self.refined.keys().filter(|key| apart(key)) {
-            let none = Measured { chosen: String::new(), packed: None, candidates: BTreeMap::new() };
+            let none = Measured { chosen: String::new(), packed: None, library: None, candidates: BTreeMap::new() };
             APART.clone_into(&mut problems.entry(key.clone()).or_insert(none).chosen);
         }
         Lock {
@@ -317,9 +332,9 @@ fn round(us: f64) -> f64 {
 }
 
 /// The fastest of a problem's candidates; the default, which is the first, unless another is faster by [`MARGIN`].
-fn choose(trials: &[Trial]) -> Option<&Trial> {
-    let default = trials.first()?;
-    let timed = trials.iter().filter_map(|trial| Some((trial, trial.us()?)));
+fn choose<'a>(trials: &[&'a Trial]) -> Option<&'a Trial> {
+    let default = *trials.first()?;
+    let timed = trials.iter().filter_map(|trial| Some((*trial, trial.us()?)));
     let Some((fastest, us)) = timed.min_by(|a, b| a.1.total_cmp(&b.1)) else { return Some(default) };
     let stays = match default.us() {
         Some(default_us) => us > default_us * (1.0 - MARGIN),

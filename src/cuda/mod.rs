@@ -1,7 +1,8 @@
-//! Safe wrappers around the CUDA driver, NVRTC and NCCL, each loaded when it is first needed: a build needs none. Every
+//! Safe wrappers around the CUDA driver, NVRTC, NCCL and cuBLASLt, each loaded when it is first needed: a build needs none. Every
 //! handle frees itself. Uses no other room.
 
 mod captures;
+pub mod cublaslt;
 pub mod driver;
 pub mod graph;
 pub mod ipc;
@@ -12,6 +13,7 @@ pub mod nccl;
 pub mod nvrtc;
 pub mod tensor;
 
+pub use cublaslt::{Cublaslt, CublasltError, Matmul, MatmulPlaces, MatmulShape};
 pub use driver::{Argument, Device, DeviceError, Event, Function, LaunchShape, Module, Stream};
 pub use graph::Graph;
 pub use ipc::{MappedMemory, MemoryHandle, SharedMemory};

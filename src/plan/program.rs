@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::plan::{Collective, DType, Launch, Packed, Semantic, Weight};
+use crate::plan::{Collective, DType, Launch, LibraryCall, Packed, Semantic, Weight};
 
 /// One rank's share: its pool and its buckets.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -108,6 +108,8 @@ pub enum StateRole {
     /// Counters by which the blocks of a launch claim work, i32 `[steps of the longest bucket]`: zeros, whenever no launch that has
     /// one is on its way.
     Claims,
+    /// What libraries' calls work in, i32 `[bytes / 4]`: nothing is kept there from one call to the next.
+    Workspace,
 }
 
 /// A buffer exchanged with the host.
@@ -170,7 +172,7 @@ pub enum Phase {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Buffer(pub String, pub u64, pub u64);
 
-/// One operator of the fused graph: on a device, one launch.
+/// One operator of the fused graph: on a device one launch, what ranks do together, or a library's call.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Step {
@@ -194,6 +196,9 @@ pub struct Step {
     /// How it runs together with the other ranks, if it does; it has no launch then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub collective: Option<Collective>,
+    /// The library's function that it is on the device, if it is one; it has no launch then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<LibraryCall>,
 }
 
 /// A place that a step reads or writes.

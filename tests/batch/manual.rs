@@ -9,7 +9,7 @@ use crate::common::{done, fails, read};
 fn long_options(help: &str) -> Vec<&str> {
     let starts =
         help.lines().filter_map(|line| line.trim_start().split_once("--").filter(|(before, _)| before.len() <= 4));
-    starts.filter_map(|(_, name)| name.split([' ', '=', ',']).next()).filter(|name| !name.is_empty()).collect()
+    starts.filter_map(|(_, name)| name.split([' ', '=', ',', '[']).next()).filter(|name| !name.is_empty()).collect()
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn same(found: &Finished, expected: &Finished, what: &str) -> Result<(), Failed>
 }
 
 /// Alone, among others, behind others in used slots, and step by step instead of as a graph.
-fn company(file: &PlanFile) -> Result<(), Failed> {
+pub fn company(file: &PlanFile) -> Result<(), Failed> {
     let mut executor = gpu(file, Graphs::Required);
     let prompts = prompts(file.manifest.model.vocab as u32);
     let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, 12)).collect();
@@ -120,7 +120,15 @@ fn company(file: &PlanFile) -> Result<(), Failed> {
     Ok(())
 }
 
-fn graphs(file: &PlanFile) -> Result<(), Failed> {
+/// Logits of every row of some prompts.
+pub fn prompt_logits(file: &PlanFile) -> Result<Vec<f32>, Failed> {
+    let prompts = prompts(file.manifest.model.vocab as u32);
+    let requests = prompts.iter().map(|prompt| request(prompt, 1)).collect();
+    let found = run(&mut gpu(file, Graphs::Required), requests, true)?;
+    Ok(found.into_iter().flat_map(|finished| finished.prompt_logits).collect())
+}
+
+pub fn graphs(file: &PlanFile) -> Result<(), Failed> {
     let prompts = prompts(file.manifest.model.vocab as u32);
     let requests: Vec<Request> = prompts.iter().map(|prompt| request(prompt, 12)).collect();
     let captured = run(&mut gpu(file, Graphs::Required), requests.clone(), true)?;

@@ -5,6 +5,7 @@
 
 mod bits;
 mod exchange;
+mod library;
 mod load;
 mod models;
 mod pack;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     trials.extend(load::trials());
     trials.extend(pack::trials());
     trials.extend(steps::trials());
+    trials.extend(library::trials());
     trials.extend(precision::trials());
     trials.extend(bits::trials());
     trials.extend(sessions::trials());

@@ -10,14 +10,14 @@ use lfm2c::ir::DType;
 use lfm2c::passes;
 use lfm2c::plan::{Bucket, Instr, Kernel, Op, PlanFile, Step};
 use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
-use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name};
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs, runner_name};
 use lfm2c::runtime::weights;
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
 
 use crate::models::{CROWDED, SHAPES, Shape, cpu, fail, gpu, plan};
 
-fn options(dtype: DType) -> CompileOptions {
+pub fn options(dtype: DType) -> CompileOptions {
     CompileOptions {
         dtype: Some(dtype),
         prefill: Some(vec![5, 80, 300]),
@@ -74,14 +74,18 @@ fn gathered_apart(dtype: DType) -> Result<(), Failed> {
 
 /// Compares every step of a plan, from what the steps before it left on the GPU.
 fn check(shape: &Shape, options: &CompileOptions) -> Result<(), Failed> {
-    let file = plan(shape, options);
-    let (mut gpu, mut cpu) = (gpu(&file, Graphs::Off), cpu(&file));
-    let mut faults = Faults::of(&file);
+    check_plan(&plan(shape, options))
+}
+
+/// The same of a plan that there is.
+pub fn check_plan(file: &PlanFile) -> Result<(), Failed> {
+    let (mut gpu, mut cpu) = (gpu(file, Graphs::Off), cpu(file));
+    let mut faults = Faults::of(file);
     let program = gpu.program().clone();
     for (i, bucket) in program.buckets.iter().enumerate() {
         begin(&mut gpu, i, History::Run).map_err(fail)?;
         for (at, step) in bucket.steps.iter().enumerate() {
-            faults.add(&file, bucket, step, &compare_step(&mut cpu, &gpu, i, at).map_err(fail)?);
+            faults.add(file, bucket, step, &compare_step(&mut cpu, &gpu, i, at).map_err(fail)?);
         }
     }
     faults.result()
@@ -111,7 +115,7 @@ impl Faults {
 
     fn add(&mut self, file: &PlanFile, bucket: &Bucket, step: &Step, written: &[Written]) {
         for Written { name, error, first, .. } in written.iter().filter(|written| !written.holds(self.bound)) {
-            let kernel = kernel_name(kernel_of(file, step));
+            let kernel = runner_name(&file.manifest, step).unwrap_or_default();
             self.found.push(format!("{} {} ({kernel}), %{name}: {error:e}, {first:?}", bucket.name, step.name));
         }
     }

@@ -45,3 +45,46 @@ fn tune() -> Result<(), Failed> {
     assert!(!run(&["--device", "cuda", "--require-graphs"])?.trim().is_empty());
     Ok(())
 }
+
+/// Where the library is measured against the kernels that are chosen, every problem that it has a call for is, and what it chose runs.
+pub fn libraries() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let at = folder.path();
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron"), at.join("demo.ron"))?;
+    let compile = ["compile", "demo.ron", "--target", "sm_90a", "--dtype", "bf16", "--libraries", "cublaslt"];
+    let sizes = ["--prefill", "64,512", "--decode", "1", "-o", "demo.plan"];
+    let first = lfm2c(at, &[&compile[..], &sizes[..], &["--tune=libraries"]].concat())?;
+    assert!(first.contains("prefill_64: ") && first.contains("prefill_512: "), "{first}");
+    let lock = Lock::read(&at.join("demo.lock.ron")).map_err(|e| format!("{e:#}"))?.ok_or("no lock file")?;
+    assert!(lock.problems.len() > 4, "{lock:?}");
+    for (key, measured) in &lock.problems {
+        let names: Vec<&str> = measured.candidates.keys().map(String::as_str).collect();
+        assert!(
+            names.len() == 2 && names.contains(&"cublaslt") && names.contains(&&*measured.chosen),
+            "{key}: {names:?}"
+        );
+        assert!(
+            measured.candidates.values().all(|time| matches!(time, Time::Us(us) if *us > 0.0)),
+            "{key}: {measured:?}"
+        );
+    }
+    // Whatever was faster, a plan by the library runs: with graphs, and as a measurement of all candidates finds it.
+    let tuned =
+        lfm2c(at, &[&compile[..], &["--prefill", "64", "--decode", "1", "-o", "demo.plan", "--tune"]].concat())?;
+    assert!(tuned.contains("chooses the kernels of") && !tuned.contains("does not know"), "{tuned}");
+    let mut lock = Lock::read(&at.join("demo.lock.ron")).map_err(|e| format!("{e:#}"))?.ok_or("no lock file")?;
+    for measured in lock.problems.values_mut() {
+        measured.library = measured.candidates.contains_key("cublaslt").then(|| "cublaslt".to_owned());
+    }
+    lock.write(&at.join("demo.lock.ron")).map_err(|e| format!("{e:#}"))?;
+    lfm2c(at, &[&compile[..], &sizes[..]].concat())?;
+    assert!(lfm2c(at, &["inspect", "demo.plan", "--bucket", "prefill_512"])?.contains("cublaslt"));
+    lfm2c(at, &["inspect", "demo.plan", "--device"])?;
+    let bench = ["bench", "demo.plan", "--block", "dense", "--prefill", "512", "--steps", "5"];
+    assert!(lfm2c(at, &bench)?.contains("cublaslt"));
+    assert!(lfm2c(at, &["profile", "demo.plan", "--bucket", "prefill_512"])?.contains("cublaslt"));
+    lfm2c(at, &["diff", "demo.plan", "--bucket", "prefill_512"])?;
+    let run = ["run", "demo.plan", "--max-new-tokens", "8", "--device", "cuda", "--require-graphs"];
+    assert!(!lfm2c(at, &run)?.trim().is_empty());
+    Ok(())
+}

@@ -3,6 +3,7 @@
 
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c                        # bf16: 512, 2048 and 8192 rows
     python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c --dtype f32 --f32 split
+    python3 tests/oracle/bench_products.py --lfm2c target/release/lfm2c --libraries cublaslt   # steps by it where the lock says so
 
 lfm2c: the steps of that shape of all layers, by `bench --block moe,dense`: dense products as a graph of their own, experts' as what they add to
 a graph of their blocks; with the step's whole epilogue, and for experts with the gather of their rows. cuBLAS: the bare product by
@@ -48,6 +49,7 @@ def measure(args, rows):
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "products.plan"
         how = ["--synthetic", 1, "--dtype", args.dtype, *(["--f32", args.f32] if args.dtype == "f32" else [])]
+        how += ["--libraries", args.libraries] if args.libraries else []
         run(args.lfm2c, "compile", args.recipe, "--target", "sm_90a", *how, "--decode", "1", "--prefill", rows, "-o", plan)
         sizes = ["--prefill", rows, "--steps", REPLAYS]
         found = json.loads(run(args.lfm2c, "bench", plan, "--block", "moe,dense", *sizes, "--format", "json"))
@@ -115,6 +117,7 @@ def main():
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[512, 2048, 8192])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--f32", choices=["exact", "split"], default="exact")
+    parser.add_argument("--libraries", choices=["cublaslt"], help="compile with --libraries: the lock chooses which steps are its calls")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     header = f"{'product':24} {'rows':>5} {'shape':>20} {'lfm2c, us':>10} {'TFLOP/s':>8} {'cuBLAS, us':>11} {'TFLOP/s':>8} {'times':>6}  kernel"
@@ -123,6 +126,7 @@ def main():
         machine, products = measure(args, rows)
         if rows == args.rows[0]:
             what = args.dtype if args.dtype != "f32" else f"f32 ({args.f32})"
+            what += f", with {args.libraries}" if args.libraries else ""
             print(f"{machine['device']}, torch {torch.__version__}, CUDA {torch.version.cuda}; {what}\n\n{header}")
         for name, columns, depth, experts in shapes(FULL):
             groups = FULL["num_experts"] if experts else 1

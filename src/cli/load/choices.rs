@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use crate::cli::lock;
 use crate::cli::measure::is_source;
 use crate::codegen::CompileOptions;
-use crate::codegen::select::{F32, Pack};
+use crate::codegen::select::{F32, Libraries, Pack};
 use crate::cuda;
 use crate::ir::DType;
 use crate::passes::Target;
@@ -31,6 +31,9 @@ pub struct Choices {
     /// less, the weights take two thirds more room
     #[arg(long)]
     pub pack: bool,
+    /// Lets steps of prompts be calls of a library where a lock file says that it is faster; the plan then needs the library wherever it runs
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "NAME,...")]
+    pub libraries: Vec<LibraryChoice>,
     /// Rows of the prefill buckets [default: the recipe's, else 16 to 8192]
     #[arg(long, value_delimiter = ',', value_name = "ROWS,...")]
     pub prefill: Option<Vec<u64>>,
@@ -110,6 +113,13 @@ pub enum F32Choice {
     Split,
 }
 
+/// `--libraries`.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LibraryChoice {
+    /// cuBLASLt, for dense products
+    Cublaslt,
+}
+
 impl Choices {
     /// As options of the compile driver.
     pub fn options(&self) -> CompileOptions {
@@ -126,6 +136,7 @@ impl Choices {
             }),
             f32: if self.f32 == F32Choice::Split { F32::Split } else { F32::Exact },
             pack: if self.pack { Pack::Asked } else { Pack::Never },
+            libraries: if self.libraries.is_empty() { Libraries::Never } else { Libraries::Asked },
             prefill: self.prefill.clone(),
             decode: self.decode.clone(),
             synthetic: self.synthetic,

@@ -56,8 +56,8 @@ impl<'a> Tables<'a> {
     }
 
     /// Adds what a device keeps by itself: counters for buckets of up to so many steps and, if the graph is a language model's,
-    /// the state of sequences.
-    pub(super) fn device_states(&mut self, longest: u64) {
+    /// the state of sequences; and so many bytes for libraries to work in.
+    pub(super) fn device_states(&mut self, longest: u64, workspace: u64) {
         let sampling = self.states.iter().find(|state| state.role == StateRole::Sampling);
         let slots = sampling.map(|state| state.ty.1[0]);
         let mut added = vec![("claims", StateRole::Claims, vec![longest.max(1)])];
@@ -67,6 +67,10 @@ impl<'a> Tables<'a> {
                 ("stops", StateRole::Stops, vec![slots, plan::STOP_COLUMNS]),
                 ("steps", StateRole::StepCounter, vec![2]),
             ]);
+        }
+        if workspace > 0 {
+            let elements = workspace.div_ceil(plan::DType::I32.bytes());
+            added.push(("workspace", StateRole::Workspace, vec![elements]));
         }
         for (name, role, shape) in added {
             let last = self.states.last();

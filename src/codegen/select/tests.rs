@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::codegen::compile::Silent;
+use crate::codegen::kernels::{Candidate, candidates};
 use crate::codegen::{CompileOptions, Recipe, Source, compile};
 use crate::ir::DType;
 use crate::passes::Target;
@@ -48,7 +49,7 @@ fn a_packed_choice_goes_first_where_packed_weights_may_be_read() {
     let mut found = 0;
     for (_, problem) in step_problems(&program) {
         let list = admitted(&problem, Pack::Asked);
-        let (packed, plain): (Vec<_>, Vec<_>) = list.iter().partition(|candidate| reads_packed(candidate));
+        let (packed, plain): (Vec<_>, Vec<_>) = list.iter().partition(|candidate| candidate.reads_packed());
         let (Some(packed), Some(plain)) = (packed.last(), plain.last()) else { continue };
         let key = problem_key(&problem);
         for wanted in [plain.name(), APART.to_owned()] {
@@ -56,7 +57,7 @@ fn a_packed_choice_goes_first_where_packed_weights_may_be_read() {
                 chosen: BTreeMap::from([(key.clone(), wanted)]),
                 packed: BTreeMap::from([(key.clone(), packed.name())]),
                 measured: BTreeMap::from([(key.clone(), vec![plain.name()])]),
-                nth: None,
+                ..Tactics::default()
             };
             let by = |pack| {
                 let selector = Selector::new(&tactics, F32::Exact, pack);
@@ -67,6 +68,38 @@ fn a_packed_choice_goes_first_where_packed_weights_may_be_read() {
         found += 1;
     }
     assert!(found > 2, "{found} problems have packed candidates");
+}
+
+#[test]
+fn a_library_is_chosen_by_tactics_alone_and_only_where_it_is_allowed() {
+    let program = program(Tactics::default());
+    let mut found = 0;
+    for (_, problem) in step_problems(&program) {
+        let (kernels, all) = (admitted(&problem, Libraries::Never), admitted(&problem, Libraries::Asked));
+        let names = |list: &[Way]| list.iter().map(Way::name).collect::<Vec<_>>();
+        if library_call(&problem).is_none() {
+            assert_eq!(names(&kernels), names(&all));
+            continue;
+        }
+        assert_ne!(problem.phase, Phase::Decode);
+        assert_eq!([names(&kernels), vec!["cublaslt".to_owned()]].concat(), names(&all), "behind all kernels");
+        let key = problem_key(&problem);
+        let library = BTreeMap::from([(key.clone(), "cublaslt".to_owned())]);
+        let kernel = kernels.last().expect("there are kernels").name();
+        let chosen = BTreeMap::from([(key.clone(), kernel.clone())]);
+        let (default, first) = (Tactics::default(), kernels[0].name());
+        let known = Tactics { chosen, library, ..Tactics::default() };
+        let by = |tactics, libraries| {
+            let selector = Selector::new(tactics, F32::Exact, libraries);
+            selector.choose(problem.semantic, problem.phase).expect("there is a candidate").name()
+        };
+        for libraries in [Libraries::Asked, Libraries::All] {
+            assert_eq!((by(&default, libraries), by(&known, libraries)), (first.clone(), "cublaslt".to_owned()));
+        }
+        assert_eq!((by(&default, Libraries::Never), by(&known, Libraries::Never)), (first, kernel));
+        found += 1;
+    }
+    assert!(found > 2, "{found} problems have a library");
 }
 
 #[test]
@@ -166,10 +199,10 @@ fn numbers_of_f32_are_taken_apart_where_that_is_asked_for() {
             let found = Selector::new(tactics, f32, Pack::default()).choose(problem.semantic, problem.phase);
             found.expect("there is a candidate")
         };
-        assert!(choose(&tactics, F32::Exact).twin.exact());
+        assert!(choose(&tactics, F32::Exact).exact());
         let split = choose(&tactics, F32::Split);
-        let can = list.iter().any(|found| !found.twin.exact());
-        assert_eq!(split.twin.exact(), !can);
+        let can = list.iter().any(|found| !found.exact());
+        assert_eq!(split.exact(), !can);
         products += usize::from(can);
         let named = Tactics { chosen: BTreeMap::from([(problem_key(&problem), list[0].name())]), ..Tactics::default() };
         assert_eq!(choose(&named, F32::Split).name(), list[0].name(), "a name goes before");

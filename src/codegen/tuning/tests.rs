@@ -7,6 +7,7 @@ fn trials(times: &[Option<f64>]) -> Vec<Trial> {
     let trial = |(i, us): (usize, &Option<f64>)| Trial {
         name: format!("stream n={i}"),
         packed: false,
+        library: false,
         time: Some(us.map_or_else(|| Time::Failed("no".into()), Time::Us)),
     };
     times.iter().enumerate().map(trial).collect()
@@ -14,7 +15,8 @@ fn trials(times: &[Option<f64>]) -> Vec<Trial> {
 
 #[test]
 fn the_default_stays_unless_another_is_clearly_faster() {
-    let chosen = |times: &[Option<f64>]| choose(&trials(times)).map(|trial| trial.name.clone());
+    let first = |list: &[Trial]| choose(&list.iter().collect::<Vec<_>>()).map(|trial| trial.name.clone());
+    let chosen = |times: &[Option<f64>]| first(&trials(times));
     assert_eq!(chosen(&[Some(10.0), Some(9.9), Some(11.0)]).as_deref(), Some("stream n=0"));
     assert_eq!(chosen(&[Some(10.0), Some(9.8)]).as_deref(), Some("stream n=1"), "just by the margin");
     assert_eq!(chosen(&[Some(10.0), Some(9.0), Some(8.0), Some(8.5)]).as_deref(), Some("stream n=2"));
@@ -23,11 +25,11 @@ fn the_default_stays_unless_another_is_clearly_faster() {
     assert_eq!(chosen(&[]), None);
     let mut unknown = trials(&[Some(10.0), Some(1.0)]);
     unknown[0].time = None;
-    assert_eq!(choose(&unknown).map(|trial| &*trial.name), Some("stream n=0"));
+    assert_eq!(first(&unknown).as_deref(), Some("stream n=0"));
 }
 
 fn tuning() -> Tuning {
-    Tuning::of(&compiled(Tactics::default()).file.manifest, Pack::default())
+    Tuning::of(&compiled(Tactics::default()).file.manifest, Allowed::default())
 }
 
 /// Times of a round in which each problem's candidate takes what `us` says of its position.
@@ -159,4 +161,28 @@ fn what_another_has_measured_is_not_measured_again() {
     let before = known.problems.len();
     known.absorb(again);
     assert_eq!(known.problems.len(), before, "they are the same");
+}
+
+#[test]
+fn a_library_that_is_clearly_faster_goes_before_the_best_kernel() {
+    let trial =
+        |name: &str, library, us: f64| Trial { name: name.into(), packed: false, library, time: Some(Time::Us(us)) };
+    let lock = |library_us: f64| {
+        let list = vec![trial("a", false, 10.0), trial("b", false, 8.0), trial("cublaslt", true, library_us)];
+        let problems = BTreeMap::from([("product".to_owned(), Trials { phase: Phase::Prefill, list })]);
+        Tuning { problems, ..Tuning::default() }
+            .lock("a GPU", (13, 0))
+            .problems
+            .remove("product")
+            .expect("it is measured")
+    };
+    let faster = lock(7.5);
+    assert_eq!((&*faster.chosen, faster.library.as_deref()), ("b", Some("cublaslt")));
+    // Faster than the default, and than the best kernel by what may be noise.
+    let alike = lock(7.9);
+    assert_eq!((&*alike.chosen, alike.library.as_deref()), ("b", None));
+    assert_eq!(alike.candidates["cublaslt"], Time::Us(7.9));
+    let tactics =
+        Lock { problems: BTreeMap::from([("product".into(), faster)]), ..Tuning::default().lock("a GPU", (13, 0)) };
+    assert_eq!(tactics.tactics().library["product"], "cublaslt");
 }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::launch;
+use super::library;
 use super::order::{self, Accesses};
 use super::pool::place;
 use super::semantic::Signature;
@@ -113,6 +114,7 @@ fn sizes(context: &Context, bucket: &Bucket) -> Result<(), String> {
 fn check(context: &Context, bucket: &Bucket, at: &str, faults: &mut Faults) {
     let before = faults.count();
     let Some(ancestors) = order::ancestors(&bucket.steps, at, faults) else { return };
+    library::check_order(bucket, &ancestors, at, faults);
     let mut walk = Walk::new(context, bucket, &ancestors);
     for (i, step) in bucket.steps.iter().enumerate() {
         // What comes after a faulty step would mostly be its echo.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::Faults;
 use super::bucket::Context;
+use super::library;
 use crate::plan::{
     Arg, DType, EXCHANGE_PARTS, EXCHANGE_RANKS, Kernel, Launch, Manifest, Param, ParamType, Program, Ref, Semantic,
     StateRole, Step, Target, TensorMap, TensorType, settled,
@@ -95,6 +96,9 @@ pub(super) fn check_steps(context: &Context, at: &str, faults: &mut Faults) {
 
 fn check_step(context: &Context, step: &Step) -> Result<(), String> {
     let device = context.manifest.target != Target::Cpu;
+    if let Some(call) = step.library {
+        return library::check_call(context, step, call);
+    }
     let launch = match &step.launch {
         Some(_) if step.collective.is_some() => return Err("expected no launch of what ranks do together".into()),
         None if step.collective.is_some() => return Ok(()),

@@ -22,6 +22,7 @@
 mod bucket;
 mod exchanges;
 mod launch;
+mod library;
 mod meaning;
 mod model;
 mod ops;

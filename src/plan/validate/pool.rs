@@ -54,6 +54,7 @@ pub(super) fn check(manifest: &Manifest, program: &Program, language: bool, at: 
         StateRole::StepCounter,
         StateRole::Link,
         StateRole::Claims,
+        StateRole::Workspace,
     ];
     for role in single {
         let count = program.states.iter().filter(|state| state.role == role).count();
@@ -227,7 +228,7 @@ fn check_state(state: &State, limits: Option<&Limits>) -> Result<(), String> {
         StateRole::Stops => (vec![limits.map(|limits| limits.max_sequences), Some(STOP_COLUMNS)], true),
         StateRole::StepCounter => (vec![Some(2)], true),
         StateRole::Link => (vec![Some(1)], true),
-        StateRole::Claims => (vec![None], true),
+        StateRole::Claims | StateRole::Workspace => (vec![None], true),
     };
     let fits = shape.len() == expected.len()
         && shape.iter().zip(&expected).all(|(found, expected)| expected.is_none_or(|expected| expected == *found));

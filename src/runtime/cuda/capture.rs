@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::collective::Task;
-use crate::cuda::{Device, Event, Exchange, Graph, Part, Stream};
+use crate::cuda::{Device, DeviceMemory, Event, Exchange, Graph, Part, Stream};
 use crate::plan::Step;
 
 /// Branches that run side by side, at most; more go one after the other.
@@ -98,7 +98,7 @@ impl Streams {
     }
 
     /// Queues steps as their lanes say. Streams other than the first begin by waiting for it, and it ends by waiting for them.
-    pub(super) fn queue(&self, tasks: &[Task], lanes: &Lanes, exchange: Queue) -> Result<()> {
+    pub(super) fn queue(&self, tasks: &[Task], lanes: &Lanes, pool: &DeviceMemory, exchange: Queue) -> Result<()> {
         let device = self.main().device();
         let mut events: Vec<Option<Event>> = vec![];
         events.resize_with(tasks.len(), || None);
@@ -123,14 +123,18 @@ impl Streams {
                 }
             }
             // A dependent launch waits for the kernel before it in its stream, and only for that. The first begins when all that
-            // was queued before is done, which early reads of the others rely on. What follows an exchange that is no launch begins when
-            // that is done.
+            // was queued before is done, which early reads of the others rely on. What follows an exchange that is no launch, or a
+            // library's call, begins when that is done.
             let dependent = alone && i > 0 && !whole[*lane];
             whole[*lane] = false;
             match task {
                 Task::Launch(ready) if dependent => ready.launch(stream)?,
                 Task::Launch(ready) => ready.launch_after_all(stream)?,
                 Task::Exchange(kind, parts) => whole[*lane] = !exchange(*kind, parts, stream, dependent)?,
+                Task::Library(call) => {
+                    call.queue(pool, stream)?;
+                    whole[*lane] = true;
+                }
             }
             if lanes.recorded[i] {
                 let event = Event::new(device, false)?;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::CudaExecutor;
+use super::libraries::Call;
 use super::peers::Peers;
 use super::program::{Ready, offset};
 use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
@@ -22,6 +23,8 @@ pub(super) enum Task {
     Launch(Ready),
     /// An exchange of parts of the pool with the other ranks.
     Exchange(Exchange, Vec<Part>),
+    /// A library's call.
+    Library(Call),
 }
 
 impl Task {
@@ -29,7 +32,7 @@ impl Task {
     pub(super) fn ready(&self) -> Option<&Ready> {
         match self {
             Task::Launch(ready) => Some(ready),
-            Task::Exchange(..) => None,
+            Task::Exchange(..) | Task::Library(_) => None,
         }
     }
 }

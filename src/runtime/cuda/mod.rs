@@ -7,6 +7,7 @@
 mod capture;
 mod collective;
 mod contents;
+mod libraries;
 mod load;
 pub mod measure;
 mod offers;
@@ -25,9 +26,9 @@ pub use self::collective::Road;
 use self::collective::{Others, Task};
 pub use self::peers::Lines;
 use self::program::Kernels;
-pub use self::program::{check_device, kernel_name, offset};
+pub use self::program::{check_device, kernel_name, offset, runner_name};
 use self::run::Flight;
-use crate::cuda::{Device, DeviceMemory, Stream};
+use crate::cuda::{Device, DeviceMemory, Part, Stream};
 use crate::plan::{Manifest, PlanFile, Program};
 use crate::runtime::forced::ForcedExperts;
 
@@ -93,7 +94,8 @@ impl CudaExecutor {
             pool.fill(region.offset as usize..(region.offset + region.bytes) as usize, 0, streams.main())?;
         }
         streams.main().synchronize()?;
-        let tasks = kernels.tasks(program, pool.address())?;
+        let tasks = kernels.tasks(program, pool.address(), device)?;
+        libraries::warm(&tasks, &pool, streams.main())?;
         let lanes = program.buckets.iter().map(|bucket| Lanes::of(&bucket.steps)).collect();
         let captured = program.buckets.iter().map(|_| None).collect();
         let flight = Flight::new(program, &kernels, &pool, device)?;
@@ -122,8 +124,8 @@ impl CudaExecutor {
         file.manifest.ranks.get(self.rank).is_some_and(|program| same_but_launches(program, self.program()))
     }
 
-    /// Goes on with another plan's kernels: one of the same steps over the same pool, which keeps its contents. Graphs are to be
-    /// captured anew.
+    /// Goes on with another plan's kernels: one of the same steps over the same pool, which keeps its contents but for what steps have
+    /// written in the arena. Graphs are to be captured anew.
     ///
     /// # Errors
     /// A plan that differs in more than kernels and launches, or a device that cannot run it.
@@ -137,7 +139,8 @@ impl CudaExecutor {
         );
         self.streams.main().synchronize()?;
         let kernels = Kernels::load(file, program, &self.device)?;
-        let tasks = kernels.tasks(program, self.pool.address())?;
+        let tasks = kernels.tasks(program, self.pool.address(), &self.device)?;
+        libraries::warm(&tasks, &self.pool, self.streams.main())?;
         let mut flight = Flight::new(program, &kernels, &self.pool, &self.device)?;
         if let (Some(new), Some(old)) = (&mut flight, &self.flight) {
             new.continue_after(old);
@@ -186,6 +189,7 @@ impl CudaExecutor {
         match steps.get(step).with_context(|| format!("no step {step} of {}", steps.len()))? {
             Task::Launch(ready) => ready.launch_after_all(self.streams.main()),
             Task::Exchange(kind, parts) => self.exchange(*kind, parts, self.streams.main(), false).map(drop),
+            Task::Library(call) => call.queue(&self.pool, self.streams.main()),
         }
     }
 
@@ -199,8 +203,8 @@ impl CudaExecutor {
     }
 
     fn queue(&self, tasks: &[Task], lanes: &Lanes) -> Result<()> {
-        self.streams
-            .queue(tasks, lanes, &|kind, parts, stream, dependent| self.exchange(kind, parts, stream, dependent))
+        let exchange = |kind, parts: &[Part], stream: &Stream, dependent| self.exchange(kind, parts, stream, dependent);
+        self.streams.queue(tasks, lanes, &self.pool, &exchange)
     }
 
     /// Queues a bucket: its graph, captured if it is not yet, or its steps if graphs are off.
@@ -298,11 +302,13 @@ impl CudaExecutor {
     }
 }
 
-/// Whether two programs do the same steps over the same bytes, by whatever kernels.
+/// Whether two programs do the same steps over the same bytes, by whatever kernels and libraries.
 fn same_but_launches(a: &Program, b: &Program) -> bool {
     let without = |program: &Program| {
         let mut program = program.clone();
-        program.buckets.iter_mut().flat_map(|bucket| &mut bucket.steps).for_each(|step| step.launch = None);
+        program.buckets.iter_mut().flat_map(|bucket| &mut bucket.steps).for_each(|step| {
+            (step.launch, step.library) = (None, None);
+        });
         program
     };
     without(a) == without(b)

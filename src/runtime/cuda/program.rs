@@ -6,6 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::collective::{Task, exchange};
+use super::libraries::Libraries;
 use crate::cuda::{Argument, Boxes, Device, Element, Function, LaunchShape, Module, Stream, TensorMap};
 use crate::plan::{
     self, Arg, DType, Kernel, Manifest, Param, PlanFile, Program, Promotion, Ref, ServiceRole, StateRole, Step, Target,
@@ -119,10 +120,12 @@ impl Kernels {
     }
 
     /// What all steps are on the stream, by bucket, over a pool at this address.
-    pub(super) fn tasks(&self, program: &Program, pool: u64) -> Result<Vec<Vec<Task>>> {
-        let task = |bucket: usize, step: &Step| match &step.collective {
-            Some(collective) => exchange(program, bucket, step, collective),
-            None => self.ready(program, bucket, step, pool).map(Task::Launch),
+    pub(super) fn tasks(&self, program: &Program, pool: u64, device: &Arc<Device>) -> Result<Vec<Vec<Task>>> {
+        let mut libraries = Libraries::new(device);
+        let mut task = |bucket: usize, step: &Step| match (&step.collective, step.library) {
+            (Some(collective), _) => exchange(program, bucket, step, collective),
+            (None, Some(call)) => libraries.task(program, bucket, step, call),
+            (None, None) => self.ready(program, bucket, step, pool).map(Task::Launch),
         };
         let buckets = program.buckets.iter().enumerate().map(|(i, bucket)| {
             let steps = bucket.steps.iter().map(|step| task(i, step));
@@ -177,14 +180,19 @@ impl Kernels {
     }
 }
 
-/// A plan's tensor map in the driver's words, of a tensor at this address.
-fn boxes(map: &plan::TensorMap, dtype: DType, address: u64) -> Boxes {
-    let element = match dtype {
+/// A type in the device's words.
+pub(super) fn element(dtype: DType) -> Element {
+    match dtype {
         DType::F32 => Element::F32,
         DType::F16 => Element::F16,
         DType::BF16 => Element::BF16,
         DType::I32 => Element::I32,
-    };
+    }
+}
+
+/// A plan's tensor map in the driver's words, of a tensor at this address.
+fn boxes(map: &plan::TensorMap, dtype: DType, address: u64) -> Boxes {
+    let element = element(dtype);
     let promotion = match map.promotion {
         Promotion::None => 0,
         Promotion::Bytes64 => 64,
@@ -246,6 +254,15 @@ pub fn offset(program: &Program, bucket: usize, place: Ref) -> Result<u64> {
 /// What a kernel of a plan is called in tables: `stream rows=16 warps=8`.
 pub fn kernel_name(kernel: &Kernel) -> String {
     format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
+}
+
+/// What runs a step on a device, as tables call it: its kernel, its library, or `exchange`; none in a plan for the CPU.
+pub fn runner_name(manifest: &Manifest, step: &Step) -> Option<String> {
+    match (&step.launch, step.library) {
+        (Some(launch), _) => manifest.kernels.get(launch.kernel as usize).map(kernel_name),
+        (None, Some(call)) => Some(call.name().to_owned()),
+        (None, None) => step.collective.as_ref().filter(|_| manifest.target != Target::Cpu).map(|_| "exchange".into()),
+    }
 }
 
 #[cfg(test)]

@@ -11,26 +11,13 @@ use crate::runtime::group::{Group, short, tell};
 /// Who reads; all ranks the same.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum Sharing {
-    /// What is faster and possible.
+    /// As `Share` where that is possible, which is faster, else as `Read`.
     #[default]
     Auto,
     /// Every rank.
     Read,
     /// On each host the first of the ranks with the same program.
     Share,
-}
-
-/// Whether ranks share without being told to, where they can.
-const AUTO_SHARES: bool = false;
-
-impl Sharing {
-    fn is_tried(self) -> bool {
-        match self {
-            Sharing::Auto => AUTO_SHARES,
-            Sharing::Read => false,
-            Sharing::Share => true,
-        }
-    }
 }
 
 /// By what the weights of a rank are found by another.
@@ -132,7 +119,7 @@ pub fn load<R: Region>(
     // By rank of the host: the first with the same program.
     let first = |one: &Hello| ranks.iter().position(|other| other.program == one.program);
     let firsts: Vec<usize> = ranks.iter().map(first).collect::<Option<_>>().context("a rank without a program")?;
-    let is_shared = sharing.is_tried() && firsts.iter().enumerate().any(|(rank, &first)| rank != first);
+    let is_shared = sharing != Sharing::Read && firsts.iter().enumerate().any(|(rank, &first)| rank != first);
     let (from, why) = if is_shared {
         read_and_copy(host, &ranks, &firsts, sharing, region)?
     } else {

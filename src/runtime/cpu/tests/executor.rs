@@ -32,6 +32,7 @@ fn step(name: &str, op: usize, reads: &[Ref], writes: &[Ref]) -> Step {
         cost,
         launch: None,
         collective: None,
+        library: None,
     }
 }
 

@@ -11,7 +11,7 @@ use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
 use crate::plan::{Bucket, DType, Instr, Op, Semantic, Step, scope};
 use crate::runtime::cuda::capture::Lanes;
-use crate::runtime::cuda::{CudaExecutor, kernel_name};
+use crate::runtime::cuda::{CudaExecutor, runner_name};
 
 /// Replays before those that count.
 const WARM: usize = 3;
@@ -169,10 +169,10 @@ pub fn measure_block(
     })
 }
 
-/// The kernels of steps, each once.
+/// The kernels of steps, or libraries, each once.
 fn kernels(executor: &CudaExecutor, bucket: usize, steps: &[usize]) -> Vec<String> {
-    let steps = steps.iter().filter_map(|&i| executor.program().buckets[bucket].steps[i].launch.as_ref());
-    let names = steps.filter_map(|launch| executor.manifest.kernels.get(launch.kernel as usize)).map(kernel_name);
+    let steps = steps.iter().map(|&i| &executor.program().buckets[bucket].steps[i]);
+    let names = steps.filter_map(|step| runner_name(&executor.manifest, step));
     names.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
@@ -230,7 +230,18 @@ mod tests {
         let step = |name: &str, bytes_per_expert: u64| {
             let cost = Cost { bytes: 0, bytes_per_expert, bytes_per_position: 0, flops: 0, ..Cost::default() };
             let (reads, writes, updates, after) = (vec![], vec![], vec![], vec![]);
-            Step { name: name.into(), op: 0, reads, writes, updates, after, cost, launch: None, collective: None }
+            Step {
+                name: name.into(),
+                op: 0,
+                reads,
+                writes,
+                updates,
+                after,
+                cost,
+                launch: None,
+                collective: None,
+                library: None,
+            }
         };
         let steps = vec![
             step("embed.embed", 0),

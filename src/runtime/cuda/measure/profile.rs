@@ -10,7 +10,7 @@ use super::timing::{Marks, Times, median};
 use super::transfer::{Transfer, transfer};
 use super::work::{Ceilings, Work, fraction};
 use crate::cuda::DeviceMemory;
-use crate::runtime::cuda::{CudaExecutor, kernel_name};
+use crate::runtime::cuda::{CudaExecutor, runner_name};
 
 /// Passes over the steps; medians are taken.
 pub(super) const PASSES: usize = 20;
@@ -29,9 +29,9 @@ const PREFIXES_MS: f64 = 20_000.0;
 pub struct StepProfile {
     /// Its name.
     pub name: String,
-    /// Its kernel.
+    /// Its kernel, or the library that it is a call of.
     pub kernel: String,
-    /// Blocks along x, y and z.
+    /// Blocks along x, y and z; zeros here and below of a library's, which does not say.
     pub grid: [u32; 3],
     /// Threads of a block.
     pub block: u32,
@@ -108,21 +108,24 @@ pub fn profile(
     let graph = replays(executor, bucket, inputs, options.runs())?;
     inputs.upload(executor, bucket)?;
     let in_graph = in_graph_times(executor, bucket, count, prefix_runs(count, graph.median_ms))?;
-    let (program, kernels) = (executor.program(), &executor.manifest.kernels);
+    let program = executor.program();
     let mut steps = Vec::with_capacity(count);
     let times = times.into_iter().zip(in_graph);
     for (i, (step, (us, in_graph_us))) in program.buckets[bucket].steps.iter().zip(times).enumerate() {
-        let launch = step.launch.as_ref().with_context(|| format!("step {} has no launch", step.name))?;
-        let kernel = kernels.get(launch.kernel as usize).with_context(|| format!("no kernel {}", launch.kernel))?;
+        let kernel =
+            runner_name(&executor.manifest, step).with_context(|| format!("step {} has no launch", step.name))?;
+        // Of a library's kernels nothing is known.
+        let (grid, block, dynamic) =
+            step.launch.as_ref().map_or(([0; 3], 0, 0), |launch| (launch.grid, launch.block, launch.shared));
         let (registers, shared, local, blocks) = executor.occupancy(bucket, i).unwrap_or_default();
         let work = load.work(program, step)?;
         let floor_us = 1e3 * ceilings.floor_ms(&work);
         steps.push(StepProfile {
             name: step.name.clone(),
-            kernel: kernel_name(kernel),
-            grid: launch.grid,
-            block: launch.block,
-            shared: launch.shared + shared,
+            kernel,
+            grid,
+            block,
+            shared: dynamic + shared,
             registers,
             local,
             blocks_per_multiprocessor: blocks,

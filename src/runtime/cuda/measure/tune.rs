@@ -17,6 +17,7 @@ use super::profile::{PASSES, step_times};
 use crate::cuda::Device;
 use crate::plan::{Phase, PlanFile};
 use crate::runtime::cuda::CudaExecutor;
+use crate::runtime::cuda::libraries::Libraries;
 use crate::runtime::cuda::program::Kernels;
 use crate::runtime::executor::Batch;
 
@@ -46,18 +47,25 @@ pub enum Timed {
     Refused(Vec<Refused>),
 }
 
-/// The steps of a rank whose kernels the device does not even load.
+/// The steps of a rank whose kernels the device does not even load, or for which a library has no algorithm.
 ///
 /// # Errors
-/// No such rank.
+/// No such rank, or no such library.
 pub fn refused_kernels(file: &PlanFile, rank: usize, device: &Arc<Device>) -> Result<Vec<Refused>> {
     let program = file.manifest.ranks.get(rank).with_context(|| format!("no rank {rank}"))?;
     let kernels = Kernels::refused(file, program, device)?;
+    let mut libraries = Libraries::new(device);
     let mut refused = vec![];
     for (bucket, at) in program.buckets.iter().enumerate() {
         for (step, launch) in at.steps.iter().enumerate().filter_map(|(i, step)| Some((i, step.launch.as_ref()?))) {
             let found = kernels.iter().find(|(kernel, _)| *kernel == launch.kernel);
             refused.extend(found.map(|(_, error)| Refused { bucket, step, error: error.clone() }));
+        }
+        for (step, call) in at.steps.iter().enumerate().filter_map(|(i, step)| Some((i, step.library?))) {
+            // Without the library there is nothing to measure.
+            libraries.open(call)?;
+            let error = libraries.matmul(call).err();
+            refused.extend(error.map(|error| Refused { bucket, step, error: format!("{error:#}") }));
         }
     }
     Ok(refused)

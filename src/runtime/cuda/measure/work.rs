@@ -124,6 +124,7 @@ mod tests {
             cost,
             launch: None,
             collective: None,
+            library: None,
         }
     }
 
