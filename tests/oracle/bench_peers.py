@@ -132,6 +132,9 @@ def ours(args, plan):
     sizes = ["--decode", ",".join(map(str, args.decode)), "--prefill", ",".join(map(str, args.prefill))]
     more = ["--context", args.context, "--steps", args.steps, "--format", "json"]
     report = json.loads(run_lfm2c(args.lfm2c, "bench", plan, "--model", args.dir, *sizes, *more))
+    for bucket in report["buckets"]:
+        if bucket["name"] != f"{bucket['phase'].lower()}_{bucket['rows']}":
+            sys.exit(f"{bucket['name']}: expected as many rows, found {bucket['rows']}; the plan has too little room")
     return {bucket["name"]: bucket for bucket in report["buckets"]}, report["machine"]
 
 
@@ -192,7 +195,9 @@ def main():
         found, machine = {}, {"device": "the CPU"}
     else:
         plan = args.dir / "peers.plan"
-        limits = ["--max-sequences", max(args.decode), "--kv-tokens", max(args.decode) * (args.context + args.steps + 128)]
+        # Room for every bucket's rows: with less, a bucket of prompts would be measured with fewer.
+        room = max(max(args.decode) * (args.context + args.steps + 128), *args.prefill)
+        limits = ["--max-sequences", max(args.decode), "--kv-tokens", room]
         limits += ["--decode", ",".join(map(str, args.decode)), "--prefill", ",".join(map(str, args.prefill))]
         limits += ["--max-context", max(args.context + args.steps + 128, *args.prefill)]
         source = [args.recipe] if args.recipe else ["--model", args.dir]
