@@ -107,7 +107,7 @@ __device__ __forceinline__ void copy_tiles(const int* slots, const int* position
                 const u32 to = base + VALUES_AT + buffer * TILE_BYTES;
                 barrier_wait(empty_values + buffer, odd ^ 1);
                 // What was in the buffer may have been copied in pieces: those come before a box.
-                fence_for_products();
+                fence_for_copies();
                 if (start + KEYS - 1 <= run.last) {
                     if (leader)
                         barrier_expect(full_values + buffer, TILE_BYTES);
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
                 some = load_fresh(q + (i64)row * (HEADS * D) + (part.first_head + line % SHARE) * D + chunk * 8);
             *(Quad*)(shared + mine * QUERY_BYTES + line * ROW_BYTES + ((chunk ^ line % 8) << 4)) = some;
         }
-        fence_for_products();
+        fence_for_copies();
         warps_sync(1 + mine, GROUP_THREADS);
 
         // Waits for the keys or values of a tile, and gives them back.
@@ -263,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) flash(PARAMS) {
                 }
                 // The run's last tile of values may be one of pieces.
                 const u32 values = values_there(number - 1);
-                fence_for_products();
+                fence_for_copies();
                 products_begin();
                 begin_sums(sums, p, values);
                 products_wait<0>();

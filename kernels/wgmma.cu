@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) wgmma(PARAMS) {
         Cursor done = {0, 0};
         int begun = 0;
         auto arrive = [&] {
-            fence_for_products();
+            fence_for_copies();
             barrier_arrive(full + done.stage);
             done.next();
         };

@@ -17,10 +17,13 @@ __device__ __forceinline__ void barrier_arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Between the thread's reads and writes of shared memory and what copies, and products by warpgroups, do with it afterwards.
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Arrives when the calling thread has read what copies will then write anew. They pass ordinary reads: a read that is still under way, behind
 // those of another block, say, may otherwise find what was copied after an arrival that follows it.
 __device__ __forceinline__ void barrier_arrive_after_reads(u64* barrier) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    fence_for_copies();
     barrier_arrive(barrier);
 }
 

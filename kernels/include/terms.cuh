@@ -147,7 +147,7 @@ __device__ __forceinline__ void copy_rows_apart(const X* x, const int* pairs, co
                 if (k + 1 < K_TILES) fetch(begin, k + 1);
             }
             // The unit that multiplies sees what was written before its barrier's phase ends.
-            fence_for_products();
+            fence_for_copies();
             __syncwarp();
             if (lane_id() == 0) barrier_arrive(full + at.stage);
             at.next();

@@ -200,7 +200,7 @@ pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, gra
         && own.rank == first.rank
     {
         let bytes = executor.program().pool.weights.bytes;
-        note(format_args!("weights, {} for a rank: {}", size(bytes), share::in_words(&loaded)));
+        note(format_args!("weights, {} for rank {}: {}", size(bytes), own.rank, share::in_words(&loaded)));
     }
     match group {
         Some(group) => executor.with_group(group, place.road),

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::cublaslt::result::{self, CublasError};
@@ -16,8 +17,8 @@ use super::tensor::Element;
 
 /// The library's file, by its version.
 const FILE: &str = "libcublasLt.so.13";
-/// The oldest version that knows Hopper's tensor cores well: 12.0.
-const LEAST: usize = 120_000;
+/// The versions that are of the same toolkit as machine code is: 13.
+const VERSIONS: Range<usize> = 130_000..140_000;
 /// The operation that takes a matrix transposed, in the library's numbers.
 const TRANSPOSED: i32 = 1;
 /// Algorithms that divide a sum among blocks add its parts in f32 and in one order, or are not taken: a product is rounded once, and its bits
@@ -34,9 +35,10 @@ pub enum CublasltError {
          `pip install nvidia-cublas==13.*` and put its nvidia/cu13/lib into LD_LIBRARY_PATH; or compile without --libraries"
     )]
     Missing,
-    /// The library is there but too old.
+    /// The library that the loader finds first is another.
     #[error(
-        "steps by cuBLASLt: expected version 12.0 or later, found {found}; install another, or compile without --libraries"
+        "steps by cuBLASLt: expected version 13 of it, found {found}, of a libcublasLt.so that the loader finds first; put the folder of {FILE} before \
+         others into LD_LIBRARY_PATH, or compile without --libraries"
     )]
     Unusable {
         /// Its version.
@@ -84,10 +86,10 @@ impl Cublaslt {
     /// Loads the library, once for the process, and opens it for a device. Not to be called within a capture.
     ///
     /// # Errors
-    /// It is not installed where it is looked for, or too old.
+    /// It is not installed where it is looked for, or of another toolkit's version.
     pub fn new(device: &Arc<Device>) -> Result<Arc<Cublaslt>, CublasltError> {
         let version = version()?;
-        if version < LEAST {
+        if !VERSIONS.contains(&version) {
             return Err(CublasltError::Unusable { found: version_text(version) });
         }
         device.bind()?;
@@ -242,8 +244,8 @@ impl Matmul {
     /// # Errors
     /// Places that are not aligned or not inside of the memory, a residual where none is expected or none where one is, or the library failed.
     pub fn queue(&self, memory: &DeviceMemory, places: &MatmulPlaces, stream: &Stream) -> Result<(), CublasltError> {
-        let what = format!("queueing product {:?}", self.shape);
-        let wrong = |error: String| CublasltError::Call { what: what.clone(), error };
+        let what = || format!("queueing product {:?}", self.shape);
+        let wrong = |error: String| CublasltError::Call { what: what(), error };
         let MatmulShape { multiplied, made, rows, columns, depth, adds, workspace } = self.shape;
         if places.residual.is_some() != adds {
             return Err(wrong(format!("`residual`: expected one: {adds}, found {:?}", places.residual)));
@@ -289,7 +291,7 @@ impl Matmul {
                 stream.handle.cast(),
             )
         };
-        during(&what, queued)
+        queued.map_err(|error| wrong(format!("{:?}", error.0)))
     }
 
     /// Computes the product once and waits, so that the library loads the machine code that it needs, which no capture allows. Not to be

@@ -89,12 +89,9 @@ impl Device {
     /// # Errors
     /// The driver failed.
     pub fn names() -> Result<Vec<String>, DeviceError> {
-        let name = |ordinal: usize| {
-            let uuid = result::device::get(ordinal as i32).and_then(result::device::get_uuid);
-            let uuid = during("reading a device's UUID", uuid)?;
-            Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
-        };
-        (0..Device::count()).map(name).collect()
+        let uuid = |ordinal: usize| result::device::get(ordinal as i32).and_then(result::device::get_uuid);
+        let text = |uuid: sys::CUuuid| uuid.bytes.map(|byte| format!("{byte:02x}")).concat();
+        (0..Device::count()).map(|at| Ok(text(during("reading a device's UUID", uuid(at))?))).collect()
     }
 
     /// Opens a device, once for the process, and makes its context current in this thread.

@@ -9,7 +9,7 @@ pub use crate::plan::program::*;
 use crate::plan::{Kernel, Service};
 
 /// Version of the plan format: of the container, of these types and of what they mean.
-pub const FORMAT_VERSION: u32 = 10;
+pub const FORMAT_VERSION: u32 = 11;
 
 /// Alignment of every buffer in the pool, in bytes.
 pub const ALIGNMENT: u64 = 256;

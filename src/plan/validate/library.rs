@@ -22,15 +22,19 @@ pub(super) fn check_call(context: &Context, step: &Step, call: LibraryCall) -> R
         LibraryCall::Matmul(LibraryMatmul { workspace: call.workspace(), ..matmul })
     });
     if expected != Some(call) {
-        return Err(format!("`library`: expected {expected:?}, by what the step computes, found {call:?}"));
+        let expected = expected.map_or_else(|| "none".to_owned(), |expected| format!("{expected:?}"));
+        return Err(format!("`library`: expected {expected}, by what the step computes, found {call:?}"));
     }
-    let states = (0u32..).zip(&context.program.states).filter(|(_, state)| state.role == StateRole::Workspace);
-    let workspace = states.clone().next().and_then(|(_, state)| state.ty.bytes()).unwrap_or(0);
-    if call.workspace() > workspace {
-        let needed = call.workspace();
-        return Err(format!("`library`: expected a workspace of {needed} bytes, found one of {workspace}"));
+    let mut states = (0u32..).zip(&context.program.states).filter(|(_, state)| state.role == StateRole::Workspace);
+    let needed = call.workspace();
+    let Some((id, state)) = states.next() else {
+        return Err(format!("`library`: expected a workspace of {needed} bytes among the states, found none"));
+    };
+    let room = state.ty.bytes().unwrap_or(0);
+    if needed > room {
+        return Err(format!("`library`: expected a workspace of {needed} bytes, found one of {room}"));
     }
-    let is_read = states.into_iter().any(|(id, _)| step.reads.contains(&Ref::State(id)));
+    let is_read = step.reads.contains(&Ref::State(id));
     if is_read { Err("it reads the workspace, which no step's values lie in".into()) } else { Ok(()) }
 }
 

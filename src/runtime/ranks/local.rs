@@ -1,6 +1,6 @@
 //! Which of the GPUs that it sees a rank opens, among the ranks of its host.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -11,9 +11,8 @@ use crate::runtime::group::{Group, tell};
 /// More ranks on a host than may open its GPUs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 #[error(
-    "GPUs: expected one for each{} of the {ranks} ranks on this host, found {gpus}; start at most {} a host (Open MPI: \
-     `mpirun --map-by ppr:{}:node`), let ranks see more of its GPUs, or use --device cpu",
-    of_several(*.per_gpu), gpus * per_gpu, gpus * per_gpu
+    "GPUs: expected one for each{} of the {ranks} ranks on this host, found {gpus}{}; {}let ranks see more of its GPUs, or use --device cpu",
+    of_several(*.per_gpu), seen_by(self), start_fewer(self)
 )]
 pub struct TooFewGpus {
     /// Ranks on the host that need one.
@@ -26,6 +25,23 @@ pub struct TooFewGpus {
 
 fn of_several(per_gpu: usize) -> String {
     if per_gpu == 1 { String::new() } else { format!(" {per_gpu}") }
+}
+
+/// Where there are enough, and yet not for each what it sees.
+fn seen_by(few: &TooFewGpus) -> &'static str {
+    if few.is_enough() { ", of which some ranks see the same ones alone" } else { "" }
+}
+
+fn start_fewer(few: &TooFewGpus) -> String {
+    let most = few.gpus * few.per_gpu;
+    let start = format!("start at most {most} a host (Open MPI: `mpirun --map-by ppr:{most}:node`), ");
+    if few.is_enough() { String::new() } else { start }
+}
+
+impl TooFewGpus {
+    fn is_enough(&self) -> bool {
+        self.ranks <= self.gpus * self.per_gpu
+    }
 }
 
 /// What a rank tells the others of its host.
@@ -56,27 +72,53 @@ pub fn own_gpu(host: &mut dyn Group, gpus: Vec<String>, per_gpu: usize) -> Resul
 }
 
 /// For each rank that sees these GPUs the position of its own: in the order of ranks, the first of those in its list that fewest have taken. So ranks
-/// that see the same have them in their order, and ranks that see others each have their own.
+/// that see the same have them in their order, and ranks that see others each have their own. Where all of a list are taken, ranks before give way
+/// to others that they see.
 fn assign(lists: &[Vec<String>], per_gpu: usize) -> Result<Vec<usize>, TooFewGpus> {
-    let mut taken: BTreeMap<&str, usize> = lists.iter().flatten().map(|gpu| (gpu.as_str(), 0)).collect();
-    let gpus = taken.len();
-    let mut own = vec![];
-    for list in lists {
-        let least = list.iter().enumerate().min_by_key(|(_, gpu)| taken[gpu.as_str()]);
-        let Some((at, gpu)) = least else {
-            own.push(0);
-            continue;
-        };
-        let count = taken.entry(gpu).or_default();
-        *count += 1;
-        if *count > per_gpu {
+    let mut own: Vec<Option<usize>> = vec![None; lists.len()];
+    for rank in (0..lists.len()).filter(|&rank| !lists[rank].is_empty()) {
+        if !take(rank, lists, per_gpu, &mut own, &mut BTreeSet::new()) {
             // All ranks of the host say so, not only those that would have none: which are told does not depend on who is first.
             let ranks = lists.iter().filter(|list| !list.is_empty()).count();
+            let gpus = lists.iter().flatten().collect::<BTreeSet<_>>().len();
             return Err(TooFewGpus { ranks, gpus, per_gpu });
         }
-        own.push(at);
     }
-    Ok(own)
+    Ok(own.into_iter().map(Option::unwrap_or_default).collect())
+}
+
+/// Gives a rank a GPU of its list, one that is not `tried`, and another rank another one for that if it must be.
+fn take<'a>(
+    rank: usize,
+    lists: &'a [Vec<String>],
+    per_gpu: usize,
+    own: &mut [Option<usize>],
+    tried: &mut BTreeSet<&'a str>,
+) -> bool {
+    let holders = |gpu: &str, own: &[Option<usize>]| -> Vec<usize> {
+        let has = |&rank: &usize| own[rank].is_some_and(|at| lists[rank][at] == gpu);
+        (0..own.len()).filter(has).collect()
+    };
+    let count = |gpu: &String| holders(gpu, own).len();
+    let least = lists[rank].iter().enumerate().min_by_key(|(_, gpu)| count(gpu));
+    if let Some((at, gpu)) = least
+        && count(gpu) < per_gpu
+    {
+        own[rank] = Some(at);
+        return true;
+    }
+    for (at, gpu) in lists[rank].iter().enumerate() {
+        if !tried.insert(gpu) {
+            continue;
+        }
+        for holder in holders(gpu, own) {
+            if take(holder, lists, per_gpu, own, tried) {
+                own[rank] = Some(at);
+                return true;
+            }
+        }
+    }
+    false
 }
 
 #[cfg(test)]
@@ -104,6 +146,11 @@ mod tests {
         assert_eq!(assigned(&["a", "b", "c"], 1), Ok(vec![0, 0, 0]));
         assert_eq!(assigned(&["a b", "c d", "a b", "c d"], 1), Ok(vec![0, 0, 1, 1]));
         assert_eq!(assigned(&["a", "", "a b"], 1), Ok(vec![0, 0, 1]), "one on the CPU has none");
+        // Who was first gives way where another sees nothing else.
+        assert_eq!(assigned(&["a b", "a"], 1), Ok(vec![1, 0]));
+        assert_eq!(assigned(&["a b", "a c", "b", "c"], 1), Err(TooFewGpus { ranks: 4, gpus: 3, per_gpu: 1 }));
+        assert_eq!(assigned(&["a b", "b c", "a"], 1), Ok(vec![1, 1, 0]));
+        assert_eq!(assigned(&["a b", "a", "a"], 2), Ok(vec![1, 0, 0]));
     }
 
     #[test]
@@ -122,6 +169,9 @@ mod tests {
         }
         let text = TooFewGpus { ranks: 4, gpus: 2, per_gpu: 1 }.to_string();
         assert!(text.contains("one for each of the 4 ranks on this host, found 2; start at most 2 a host"), "{text}");
+        let text = assigned(&["a", "a", "b c"], 1).expect_err("two see one alone").to_string();
+        let expected = "GPUs: expected one for each of the 3 ranks on this host, found 3, of which some ranks see the same ones alone; let ranks see";
+        assert!(text.starts_with(expected), "{text}");
         let text = TooFewGpus { ranks: 5, gpus: 2, per_gpu: 2 }.to_string();
         assert!(text.contains("one for each 2 of the 5 ranks on this host, found 2; start at most 4 a host"), "{text}");
     }

@@ -1,6 +1,7 @@
 //! Weights of ranks of one host that run the same program: each reads them from the checkpoint, or the first of them does and the others copy
 //! what it has, which is faster where GPUs are nearer to each other than to the checkpoint.
 
+use std::fmt;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,6 +19,16 @@ pub enum Sharing {
     Read,
     /// On each host the first of the ranks with the same program.
     Share,
+}
+
+impl fmt::Display for Sharing {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str(match self {
+            Sharing::Auto => "auto",
+            Sharing::Read => "read",
+            Sharing::Share => "share",
+        })
+    }
 }
 
 /// By what the weights of a rank are found by another.
@@ -109,7 +120,7 @@ pub fn load<R: Region>(
     for other in &ranks {
         ensure!(
             other.sharing == ranks[0].sharing,
-            "--weights: expected {:?} on rank {}, as on rank {}, found {:?}; give all ranks the same options",
+            "--weights: expected {} on rank {}, as on rank {}, found {}; give all ranks the same options",
             ranks[0].sharing,
             other.rank,
             ranks[0].rank,

@@ -183,7 +183,7 @@ fn other_options_on_a_rank_are_told() {
         let ranks: Vec<_> = LocalGroup::new(2).into_iter().enumerate().map(run).collect();
         ranks.into_iter().map(|rank| rank.join().expect("it does not panic")).collect()
     });
-    let expected = "--weights: expected Share on rank 1, as on rank 0, found Read; give all ranks the same options";
+    let expected = "--weights: expected share on rank 1, as on rank 0, found read; give all ranks the same options";
     assert_eq!(found, [expected; 2]);
 }
 
