@@ -34,7 +34,7 @@ pub struct Arguments {
     /// for this and every later compilation. Keeps what the file has of other sizes, measured alike, unless --no-lock is given.
     /// Steps are timed one by one; then, for decode buckets, the best candidates within the whole captured graph, where neighbours
     /// overlap. `--tune=libraries` measures only where the --libraries are faster, within whole graphs, than the kernels that are
-    /// chosen already
+    /// chosen already; what the lock file says of kernels stays, so it does not go with --no-lock
     #[arg(
         long,
         value_enum,
@@ -132,10 +132,17 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path, what: Tune) -> Re
         );
     }
     let path = lock::beside(named);
-    // A file that is no lock is told before anything is measured.
-    let earlier = if arguments.choices.no_lock { None } else { Lock::read(&path)? };
     if what == Tune::Libraries {
-        let options = if arguments.choices.no_lock { options } else { lock::apply(options, named)? };
+        if arguments.choices.no_lock {
+            return usage(format!(
+                "--tune=libraries: expected to measure beside the kernels that {} chooses, and to write to it, found --no-lock; leave \
+                 that out, or measure everything with --tune",
+                path.display()
+            ));
+        }
+        // What the file says stays, but where a library is measured.
+        let options = lock::apply(options, named)?;
+        let earlier = Lock::read(&path)?.map(|lock| (&*path, lock));
         let mut tactics = options.tactics.clone();
         tune::libraries::measure(source, &options, arguments.model.as_deref(), earlier, &mut |lock| {
             tactics.overlay(lock.tactics());
@@ -143,6 +150,8 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path, what: Tune) -> Re
         })?;
         return Ok(CompileOptions { tactics, ..options });
     }
+    // A file that is no lock is told before anything is measured.
+    let earlier = if arguments.choices.no_lock { None } else { Lock::read(&path)? };
     let (mut tactics, mut kept) = (Tactics::default(), 0);
     tune::measure(source, &options, arguments.model.as_deref(), &mut |mut lock| {
         kept = earlier.as_ref().map_or(0, |earlier| lock.keep(earlier));
@@ -223,4 +232,32 @@ fn representative(buckets: &[BucketReport]) -> Vec<&BucketReport> {
     let prefill = buckets.iter().rev().find(|bucket| bucket.name.starts_with("prefill"));
     let chosen: Vec<&BucketReport> = decode.into_iter().chain(prefill).collect();
     if chosen.is_empty() { buckets.iter().take(1).collect() } else { chosen }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn libraries_are_measured_beside_a_lock_alone() {
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let [recipe, lock, plan] = ["demo.ron", "demo.lock.ron", "demo.plan"].map(|name| folder.path().join(name));
+        std::fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/plans/synthetic.ron"), &recipe).expect("it can be copied");
+        let known = Lock::shipped().and_then(|shipped| shipped.to_text()).expect("it is a lock");
+        std::fs::write(&lock, &known).expect("it can be written");
+        let [recipe, plan] = [&recipe, &plan].map(|path| path.to_str().expect("UTF-8"));
+        let fixed = ["compile", recipe, "--target", "sm_90a", "--libraries", "cublaslt", "-o", plan];
+        let line = Line::parse_from([&fixed[..], &["--tune=libraries", "--no-lock"]].concat());
+        let error = execute(&line.arguments).expect_err("nothing to measure beside").to_string();
+        assert!(error.contains("found --no-lock; leave that out") && error.contains("demo.lock.ron"), "{error}");
+        assert_eq!(std::fs::read_to_string(&lock).expect("it is there"), known, "nothing was written");
+    }
 }

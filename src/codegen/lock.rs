@@ -161,13 +161,33 @@ impl Lock {
         }
     }
 
+    /// By which lfm2c, on which GPU and with which toolkit it was measured: times compare where all three are the same.
+    fn measured_by(&self) -> (&str, &str, (u32, u32)) {
+        (&self.compiler, &self.gpu, self.toolkit)
+    }
+
+    /// Whether measurements of this lfm2c on a GPU with a toolkit compare with what it has.
+    ///
+    /// # Errors
+    /// They do not: by what each was measured.
+    pub fn compares(&self, gpu: &str, toolkit: (u32, u32)) -> Result<()> {
+        let here = (env!("CARGO_PKG_VERSION"), gpu, toolkit);
+        let text = |(compiler, gpu, (major, minor)): (&str, &str, (u32, u32))| {
+            format!("by lfm2c {compiler} with CUDA {major}.{minor} on {gpu}")
+        };
+        ensure!(
+            self.measured_by() == here,
+            "expected measurements {}, found some {}; measure all of it again with `lfm2c compile --tune`",
+            text(here),
+            text(self.measured_by())
+        );
+        Ok(())
+    }
+
     /// Takes over what was measured earlier of other problems, such as those of other bucket sizes, if it compares: measured by
     /// the same lfm2c with the same toolkit on the same kind of GPU. Says how many problems it took.
     pub fn keep(&mut self, earlier: &Lock) -> usize {
-        fn compares(lock: &Lock) -> (&str, &str, (u32, u32)) {
-            (&lock.compiler, &lock.gpu, lock.toolkit)
-        }
-        if compares(self) != compares(earlier) {
+        if self.measured_by() != earlier.measured_by() {
             return 0;
         }
         for (bucket, time) in &earlier.graphs {
@@ -272,6 +292,21 @@ pub(super) mod tests {
         let mut foreign = lock();
         assert_eq!(foreign.keep(&other("NVIDIA H100")), 0);
         assert_eq!(foreign, lock());
+    }
+
+    #[test]
+    fn what_was_measured_otherwise_does_not_compare() {
+        let here = Lock { compiler: env!("CARGO_PKG_VERSION").into(), ..lock() };
+        here.compares("NVIDIA H200", (13, 0)).expect("measured alike");
+        let older = Lock { compiler: "0.0.1".into(), ..here.clone() };
+        for (lock, gpu, toolkit, found) in [
+            (&here, "NVIDIA H100", (13, 0), "on NVIDIA H200; measure"),
+            (&here, "NVIDIA H200", (13, 1), "with CUDA 13.0 on"),
+            (&older, "NVIDIA H200", (13, 0), "found some by lfm2c 0.0.1 "),
+        ] {
+            let error = lock.compares(gpu, toolkit).expect_err("measured otherwise").to_string();
+            assert!(error.contains(found) && error.contains("compile --tune"), "{error}");
+        }
     }
 
     /// A small model for a GPU, a bucket of each phase.

@@ -2,41 +2,50 @@
 
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::{Bench, RANK, gpu, only};
 use crate::cli::load;
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::codegen::refine::Refinement;
-use crate::codegen::select::{Libraries, Pack, Tactics};
-use crate::codegen::tuning::libraries::{LibraryTrials, graph_text};
+use crate::codegen::select::{Libraries, Pack};
+use crate::codegen::tuning::libraries::{LibraryTrials, graph_text, without_libraries};
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
-use crate::plan::{Phase, PlanFile};
+use crate::cuda::Nvrtc;
+use crate::plan::{Manifest, Phase, PlanFile};
 use crate::runtime::cuda::measure::Timed;
 
 /// Measures and prints what is faster, for the problems that a library has a call for, beside the kernels that the options' tactics choose.
-/// After each bucket `keep` gets the lock with what is known by then: `earlier`, or one of its own.
+/// After each bucket `keep` gets the lock with what is known by then: `earlier`, which lies at the path beside it, or one of its own. Either
+/// says of each problem what the options' tactics say of kernels.
 ///
 /// # Errors
-/// No GPU, another than the lock's, no library, or nothing to choose.
+/// No GPU, another GPU, lfm2c or toolkit than the lock's, no library, or nothing to choose.
 pub fn measure(
     source: &Source,
     options: &CompileOptions,
     model: Option<&Path>,
-    earlier: Option<Lock>,
+    earlier: Option<(&Path, Lock)>,
     keep: &mut dyn FnMut(&Lock) -> Result<()>,
 ) -> Result<()> {
     let gpu = gpu()?;
-    if let Some(lock) = earlier.as_ref().filter(|lock| lock.gpu != gpu) {
-        bail!("--tune=libraries: expected a lock file of kernels measured on {gpu}, found one of {}", lock.gpu);
+    let toolkit = Nvrtc::load()?.version();
+    if let Some((path, lock)) = &earlier {
+        lock.compares(&gpu, toolkit).with_context(|| format!("--tune=libraries: the lock file {}", path.display()))?;
     }
+    // Elsewhere the tactics go by what the program brings, too, but its times are not those of this machine.
+    let brought = Some(Lock::shipped()?).filter(|brought| brought.compares(&gpu, toolkit).is_ok());
     let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
-    let tactics = Tactics { library: Default::default(), ..options.tactics.clone() };
-    let options = &CompileOptions { tactics, pack, libraries: Libraries::All, ..options.clone() };
-    let problems = CompileOptions { without_cubins: true, ..options.clone() };
-    let manifest = load::compile_source(source, &problems)?.file.manifest;
-    let mut trials = LibraryTrials::of(&manifest)?;
+    let options = CompileOptions { pack, libraries: Libraries::All, ..options.clone() };
+    let plan = |options: &CompileOptions| -> Result<Manifest> {
+        let problems = CompileOptions { without_cubins: true, ..options.clone() };
+        Ok(load::compile_source(source, &problems)?.file.manifest)
+    };
+    let tactics = without_libraries(&options.tactics, &plan(&options)?);
+    let options = &CompileOptions { tactics, ..options };
+    let manifest = plan(options)?;
+    let mut trials = LibraryTrials::of(&manifest, options)?;
     let buckets: Vec<usize> =
         (0..manifest.ranks[RANK].buckets.len()).filter(|&at| trials.of_bucket(at).next().is_some()).collect();
     if buckets.is_empty() {
@@ -45,7 +54,7 @@ pub fn measure(
         );
     }
     let mut bench = Bench { source, model, held: None };
-    let mut lock = earlier;
+    let mut lock = earlier.map_or_else(|| Tuning::default().lock(&gpu, toolkit), |(_, lock)| lock);
     let mut graphs = String::new();
     for (i, &at) in (1..).zip(&buckets) {
         let bucket = &manifest.ranks[RANK].buckets[at];
@@ -58,9 +67,11 @@ pub fn measure(
         let own = if bucket.phase == Phase::Fixed { at } else { 0 };
         let compile = |trials: &LibraryTrials, libraries| -> Result<PlanFile> {
             let tactics = trials.tactics(at, &options.tactics, libraries);
-            Ok(load::compile_source(source, &CompileOptions { tactics, ..alone.clone() })?.file)
+            let file = load::compile_source(source, &CompileOptions { tactics, ..alone.clone() })?.file;
+            trials.check(at, &file.manifest, own, libraries)?;
+            Ok(file)
         };
-        let toolkit = loop {
+        loop {
             let file = compile(&trials, true)?;
             match bench.time(&file, &[own])? {
                 Timed::Steps(times) => trials.record(at, &times[0].1, true)?,
@@ -72,8 +83,8 @@ pub fn measure(
                     continue;
                 }
             }
-            break file.manifest.toolkit.unwrap_or_default();
-        };
+            break;
+        }
         match bench.time(&compile(&trials, false)?, &[own])? {
             Timed::Steps(times) => trials.record(at, &times[0].1, false)?,
             Timed::Refused(steps) => bail!(
@@ -83,12 +94,12 @@ pub fn measure(
             ),
         }
         let base = CompileOptions { tactics: trials.tactics(at, &options.tactics, false), ..alone.clone() };
-        let found = bench.refine(&base, Refinement::new(&trials.entries(at), &[]), own)?;
+        let entries = trials.entries(at);
+        let found = bench.refine(&base, Refinement::new(&entries, &[]), own)?;
         trials.refine(at, &found);
-        graphs += &(graph_text(&bucket.name, &found) + "\n");
-        let known = lock.get_or_insert_with(|| Tuning::default().lock(&gpu, toolkit));
-        trials.write(known, &buckets[..i]);
-        keep(known)?;
+        graphs += &(graph_text(&bucket.name, &found, &entries) + "\n");
+        trials.write(&mut lock, brought.as_ref());
+        keep(&lock)?;
     }
     print(report(&trials) + "\n" + &graphs)
 }
@@ -107,7 +118,11 @@ fn report(trials: &LibraryTrials) -> String {
                 us(trial.kernel.1),
                 us(trial.library.1),
                 trial.kernel.0.clone(),
-                if trial.chosen { trial.library.0.clone() } else { "kernel".into() },
+                match trial.chosen {
+                    Some(true) => trial.library.0.clone(),
+                    Some(false) => "kernel".into(),
+                    None => "-".into(),
+                },
             ]
         })
         .collect();

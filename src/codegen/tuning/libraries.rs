@@ -1,15 +1,16 @@
 //! The choice between the kernel that tactics choose and a library, for the problems that a library has a call for: by whole graphs, beside
 //! the time of each by itself. Who measures is not said here, as in [`super`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::round;
+use crate::codegen::CompileOptions;
 use crate::codegen::lock::{Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
-use crate::codegen::select::{Tactics, library_call, problem_key, step_problems};
-use crate::plan::Manifest;
+use crate::codegen::select::{Pack, Selector, Tactics, library_call, problem_key, step_problems};
+use crate::plan::{Arg, Kernel, Manifest, Step};
 
 /// A problem that a library has a call for.
 #[derive(Clone, PartialEq, Debug)]
@@ -22,10 +23,19 @@ pub struct LibraryTrial {
     pub steps: Vec<usize>,
     /// The kernel that is chosen without the library, and its median time in microseconds.
     pub kernel: (String, Option<f64>),
+    /// The kernel that is chosen where none may read packed weights: the same, unless that one does.
+    pub plain: String,
     /// The library, and its time.
     pub library: (String, Option<f64>),
-    /// Whether whole graphs choose the library.
-    pub chosen: bool,
+    /// Whether whole graphs choose the library; none as long as none were timed.
+    pub chosen: Option<bool>,
+}
+
+impl LibraryTrial {
+    /// Which of both whole graphs choose, if they were timed.
+    fn choice(&self) -> Option<&str> {
+        Some(if self.chosen? { &self.library.0 } else { &self.kernel.0 })
+    }
 }
 
 /// Those of a plan.
@@ -36,13 +46,14 @@ pub struct LibraryTrials {
 }
 
 impl LibraryTrials {
-    /// Nothing measured yet of the problems of the first rank of a plan of kernels alone.
+    /// Nothing measured yet of the problems of the first rank of a plan of kernels alone, which was compiled with these options.
     ///
     /// # Errors
     /// A step without a kernel.
-    pub fn of(manifest: &Manifest) -> Result<LibraryTrials> {
+    pub fn of(manifest: &Manifest, options: &CompileOptions) -> Result<LibraryTrials> {
         let mut list: Vec<LibraryTrial> = vec![];
         let Some(program) = manifest.ranks.first() else { return Ok(LibraryTrials::default()) };
+        let unpacked = Selector::new(&options.tactics, options.f32, Pack::Never);
         let mut positions = vec![0usize; program.buckets.len()];
         for (at, problem) in step_problems(program) {
             let bucket = &program.buckets[at];
@@ -54,29 +65,68 @@ impl LibraryTrials {
                 known.steps.push(step);
                 continue;
             }
-            let launch = bucket.steps.get(step).and_then(|step| step.launch.as_ref());
-            let kernel = launch.and_then(|launch| manifest.kernels.get(launch.kernel as usize));
-            let kernel = kernel.with_context(|| format!("bucket {}: step {step} has no kernel", bucket.name))?;
+            let fault = || {
+                format!(
+                    "bucket {}, step {step}, problem {key}: expected a kernel, found {}; measure its kernels with --tune, or take \
+                     the problem out of the lock file",
+                    bucket.name,
+                    bucket.steps.get(step).map_or_else(|| "no step".into(), |step| runner(manifest, step))
+                )
+            };
+            let launch = bucket.steps.get(step).and_then(|step| step.launch.as_ref()).with_context(fault)?;
+            let kernel = manifest.kernels.get(launch.kernel as usize).map(kernel_name).with_context(fault)?;
+            let plain = match launch.args.iter().any(|arg| matches!(arg, Arg::Packed(_))) {
+                true => unpacked.choose(problem.semantic, problem.phase).with_context(fault)?.name(),
+                false => kernel.clone(),
+            };
             list.push(LibraryTrial {
                 key,
                 bucket: (at, bucket.name.clone()),
                 steps: vec![step],
-                kernel: (format!("{} {}", kernel.name, kernel.config).trim_end().to_owned(), None),
+                kernel: (kernel, None),
+                plain,
                 library: (call.name().to_owned(), None),
-                chosen: false,
+                chosen: None,
             });
         }
         Ok(LibraryTrials { list })
     }
 
-    /// Tactics that have the library run all of these problems of a bucket, and kernels those of which `libraries` is false.
+    /// Tactics that have the library run all of these problems of a bucket, and kernels those of which `libraries` is false. Nothing
+    /// that the base says of these problems goes before that.
     pub fn tactics(&self, bucket: usize, base: &Tactics, libraries: bool) -> Tactics {
         let mut tactics = Tactics { library: BTreeMap::new(), ..base.clone() };
         for trial in self.of_bucket(bucket) {
             let (name, _) = if libraries { &trial.library } else { &trial.kernel };
+            tactics.packed.remove(&trial.key);
+            tactics.measured.remove(&trial.key);
             tactics.chosen.insert(trial.key.clone(), name.clone());
         }
         tactics
+    }
+
+    /// Makes sure that a plan runs these problems of a bucket as [`LibraryTrials::tactics`] say; `own` is the bucket's position in the plan.
+    ///
+    /// # Errors
+    /// A step is run by something else, so that its time would be recorded as that of another.
+    pub fn check(&self, bucket: usize, manifest: &Manifest, own: usize, libraries: bool) -> Result<()> {
+        let steps = manifest.ranks.first().and_then(|program| program.buckets.get(own)).map(|bucket| &bucket.steps);
+        for trial in self.of_bucket(bucket) {
+            let (expected, _) = if libraries { &trial.library } else { &trial.kernel };
+            for &at in &trial.steps {
+                let step = steps.and_then(|steps| steps.get(at));
+                let found = step.map_or_else(|| "no step".into(), |step| runner(manifest, step));
+                if found != *expected {
+                    bail!(
+                        "bucket {}, step {at}, problem {}: expected {expected} to measure, found {found}; measure with --tune instead, \
+                         or without --pack",
+                        trial.bucket.1,
+                        trial.key
+                    );
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Those of a bucket.
@@ -115,12 +165,20 @@ impl LibraryTrials {
         Ok(())
     }
 
-    /// What is known of a bucket's problems, for the search by whole graphs.
+    /// What whole graphs of other buckets chose for a problem: the first bucket's choice.
+    fn decided(&self, key: &str, bucket: usize) -> Option<&LibraryTrial> {
+        self.list.iter().find(|trial| trial.key == key && trial.bucket.0 != bucket && trial.chosen.is_some())
+    }
+
+    /// What is known of a bucket's problems, for the search by whole graphs. What those of another bucket chose stays, because a lock
+    /// knows problems whatever their bucket.
     pub fn entries(&self, bucket: usize) -> Vec<Entry> {
         let entry = |trial: &LibraryTrial| {
             let candidates = [&trial.kernel, &trial.library].map(|(name, us)| Some((name.clone(), (*us)?)));
             let candidates = candidates.into_iter().collect::<Option<Vec<_>>>()?;
-            Some(Entry { key: trial.key.clone(), steps: trial.steps.len(), candidates, fixed: None })
+            let decided = self.decided(&trial.key, bucket).and_then(LibraryTrial::choice);
+            let fixed = decided.map(str::to_owned);
+            Some(Entry { key: trial.key.clone(), steps: trial.steps.len(), candidates, fixed })
         };
         self.of_bucket(bucket).filter_map(entry).collect()
     }
@@ -128,96 +186,75 @@ impl LibraryTrials {
     /// Takes in what whole graphs of a bucket chose.
     pub fn refine(&mut self, bucket: usize, found: &Refined) {
         for trial in self.list.iter_mut().filter(|trial| trial.bucket.0 == bucket) {
-            trial.chosen = found.chosen.get(&trial.key) == Some(&trial.library.0);
+            trial.chosen = found.chosen.get(&trial.key).map(|name| *name == trial.library.0);
         }
     }
 
-    /// Writes what was found of some buckets to a lock, beside what it knows of the problems.
-    pub fn write(&self, lock: &mut Lock, buckets: &[usize]) {
-        for LibraryTrial { key, bucket, kernel, library, chosen, .. } in &self.list {
-            let (Some(kernel_us), Some(library_us)) = (kernel.1, library.1) else { continue };
-            if !buckets.contains(&bucket.0) {
+    /// Writes what was found to a lock, beside what it knows of the problems. Of one that it does not have, what `brought` knows is taken
+    /// over, or what the plan has. Of one in several buckets, what the first found is written.
+    pub fn write(&self, lock: &mut Lock, brought: Option<&Lock>) {
+        let mut written = BTreeSet::new();
+        for trial in &self.list {
+            let LibraryTrial { key, kernel: (kernel, kernel_us), plain, library: (library, library_us), .. } = trial;
+            let (Some(chosen), Some(kernel_us), Some(library_us)) = (trial.chosen, *kernel_us, *library_us) else {
+                continue;
+            };
+            if !written.insert(key) {
                 continue;
             }
-            let measured = lock.problems.entry(key.clone()).or_insert_with(|| Measured {
-                chosen: kernel.0.clone(),
-                packed: None,
-                library: None,
-                candidates: BTreeMap::from([(kernel.0.clone(), Time::Us(kernel_us))]),
+            let measured = lock.problems.entry(key.clone()).or_insert_with(|| {
+                let known = brought.and_then(|brought| brought.problems.get(key)).cloned();
+                known.unwrap_or_else(|| Measured {
+                    chosen: plain.clone(),
+                    packed: (kernel != plain).then(|| kernel.clone()),
+                    library: None,
+                    candidates: BTreeMap::from([(kernel.clone(), Time::Us(kernel_us))]),
+                })
             });
-            measured.library = chosen.then(|| library.0.clone());
-            measured.candidates.insert(library.0.clone(), Time::Us(library_us));
+            measured.library = chosen.then(|| library.clone());
+            measured.candidates.insert(library.clone(), Time::Us(library_us));
         }
     }
 }
 
-/// What a bucket's whole graph takes by kernels and with the libraries that were chosen, in words.
-pub fn graph_text(name: &str, found: &Refined) -> String {
+/// Tactics that choose no library for a plan's problems, whatever they say and whatever else they name is gone.
+pub fn without_libraries(tactics: &Tactics, manifest: &Manifest) -> Tactics {
+    let calls = manifest.ranks.iter().flat_map(step_problems).filter_map(|(_, problem)| library_call(&problem));
+    let names: BTreeSet<&str> = calls.map(|call| call.name()).collect();
+    let is_kernel = |name: &String| !names.contains(name.as_str());
+    let mut tactics = Tactics { library: BTreeMap::new(), ..tactics.clone() };
+    tactics.measured.values_mut().for_each(|list| list.retain(is_kernel));
+    // An entry stays even so: without one nobody asks what was measured.
+    tactics.chosen.values_mut().filter(|name| !is_kernel(name)).for_each(String::clear);
+    tactics
+}
+
+/// What a kernel is called in tactics: `stream rows=16 warps=8`.
+fn kernel_name(kernel: &Kernel) -> String {
+    format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
+}
+
+/// What runs a step, as tactics call it.
+fn runner(manifest: &Manifest, step: &Step) -> String {
+    let kernel = step.launch.as_ref().and_then(|launch| manifest.kernels.get(launch.kernel as usize));
+    let library = step.library.map(|call| call.name().to_owned());
+    library.or_else(|| kernel.map(kernel_name)).unwrap_or_else(|| "neither a kernel nor a library".into())
+}
+
+/// What a bucket's whole graph takes by kernels and with the libraries that were chosen, in words; `entries` are what was searched, of which
+/// those that another bucket decided are as they are there in both.
+pub fn graph_text(name: &str, found: &Refined, entries: &[Entry]) -> String {
     let saved = 100.0 * (1.0 - found.us / found.default_us);
     let (kernels, us) = (round(found.default_us), round(found.us));
-    format!("{name}: {kernels} us by kernels, {us} us as chosen, {saved:.2} % less; {} graphs timed", found.timed)
+    let fixed = match entries.iter().filter(|entry| entry.fixed.is_some()).count() {
+        0 => String::new(),
+        fixed => format!("; {fixed} of its problems as chosen in another bucket"),
+    };
+    format!(
+        "{name}: {kernels} us by kernels, {us} us as chosen, {saved:.2} % less; {} graphs timed{fixed}",
+        found.timed
+    )
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::codegen::lock::tests::compiled;
-    use crate::codegen::select::Libraries;
-    use crate::codegen::tuning::Tuning;
-
-    #[test]
-    fn what_graphs_choose_is_written_beside_what_a_lock_knows() {
-        let manifest = compiled(Tactics::default()).file.manifest;
-        let mut trials = LibraryTrials::of(&manifest).expect("every step has a kernel");
-        let (prefill, keys) = (0, trials.list.iter().map(|trial| trial.key.clone()).collect::<Vec<_>>());
-        assert!(keys.len() > 2 && trials.list.iter().all(|trial| trial.bucket.0 == prefill), "{trials:?}");
-        let known = Tuning::of(&manifest, Libraries::Asked);
-        let with: Vec<&str> =
-            known.problems().filter(|(_, names)| names.contains(&"cublaslt")).map(|(key, _)| key).collect();
-        assert!(with.len() == keys.len() && keys.iter().all(|key| with.contains(&key.as_str())));
-
-        let count = manifest.ranks[0].buckets[prefill].steps.len();
-        trials.record(prefill, &vec![10.0; count], false).expect("times of all steps");
-        assert!(trials.entries(prefill).is_empty(), "nothing is known of the library yet");
-        trials.record(prefill, &vec![8.0; count], true).expect("times of all steps");
-        assert!(trials.record(prefill, &[1.0], true).is_err());
-        let entries = trials.entries(prefill);
-        assert_eq!(entries.len(), keys.len());
-        assert!(entries.iter().all(|entry| entry.candidates[1] == ("cublaslt".to_owned(), 8.0)));
-        let base = Tactics { library: BTreeMap::from([(keys[0].clone(), "wish".into())]), ..Tactics::default() };
-        let tactics = trials.tactics(prefill, &base, true);
-        assert!(tactics.library.is_empty() && keys.iter().all(|key| tactics.chosen[key] == "cublaslt"));
-        let kernels = trials.tactics(prefill, &base, false);
-        assert_eq!(kernels.chosen[&keys[0]], trials.list[0].kernel.0);
-
-        let chosen = BTreeMap::from([(keys[0].clone(), "cublaslt".into()), (keys[1].clone(), "wgmma".into())]);
-        let found = Refined { chosen, default_us: 200.0, us: 190.0, timed: 5 };
-        trials.refine(prefill, &found);
-        assert_eq!(
-            graph_text("prefill_64", &found),
-            "prefill_64: 200 us by kernels, 190 us as chosen, 5.00 % less; 5 graphs timed"
-        );
-        let mut lock = Tuning::default().lock("a GPU", (13, 0));
-        let stream = ("stream a=1".to_owned(), Time::Us(9.0));
-        let earlier = |library: Option<&str>| Measured {
-            chosen: stream.0.clone(),
-            packed: None,
-            library: library.map(str::to_owned),
-            candidates: BTreeMap::from([stream.clone()]),
-        };
-        lock.problems.insert(keys[0].clone(), earlier(None));
-        lock.problems.insert(keys[1].clone(), earlier(Some("cublaslt")));
-        trials.write(&mut lock, &[]);
-        assert_eq!(lock.problems.len(), 2, "of buckets that were not measured nothing is written");
-        trials.write(&mut lock, &[prefill]);
-        let (first, second) = (&lock.problems[&keys[0]], &lock.problems[&keys[1]]);
-        assert_eq!((first.library.as_deref(), &*first.chosen), (Some("cublaslt"), "stream a=1"));
-        assert_eq!((second.library.as_deref(), second.candidates.len()), (None, 2));
-        assert_eq!(first.candidates["cublaslt"], Time::Us(8.0));
-        assert_eq!(lock.problems[&keys[2]].chosen, trials.list[2].kernel.0);
-
-        trials.leave_out(prefill, &trials.list[1].steps.clone()).expect("one is left out");
-        assert_eq!(trials.list.len(), keys.len() - 1);
-        assert!(trials.leave_out(prefill, &[]).is_err());
-    }
-}
+mod tests;
