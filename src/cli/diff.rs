@@ -10,7 +10,7 @@ use crate::cli::table::table;
 use crate::plan::Phase;
 use crate::runtime::Executor;
 use crate::runtime::compare::{bound, compare_step};
-use crate::runtime::cuda::{Graphs, runner_name};
+use crate::runtime::cuda::Graphs;
 use crate::runtime::workload::{History, random_batch};
 
 /// Compares the GPU with the CPU, step by step.
@@ -81,7 +81,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
                     rows.push(vec![
                         bucket.name.clone(),
                         step.name.clone(),
-                        runner_name(&file.manifest, step).context("a step without a launch")?,
+                        file.manifest.runner(step).context("a step without a launch")?,
                         written.name.clone(),
                         format!("{:.1e}", written.error),
                         first.unwrap_or_default(),

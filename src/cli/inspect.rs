@@ -11,7 +11,7 @@ use crate::cli::table::{regions, size, table};
 use crate::cuda;
 use crate::plan::{Bucket, CollectiveKind, Manifest, Phase, PlanFile, Weight, WeightSource};
 use crate::runtime::Executor;
-use crate::runtime::cuda::{CudaExecutor, Graphs, check_device, runner_name};
+use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 
 /// Show what is in a plan: model, pool, buckets, steps. Of a plan of several ranks, buckets and steps are those of rank 0.
 #[derive(clap::Args, Debug)]
@@ -243,7 +243,7 @@ fn steps(manifest: &Manifest, bucket: &Bucket) -> String {
             }
             let operators = semantics[step.op as usize].body.len();
             let flops = format!("{:.3}", step.cost.flops as f64 / 1e6);
-            let kernel = runner_name(manifest, step);
+            let kernel = manifest.runner(step);
             let cells = [format!("{i} {}", step.name), operators.to_string(), bytes, flops, after.join(" ")];
             cells.into_iter().chain(kernel).collect()
         })

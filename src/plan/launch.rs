@@ -22,6 +22,13 @@ pub struct Kernel {
     pub cubin: Option<u32>,
 }
 
+impl Kernel {
+    /// What tables and tactics call it: `stream rows=16 warps=8`.
+    pub fn title(&self) -> String {
+        format!("{} {}", self.name, self.config).trim_end().to_owned()
+    }
+}
+
 /// A kernel's parameter: name and type.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Param(pub String, pub ParamType);

@@ -62,6 +62,15 @@ impl Manifest {
     pub fn stage_ranks(&self) -> usize {
         self.ranks.len() / self.stages.len().max(1)
     }
+
+    /// What runs a step on a device, as tables call it: its kernel, its library, or `exchange`; none in a plan for the CPU.
+    pub fn runner(&self, step: &Step) -> Option<String> {
+        match (&step.launch, step.library) {
+            (Some(launch), _) => self.kernels.get(launch.kernel as usize).map(Kernel::title),
+            (None, Some(call)) => Some(call.name().to_owned()),
+            (None, None) => step.collective.as_ref().filter(|_| self.target != Target::Cpu).map(|_| "exchange".into()),
+        }
+    }
 }
 
 /// Identity of the model.

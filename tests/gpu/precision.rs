@@ -6,7 +6,8 @@ use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::select::F32;
 use lfm2c::codegen::{CompileOptions, Source, compile};
 use lfm2c::passes::Target;
-use lfm2c::runtime::cuda::{CudaExecutor, Graphs, kernel_name, offset};
+use lfm2c::plan::Kernel;
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs, offset};
 use libtest_mimic::{Failed, Trial};
 
 use crate::models::gpu;
@@ -37,7 +38,7 @@ impl Product {
         let graph = lfm2c::ir::parse(&text).map_err(|fault| fault.to_string())?.graph;
         let options = CompileOptions { target: Target::Sm90a, f32, ..CompileOptions::default() };
         let file = compile(&Source::Graph("product".into(), Box::new(graph)), &options, &Silent)?.file;
-        let names: Vec<String> = file.manifest.kernels.iter().map(kernel_name).collect();
+        let names: Vec<String> = file.manifest.kernels.iter().map(Kernel::title).collect();
         let split = names.iter().any(|name| name.starts_with("wgmma terms="));
         if split != (f32 == F32::Split) {
             return Err(format!("expected products by {f32:?}, found {names:?}").into());

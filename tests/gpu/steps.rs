@@ -10,7 +10,7 @@ use lfm2c::ir::DType;
 use lfm2c::passes;
 use lfm2c::plan::{Bucket, Instr, Kernel, Op, PlanFile, Step};
 use lfm2c::runtime::compare::{Example, Written, bound, compare_step};
-use lfm2c::runtime::cuda::{CudaExecutor, Graphs, runner_name};
+use lfm2c::runtime::cuda::{CudaExecutor, Graphs};
 use lfm2c::runtime::weights;
 use lfm2c::runtime::workload::{History, random_batch};
 use libtest_mimic::{Failed, Trial};
@@ -115,7 +115,7 @@ impl Faults {
 
     fn add(&mut self, file: &PlanFile, bucket: &Bucket, step: &Step, written: &[Written]) {
         for Written { name, error, first, .. } in written.iter().filter(|written| !written.holds(self.bound)) {
-            let kernel = runner_name(&file.manifest, step).unwrap_or_default();
+            let kernel = file.manifest.runner(step).unwrap_or_default();
             self.found.push(format!("{} {} ({kernel}), %{name}: {error:e}, {first:?}", bucket.name, step.name));
         }
     }

@@ -12,6 +12,9 @@ use crate::codegen::refine::{Entry, Refined};
 use crate::codegen::select::{Pack, Selector, Tactics, library_call, problem_key, step_problems};
 use crate::plan::{Arg, Kernel, Manifest, Step};
 
+/// What runs a step that nothing runs.
+const NOTHING: &str = "neither a kernel nor a library";
+
 /// A problem that a library has a call for.
 #[derive(Clone, PartialEq, Debug)]
 pub struct LibraryTrial {
@@ -55,6 +58,7 @@ impl LibraryTrials {
         let Some(program) = manifest.ranks.first() else { return Ok(LibraryTrials::default()) };
         let unpacked = Selector::new(&options.tactics, options.f32, Pack::Never);
         let mut positions = vec![0usize; program.buckets.len()];
+        let runner = |step: &Step| manifest.runner(step).unwrap_or_else(|| NOTHING.into());
         for (at, problem) in step_problems(program) {
             let bucket = &program.buckets[at];
             let step = positions[at];
@@ -70,11 +74,11 @@ impl LibraryTrials {
                     "bucket {}, step {step}, problem {key}: expected a kernel, found {}; measure its kernels with --tune, or take \
                      the problem out of the lock file",
                     bucket.name,
-                    bucket.steps.get(step).map_or_else(|| "no step".into(), |step| runner(manifest, step))
+                    bucket.steps.get(step).map_or_else(|| "no step".into(), runner)
                 )
             };
             let launch = bucket.steps.get(step).and_then(|step| step.launch.as_ref()).with_context(fault)?;
-            let kernel = manifest.kernels.get(launch.kernel as usize).map(kernel_name).with_context(fault)?;
+            let kernel = manifest.kernels.get(launch.kernel as usize).map(Kernel::title).with_context(fault)?;
             let plain = match launch.args.iter().any(|arg| matches!(arg, Arg::Packed(_))) {
                 true => unpacked.choose(problem.semantic, problem.phase).with_context(fault)?.name(),
                 false => kernel.clone(),
@@ -111,11 +115,12 @@ impl LibraryTrials {
     /// A step is run by something else, so that its time would be recorded as that of another.
     pub fn check(&self, bucket: usize, manifest: &Manifest, own: usize, libraries: bool) -> Result<()> {
         let steps = manifest.ranks.first().and_then(|program| program.buckets.get(own)).map(|bucket| &bucket.steps);
+        let runner = |step: &Step| manifest.runner(step).unwrap_or_else(|| NOTHING.into());
         for trial in self.of_bucket(bucket) {
             let (expected, _) = if libraries { &trial.library } else { &trial.kernel };
             for &at in &trial.steps {
                 let step = steps.and_then(|steps| steps.get(at));
-                let found = step.map_or_else(|| "no step".into(), |step| runner(manifest, step));
+                let found = step.map_or_else(|| "no step".into(), runner);
                 if found != *expected {
                     bail!(
                         "bucket {}, step {at}, problem {}: expected {expected} to measure, found {found}; measure with --tune instead, \
@@ -227,18 +232,6 @@ pub fn without_libraries(tactics: &Tactics, manifest: &Manifest) -> Tactics {
     // An entry stays even so: without one nobody asks what was measured.
     tactics.chosen.values_mut().filter(|name| !is_kernel(name)).for_each(String::clear);
     tactics
-}
-
-/// What a kernel is called in tactics: `stream rows=16 warps=8`.
-fn kernel_name(kernel: &Kernel) -> String {
-    format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
-}
-
-/// What runs a step, as tactics call it.
-fn runner(manifest: &Manifest, step: &Step) -> String {
-    let kernel = step.launch.as_ref().and_then(|launch| manifest.kernels.get(launch.kernel as usize));
-    let library = step.library.map(|call| call.name().to_owned());
-    library.or_else(|| kernel.map(kernel_name)).unwrap_or_else(|| "neither a kernel nor a library".into())
 }
 
 /// What a bucket's whole graph takes by kernels and with the libraries that were chosen, in words; `entries` are what was searched, of which

@@ -26,7 +26,7 @@ pub use self::collective::Road;
 use self::collective::{Others, Task};
 pub use self::peers::Lines;
 use self::program::Kernels;
-pub use self::program::{check_device, kernel_name, offset, runner_name};
+pub use self::program::{check_device, offset};
 use self::run::Flight;
 use crate::cuda::{Device, DeviceMemory, Part, Stream};
 use crate::plan::{Manifest, PlanFile, Program};

@@ -251,20 +251,6 @@ pub fn offset(program: &Program, bucket: usize, place: Ref) -> Result<u64> {
     Ok(found)
 }
 
-/// What a kernel of a plan is called in tables: `stream rows=16 warps=8`.
-pub fn kernel_name(kernel: &Kernel) -> String {
-    format!("{} {}", kernel.name, kernel.config).trim_end().to_owned()
-}
-
-/// What runs a step on a device, as tables call it: its kernel, its library, or `exchange`; none in a plan for the CPU.
-pub fn runner_name(manifest: &Manifest, step: &Step) -> Option<String> {
-    match (&step.launch, step.library) {
-        (Some(launch), _) => manifest.kernels.get(launch.kernel as usize).map(kernel_name),
-        (None, Some(call)) => Some(call.name().to_owned()),
-        (None, None) => step.collective.as_ref().filter(|_| manifest.target != Target::Cpu).map(|_| "exchange".into()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,8 +10,8 @@ use super::inputs::{Inputs, Options};
 use super::timing::{Marks, Times};
 use super::work::{Ceilings, Work, fraction};
 use crate::plan::{Bucket, DType, Instr, Op, Semantic, Step, scope};
+use crate::runtime::cuda::CudaExecutor;
 use crate::runtime::cuda::capture::Lanes;
-use crate::runtime::cuda::{CudaExecutor, runner_name};
 
 /// Replays before those that count.
 const WARM: usize = 3;
@@ -172,7 +172,7 @@ pub fn measure_block(
 /// The kernels of steps, or libraries, each once.
 fn kernels(executor: &CudaExecutor, bucket: usize, steps: &[usize]) -> Vec<String> {
     let steps = steps.iter().map(|&i| &executor.program().buckets[bucket].steps[i]);
-    let names = steps.filter_map(|step| runner_name(&executor.manifest, step));
+    let names = steps.filter_map(|step| executor.manifest.runner(step));
     names.collect::<BTreeSet<_>>().into_iter().collect()
 }
 

@@ -10,7 +10,7 @@ use super::timing::{Marks, Times, median};
 use super::transfer::{Transfer, transfer};
 use super::work::{Ceilings, Work, fraction};
 use crate::cuda::DeviceMemory;
-use crate::runtime::cuda::{CudaExecutor, runner_name};
+use crate::runtime::cuda::CudaExecutor;
 
 /// Passes over the steps; medians are taken.
 pub(super) const PASSES: usize = 20;
@@ -112,8 +112,7 @@ pub fn profile(
     let mut steps = Vec::with_capacity(count);
     let times = times.into_iter().zip(in_graph);
     for (i, (step, (us, in_graph_us))) in program.buckets[bucket].steps.iter().zip(times).enumerate() {
-        let kernel =
-            runner_name(&executor.manifest, step).with_context(|| format!("step {} has no launch", step.name))?;
+        let kernel = executor.manifest.runner(step).with_context(|| format!("step {} has no launch", step.name))?;
         // Of a library's kernels nothing is known.
         let (grid, block, dynamic) =
             step.launch.as_ref().map_or(([0; 3], 0, 0), |launch| (launch.grid, launch.block, launch.shared));
