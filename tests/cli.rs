@@ -1,27 +1,14 @@
 //! The command line as a contract: arguments, files, outputs and exit codes of the built binary.
 
+#[path = "common/command.rs"]
+mod command;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::path::Path;
 
 use serde_json::Value;
 
-fn project(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lfm2c"));
-    command.current_dir(folder).args(arguments).output().expect("the binary starts")
-}
-
-/// Standard output of a command that must succeed.
-fn done(folder: &Path, arguments: &[&str]) -> String {
-    let output = lfm2c(folder, arguments);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?} failed: {errors}");
-    String::from_utf8(output.stdout).expect("the output is UTF-8")
-}
+use command::{done, lfm2c, project};
 
 /// Standard error of a command that must fail with an exit code.
 fn fails(folder: &Path, code: i32, arguments: &[&str]) -> String {

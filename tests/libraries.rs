@@ -1,9 +1,10 @@
 //! Plans with steps that are calls of a library, as far as they can be checked without one: who gets them, what the validator and the
 //! commands say of them, and that they mean what kernels do.
 
+#[path = "common/command.rs"]
+mod command;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
 use lfm2c::codegen::compile::Silent;
 use lfm2c::codegen::lock::{LOCK_VERSION, Measured};
@@ -12,6 +13,8 @@ use lfm2c::codegen::{CompileOptions, Lock, Recipe, Source, Tuning, compile};
 use lfm2c::ir::DType;
 use lfm2c::passes::{self, Target};
 use lfm2c::plan::{self, LibraryCall, LibraryMatmul, Manifest, Phase, PlanError, PlanFile, StateRole, Step};
+
+use command::{done, lfm2c, project};
 
 fn options(libraries: Libraries) -> CompileOptions {
     CompileOptions {
@@ -273,21 +276,6 @@ fn wrong_calls_are_named() {
     }
     let Err(PlanError::Invalid(faults)) = file.validate() else { panic!("expected faults") };
     assert!(faults[0].to_string().contains("a library's call: expected one after step"), "{}", faults[0]);
-}
-
-fn project(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lfm2c"));
-    command.current_dir(folder).args(arguments).output().expect("the binary starts")
-}
-
-fn done(folder: &Path, arguments: &[&str]) -> String {
-    let output = lfm2c(folder, arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
 #[test]

@@ -1,18 +1,11 @@
 //! Plans of several ranks in one process, through the built binary: what each command makes of them. `tests/ranks` runs them under `mpirun`.
 
+#[path = "common/command.rs"]
+mod command;
+
 use std::path::Path;
-use std::process::{Command, Output};
 
-fn lfm2c(folder: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_lfm2c"));
-    command.current_dir(folder).args(arguments).output().expect("the binary starts")
-}
-
-fn done(folder: &Path, arguments: &[&str]) -> String {
-    let output = lfm2c(folder, arguments);
-    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("UTF-8")
-}
+use command::{done, lfm2c};
 
 fn fails(folder: &Path, code: i32, arguments: &[&str], said: &str) {
     let output = lfm2c(folder, arguments);
@@ -22,7 +15,7 @@ fn fails(folder: &Path, code: i32, arguments: &[&str], said: &str) {
 }
 
 fn project(path: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path).to_str().expect("UTF-8").to_owned()
+    command::project(path).to_str().expect("UTF-8").to_owned()
 }
 
 /// A plan in f32 of a small model.

@@ -11,7 +11,7 @@ use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::cli::{load, progress};
 use crate::codegen::refine::{Entry, Refined, Refinement, last_fused};
-use crate::codegen::select::{APART, Libraries, Pack, Tactics};
+use crate::codegen::select::{APART, Allowed, Tactics};
 use crate::codegen::tuning::Round;
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda;
@@ -33,8 +33,7 @@ pub fn measure(
 ) -> Result<()> {
     let gpu = gpu()?;
     // All that can be packed, so that weights stay while kernels change.
-    let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
-    let libraries = if options.libraries == Libraries::Never { Libraries::Never } else { Libraries::All };
+    let Allowed { pack, libraries } = options.allowed().for_measurements();
     let options = &CompileOptions { tactics: Tactics::default(), pack, libraries, ..options.clone() };
     let problems = CompileOptions { without_cubins: true, ..options.clone() };
     let compiled = load::compile_source(source, &problems)?;

@@ -9,7 +9,7 @@ use crate::cli::load;
 use crate::cli::output::{note, print};
 use crate::cli::table::table;
 use crate::codegen::refine::Refinement;
-use crate::codegen::select::{Libraries, Pack};
+use crate::codegen::select::Allowed;
 use crate::codegen::tuning::libraries::{LibraryTrials, graph_text, without_libraries};
 use crate::codegen::{CompileOptions, Lock, Source, Tuning};
 use crate::cuda::Nvrtc;
@@ -36,8 +36,8 @@ pub fn measure(
     }
     // Elsewhere the tactics go by what the program brings, too, but its times are not those of this machine.
     let brought = Some(Lock::shipped()?).filter(|brought| brought.compares(&gpu, toolkit).is_ok());
-    let pack = if options.pack == Pack::Never { Pack::Never } else { Pack::All };
-    let options = CompileOptions { pack, libraries: Libraries::All, ..options.clone() };
+    let Allowed { pack, libraries } = options.allowed().for_measurements();
+    let options = CompileOptions { pack, libraries, ..options.clone() };
     let plan = |options: &CompileOptions| -> Result<Manifest> {
         let problems = CompileOptions { without_cubins: true, ..options.clone() };
         Ok(load::compile_source(source, &problems)?.file.manifest)

@@ -34,6 +34,15 @@ pub struct Allowed {
     pub libraries: Libraries,
 }
 
+impl Allowed {
+    /// The same, with all that could be used for each of the two that may be used: for plans that are measured beside each other.
+    pub fn for_measurements(self) -> Allowed {
+        let pack = if self.pack == Pack::Never { Pack::Never } else { Pack::All };
+        let libraries = if self.libraries == Libraries::Never { Libraries::Never } else { Libraries::All };
+        Allowed { pack, libraries }
+    }
+}
+
 impl From<Pack> for Allowed {
     fn from(pack: Pack) -> Allowed {
         Allowed { pack, ..Allowed::default() }

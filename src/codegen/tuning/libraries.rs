@@ -149,7 +149,7 @@ impl LibraryTrials {
             let mut samples = found.with_context(|| format!("bucket {}: times of {} steps", bucket, times.len()))?;
             samples.sort_by(f64::total_cmp);
             ensure!(!samples.is_empty(), "bucket {bucket}: a problem without steps");
-            let us = (samples[samples.len() / 2] * 100.0).round() / 100.0;
+            let us = round(samples[samples.len() / 2]);
             let (_, time) = if libraries { &mut trial.library } else { &mut trial.kernel };
             *time = Some(us);
         }
