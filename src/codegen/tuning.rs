@@ -263,9 +263,8 @@ impl Tuning {
             let Some(trials) = self.problems.get_mut(key) else { continue };
             let Some(at) = trials.runs(round) else { continue };
             samples.sort_by(f64::total_cmp);
-            // The mean of the middle ones; no more digits than mean something.
-            let us = f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]);
-            let us = (us * 100.0).round() / 100.0;
+            // The mean of the middle ones.
+            let us = hundredths(f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]));
             let trial = &mut trials.list[at];
             trial.time = Some(Time::Us(trial.us().map_or(us, |before| before.min(us))));
         }
@@ -326,7 +325,12 @@ impl Tuning {
     }
 }
 
-/// No more digits than mean something.
+/// A step's time with no more digits than mean something.
+fn hundredths(us: f64) -> f64 {
+    (us * 100.0).round() / 100.0
+}
+
+/// A graph's.
 fn round(us: f64) -> f64 {
     (us * 10.0).round() / 10.0
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::round;
+use super::{hundredths, round};
 use crate::codegen::CompileOptions;
 use crate::codegen::lock::{Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
@@ -149,7 +149,7 @@ impl LibraryTrials {
             let mut samples = found.with_context(|| format!("bucket {}: times of {} steps", bucket, times.len()))?;
             samples.sort_by(f64::total_cmp);
             ensure!(!samples.is_empty(), "bucket {bucket}: a problem without steps");
-            let us = round(samples[samples.len() / 2]);
+            let us = hundredths(samples[samples.len() / 2]);
             let (_, time) = if libraries { &mut trial.library } else { &mut trial.kernel };
             *time = Some(us);
         }
