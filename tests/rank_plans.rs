@@ -153,12 +153,17 @@ fn plans_for_gpus_run_on_the_cpu() {
     }
     compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", "expert=3"]);
     fails(at, 1, &["run", "gpu.plan", "--device", "cuda"], "the plan has no machine code");
-    fails(at, 1, &["profile", "gpu.plan"], "expected a program for one rank, found programs for 3");
+    for of_one in [&["profile", "gpu.plan"][..], &["bench", "gpu.plan", "--block", "moe"]] {
+        fails(at, 1, of_one, "the plan has no machine code");
+    }
+    fails(at, 1, &["bench", "gpu.plan"], "expected a program for one rank, found programs for 3");
+    compile("gpu.plan", &["--target", "sm_90a", "--without-cubins", "--ranks", "pipeline=2"]);
+    fails(at, 1, &["profile", "gpu.plan"], "expected all layers on each rank, found them in 2 stages");
     fails(
         at,
         2,
-        &["compile", &recipe, "--target", "sm_90a", "--tune", "--ranks", "expert=2", "-o", "x.plan"],
-        "--tune:",
+        &["compile", &recipe, "--target", "sm_90a", "--tune", "--ranks", "expert=2,pipeline=2", "-o", "x.plan"],
+        "--tune: expected all layers on each rank, found --ranks pipeline=2",
     );
 }
 

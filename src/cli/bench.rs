@@ -96,10 +96,12 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
         return bench_fusion::execute(arguments);
     }
     let model = arguments.model.as_deref();
-    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &arguments.plan_options()?)?;
+    // A whole step of several ranks takes what all of them take together.
+    let ranks = if arguments.block.is_empty() { load::one_rank } else { load::experts_alone };
+    let Opened { file, machine, _device } = measure::open(&arguments.input, model, &arguments.plan_options()?, ranks)?;
     let buckets = select(&file.manifest.ranks[0], &arguments.choices)?;
     let ceilings = arguments.measuring.ceilings(&machine);
-    let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
+    let mut executor = load::first_rank_alone(&file, model, Graphs::Required)?;
     let (mut reports, mut blocks): (Vec<BucketReport>, Vec<BlockReport>) = (vec![], vec![]);
     for bucket in buckets {
         let inputs = Inputs::prepare(&mut executor, bucket, &options)?;

@@ -119,12 +119,11 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path, what: Tune) -> Re
         return usage("--tune: expected --target sm_90a or auto, found cpu, which has no choice among kernels");
     }
     let options = CompileOptions { target: Target::Sm90a, ..arguments.choices.options() };
-    for (what, ranks) in [("expert", options.expert_ranks), ("pipeline", options.pipeline_ranks)] {
-        if ranks > 1 {
-            return usage(format!(
-                "--tune: expected a plan of one rank, found --ranks {what}={ranks}; measure without --ranks"
-            ));
-        }
+    if options.pipeline_ranks > 1 {
+        return usage(format!(
+            "--tune: expected all layers on each rank, found --ranks pipeline={}; measure without that, kernels are the same",
+            options.pipeline_ranks
+        ));
     }
     if what == Tune::Libraries && arguments.choices.libraries.is_empty() {
         return usage(

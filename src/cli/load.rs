@@ -168,6 +168,17 @@ pub fn cuda_executor(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> R
     executor_on_gpu(file, model, &Device::Cuda.into(), graphs)
 }
 
+/// The CUDA executor of a plan's first rank on the first GPU, with its weights loaded: if there are others, it exchanges with itself, so that
+/// its steps can be timed.
+pub fn first_rank_alone(file: &PlanFile, model: Option<&Path>, graphs: Graphs) -> Result<CudaExecutor> {
+    if file.manifest.ranks.len() == 1 {
+        return cuda_executor(file, model, graphs);
+    }
+    experts_alone(&file.manifest)?;
+    check_device(&file.manifest, None)?;
+    loaded_on_gpu(file, model, (0, &Device::Cuda.into()), graphs)?.looped()
+}
+
 /// The CUDA executor of this rank of a plan, with its weights loaded, and joined with those of the others if there are such.
 pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, graphs: Graphs) -> Result<CudaExecutor> {
     check_device(&file.manifest, None)?;
@@ -180,8 +191,22 @@ pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, gra
              --device cpu"
         ),
     };
-    let device = cuda::Device::open(place.gpu)?;
     let rank = group.as_ref().map_or(0, |group| group.rank());
+    let executor = loaded_on_gpu(file, model, (rank, place), graphs)?;
+    match group {
+        Some(group) => executor.with_group(group, place.road),
+        None => Ok(executor),
+    }
+}
+
+/// The CUDA executor of a rank's program, with its weights loaded.
+fn loaded_on_gpu(
+    file: &PlanFile,
+    model: Option<&Path>,
+    (rank, place): (usize, &Place),
+    graphs: Graphs,
+) -> Result<CudaExecutor> {
+    let device = cuda::Device::open(place.gpu)?;
     let mut executor = CudaExecutor::new(file, rank, &device, graphs)?;
     executor.on_announcement(|text| note(format_args!("lfm2c: {text}")));
     let bar = progress::bytes("loading weights", weights::total_bytes(executor.program()));
@@ -202,10 +227,7 @@ pub fn executor_on_gpu(file: &PlanFile, model: Option<&Path>, place: &Place, gra
         let bytes = executor.program().pool.weights.bytes;
         note(format_args!("weights, {} for rank {}: {}", size(bytes), own.rank, share::in_words(&loaded)));
     }
-    match group {
-        Some(group) => executor.with_group(group, place.road),
-        None => Ok(executor),
-    }
+    Ok(executor)
 }
 
 /// Refuses a plan of several ranks where one at a time is looked at.
@@ -214,6 +236,17 @@ pub fn one_rank(manifest: &Manifest) -> Result<()> {
         1 => Ok(()),
         found => bail!(
             "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
+            manifest.model.name
+        ),
+    }
+}
+
+/// Refuses a plan of which no rank can be looked at by itself: one whose layers are spread.
+pub fn experts_alone(manifest: &Manifest) -> Result<()> {
+    match manifest.stages.len() {
+        0 | 1 => Ok(()),
+        found => bail!(
+            "plan `{}`: expected all layers on each rank, found them in {found} stages; compile it without pipeline={found} for this command",
             manifest.model.name
         ),
     }

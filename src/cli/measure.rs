@@ -9,7 +9,7 @@ use crate::cli::load::{self, has_extension};
 use crate::cli::usage;
 use crate::codegen::CompileOptions;
 use crate::cuda;
-use crate::plan::PlanFile;
+use crate::plan::{Manifest, PlanFile};
 use crate::runtime::SamplingParams;
 use crate::runtime::cuda::check_device;
 use crate::runtime::cuda::measure::{Ceilings, Distinct, Machine, Options, measure_machine};
@@ -92,11 +92,16 @@ pub fn machine() -> Result<(Arc<cuda::Device>, Machine)> {
     Ok((device, machine))
 }
 
-/// Reads or compiles a plan and measures the device; a plan that no GPU could run is refused first.
-pub fn open(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Result<Opened> {
+/// Reads or compiles a plan and measures the device; a plan that no GPU could run is refused first, and one of other ranks than are measured.
+pub fn open(
+    path: &Path,
+    model: Option<&Path>,
+    options: &CompileOptions,
+    ranks: fn(&Manifest) -> Result<()>,
+) -> Result<Opened> {
     let read = if is_source(path) { None } else { Some(load::plan(path, model, options)?) };
     if let Some(file) = &read {
-        load::one_rank(&file.manifest)?;
+        ranks(&file.manifest)?;
         check_device(&file.manifest, None)?;
     }
     let (device, machine) = machine()?;
@@ -104,7 +109,7 @@ pub fn open(path: &Path, model: Option<&Path>, options: &CompileOptions) -> Resu
         Some(file) => file,
         None => load::plan(path, model, options)?,
     };
-    load::one_rank(&file.manifest)?;
+    ranks(&file.manifest)?;
     Ok(Opened { file, machine, _device: device })
 }
 

@@ -51,10 +51,10 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let options = arguments.measuring.options()?;
     let model = arguments.model.as_deref();
     let compiling = arguments.choices.options_for(&arguments.plan)?;
-    let Opened { file, machine, _device } = measure::open(&arguments.plan, model, &compiling)?;
+    let Opened { file, machine, _device } = measure::open(&arguments.plan, model, &compiling, load::experts_alone)?;
     let bucket = choose(&file.manifest.ranks[0], arguments.bucket.as_deref())?;
     let ceilings = arguments.measuring.ceilings(&machine);
-    let mut executor = load::cuda_executor(&file, model, Graphs::Required)?;
+    let mut executor = load::first_rank_alone(&file, model, Graphs::Required)?;
     let inputs = Inputs::prepare(&mut executor, bucket, &options)?;
     let profile = profile(&mut executor, bucket, &inputs, &options, &ceilings)?;
     if let Some(path) = &arguments.trace {

@@ -20,7 +20,7 @@ use crate::runtime::cuda::measure::{Inputs, Options, Timed, graph_us, refused_ke
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::workload::History;
 
-/// Every plan has one.
+/// The rank whose kernels are measured: every plan has one, and the others have about the same work.
 const RANK: usize = 0;
 
 /// Measures and prints the choices. After each round `keep` gets what is known by then, so that what interrupts the work
@@ -96,7 +96,7 @@ impl Bench<'_> {
             executor.adopt(file)?;
             return Ok(executor);
         }
-        let mut executor = load::cuda_executor(file, self.model, Graphs::Required)?;
+        let mut executor = load::first_rank_alone(file, self.model, Graphs::Required)?;
         executor.randomize_state(0)?;
         Ok(executor)
     }

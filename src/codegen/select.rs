@@ -154,11 +154,10 @@ fn without_capacity(semantic: &Semantic) -> Semantic {
     bare
 }
 
-/// The problem of each step of a program that a kernel runs, in order, beside the position of its bucket.
+/// The problem of each step of a program, in order, beside the position of its bucket. What ranks do together is one without candidates.
 pub fn step_problems(program: &Program) -> impl Iterator<Item = (usize, Problem<'_>)> {
     program.buckets.iter().enumerate().flat_map(|(i, bucket)| {
-        let steps = bucket.steps.iter().filter(|step| step.collective.is_none());
-        let semantics = steps.filter_map(|step| program.semantics.get(step.op as usize));
+        let semantics = bucket.steps.iter().filter_map(|step| program.semantics.get(step.op as usize));
         semantics.map(move |semantic| (i, Problem { semantic, phase: bucket.phase }))
     })
 }
@@ -278,7 +277,7 @@ impl<'a> Selector<'a> {
     /// Counts the problems of a program, and those that tactics know.
     pub fn known(&self, program: &Program) -> Known {
         let mut problems: BTreeMap<String, bool> = BTreeMap::new();
-        for (_, problem) in step_problems(program) {
+        for (_, problem) in step_problems(program).filter(|(_, problem)| Collective::of(problem.semantic).is_none()) {
             problems
                 .entry(problem_key(&problem))
                 .or_insert_with(|| self.chosen(&problem, &admitted(&problem, self.allowed)).is_some());

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, ensure};
 use crate::codegen::lock::{GraphTime, LOCK_VERSION, Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
 use crate::codegen::select::{APART, Allowed, Tactics, Way, admitted, problem_key, step_problems};
-use crate::plan::{Bucket, Manifest, Phase};
+use crate::plan::{Bucket, Collective, Manifest, Phase};
 
 pub use self::summary::{Choice, Total};
 
@@ -109,11 +109,14 @@ impl Tuning {
         let mut buckets: Vec<Steps> = program.buckets.iter().map(steps).collect();
         for (bucket, problem) in step_problems(program) {
             let key = problem_key(&problem);
-            problems.entry(key.clone()).or_insert_with(|| {
-                let list = admitted(&problem, allowed);
-                let list = list.iter().map(Trial::of).collect();
-                Trials { phase: problem.phase, list }
-            });
+            // What ranks do together has no candidates.
+            if Collective::of(problem.semantic).is_none() {
+                problems.entry(key.clone()).or_insert_with(|| {
+                    let list = admitted(&problem, allowed);
+                    let list = list.iter().map(Trial::of).collect();
+                    Trials { phase: problem.phase, list }
+                });
+            }
             buckets[bucket].keys.push(key);
         }
         Tuning { problems, buckets, ..Tuning::default() }
@@ -274,7 +277,7 @@ impl Tuning {
     /// Takes in what a round could not run: bucket, step, and why.
     ///
     /// # Errors
-    /// No such step.
+    /// No such step, or one that is no choice.
     pub fn fail(&mut self, round: Round, steps: &[(usize, usize, String)]) -> Result<()> {
         // Of several steps with one problem, the first says what failed; the others ran the same.
         let mut failed: BTreeMap<String, &str> = BTreeMap::new();
@@ -284,7 +287,8 @@ impl Tuning {
             failed.entry(key.clone()).or_insert(error);
         }
         for (key, error) in failed {
-            let Some(trials) = self.problems.get_mut(&key) else { continue };
+            let trials = self.problems.get_mut(&key);
+            let trials = trials.with_context(|| format!("{key}, which has no candidates: {error}"))?;
             if let Some(at) = trials.runs(round) {
                 trials.list[at].time = Some(Time::Failed(error.to_owned()));
             }

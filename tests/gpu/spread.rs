@@ -2,6 +2,7 @@
 //! rows of this one.
 //! `tests/gpu_ranks.sh` runs whole plans, exchanges included, on several GPUs.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -14,11 +15,13 @@ use lfm2c::plan::{Collective, CollectiveKind, DType as Stored, ExpertCounts, Pla
 use lfm2c::runtime::compare::{bound, compare_step};
 use lfm2c::runtime::cpu::{CpuExecutor, HostPool};
 use lfm2c::runtime::cuda::{CudaExecutor, Graphs, offset};
+use lfm2c::runtime::group::Echo;
 use lfm2c::runtime::weights::{self, Origin};
 use lfm2c::runtime::workload::{History, random_batch};
+use lfm2c::runtime::{Executor, Generator, Options, Request};
 use libtest_mimic::Trial;
 
-use crate::models::{SHAPES, Shape, fail, plan, recipe};
+use crate::models::{SHAPES, Shape, cpu, fail, gpu, plan, recipe, small};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![];
@@ -35,7 +38,46 @@ pub fn trials() -> Vec<Trial> {
             }
         }
     }
+    for shape in SHAPES {
+        let name = format!("spread by itself {}", shape.name);
+        trials.push(Trial::test(name, move || by_itself(shape).map_err(fail)));
+    }
     trials
+}
+
+/// A rank that exchanges with itself, as it does where its steps are timed: captured graphs choose the tokens that the CPU chooses where what is
+/// sent comes back.
+fn by_itself(shape: &Shape) -> Result<()> {
+    let options = CompileOptions { expert_ranks: 2, ..small(&[64], &[8], DType::F32) };
+    let file = plan(shape, &options);
+    let vocab = file.manifest.model.vocab as u32;
+    let requests: Vec<Request> = (0..20)
+        .map(|id| Request {
+            id,
+            prompt: (0..1 + id as u32 * 3).map(|i| (i * 37 + id as u32 * 11) % vocab).collect(),
+            max_new_tokens: 12,
+            ..Request::default()
+        })
+        .collect();
+    let mut looped = gpu(&file, Graphs::Required).looped()?;
+    let found = tokens(&mut looped, &requests)?;
+    let mut echoed = cpu(&file).with_group(Box::new(Echo::new(0, 2)))?;
+    let expected = tokens(&mut echoed, &requests)?;
+    ensure!(found.iter().all(|tokens| tokens.len() == 12), "expected 12 tokens of each request, found {found:?}");
+    ensure!(found == expected, "expected the tokens of the CPU, {expected:?}, found {found:?}");
+    let alone = CompileOptions { expert_ranks: 1, ..options };
+    ensure!(
+        gpu(&plan(shape, &alone), Graphs::Required).looped().is_err(),
+        "a plan of one rank has nobody to stand in for"
+    );
+    Ok(())
+}
+
+/// The tokens that follow each request, in their order.
+fn tokens<E: Executor>(executor: &mut E, requests: &[Request]) -> Result<Vec<Vec<u32>>> {
+    let mut generator = Generator::new(executor, Options::default())?;
+    let found = generator.generate(requests.to_vec(), |_, _| ControlFlow::Continue(()))?;
+    found.into_iter().map(|finished| Ok(finished?.tokens)).collect()
 }
 
 /// Compares every step of the first and the last rank, from what the steps before it left on the GPU.

@@ -9,7 +9,7 @@ use lfm2c::codegen::select::APART;
 use libtest_mimic::{Failed, Trial};
 
 pub fn trials() -> Vec<Trial> {
-    vec![Trial::test("tune demo", tune)]
+    vec![Trial::test("tune demo", tune), Trial::test("tune spread demo", spread)]
 }
 
 fn lfm2c(folder: &Path, arguments: &[&str]) -> Result<String, Failed> {
@@ -43,6 +43,27 @@ fn tune() -> Result<(), Failed> {
     assert!(second.contains("chooses the kernels of") && !second.contains("does not know"), "{second}");
     let run = |more: &[&str]| lfm2c(at, &[&["run", "demo.plan", "--max-new-tokens", "8"], more].concat());
     assert!(!run(&["--device", "cuda", "--require-graphs"])?.trim().is_empty());
+    Ok(())
+}
+
+/// Of a plan whose experts are spread, the first rank's problems are measured by itself, and known where all ranks are compiled for.
+fn spread() -> Result<(), Failed> {
+    let folder = tempfile::tempdir()?;
+    let at = folder.path();
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("plans/synthetic.ron"), at.join("demo.ron"))?;
+    let compile = ["compile", "demo.ron", "--target", "sm_90a", "--dtype", "bf16", "--prefill", "64", "--decode", "8"];
+    let spread = [&compile[..], &["--ranks", "expert=2", "-o", "two.plan"]].concat();
+    let first = lfm2c(at, &[&spread[..], &["--tune"]].concat())?;
+    assert!(first.contains("whole graph of") && first.contains("decode_8"), "{first}");
+    let again = lfm2c(at, &spread)?;
+    assert!(again.contains("chooses the kernels of") && !again.contains("does not know"), "{again}");
+    let lock = Lock::read(&at.join("demo.lock.ron")).map_err(|e| format!("{e:#}"))?.ok_or("no lock file")?;
+    assert!(lock.problems.keys().any(|key| key.starts_with("local+group ")), "{lock:?}");
+    assert!(!lock.problems.keys().any(|key| key.starts_with("all_")), "{lock:?}");
+    let profile = lfm2c(at, &["profile", "two.plan", "--bucket", "decode_8"])?;
+    assert!(profile.contains("all_gather") && profile.contains("blocksum"), "{profile}");
+    let blocks = lfm2c(at, &["bench", "two.plan", "--block", "moe", "--decode", "8", "--steps", "5"])?;
+    assert!(blocks.contains("all_to_all"), "{blocks}");
     Ok(())
 }
 

@@ -12,9 +12,9 @@ use super::libraries::Call;
 use super::peers::Peers;
 use super::program::{Ready, offset};
 use crate::cuda::{Communicator, Exchange, Part, Stream, UniqueId};
-use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step, exchanges_of};
+use crate::plan::{Collective, CollectiveKind, DType, Program, Ref, Step, collectives, exchanges_of};
 use crate::runtime::cuda::Graphs;
-use crate::runtime::group::{Group, Mates};
+use crate::runtime::group::{Echo, Group, Mates};
 
 /// What a step of a plan is on the stream.
 #[derive(Clone, Debug)]
@@ -188,6 +188,25 @@ impl CudaExecutor {
         if by_nccl {
             self.connect()?;
         }
+        Ok(self)
+    }
+
+    /// Has the rank exchange with itself, by the kernels that exchange through memory: for measurements of one rank's steps without the
+    /// others. Rows that are others' are this rank's again, so what comes out means nothing.
+    ///
+    /// # Errors
+    /// A plan of one rank, or one whose ranks send to each other alone, or the device failed.
+    pub fn looped(mut self) -> Result<Self> {
+        let ranks = self.manifest.ranks.len();
+        let alone = collectives(self.program()).all(|collective| collective.kind.peer().is_none());
+        ensure!(
+            ranks > 1 && alone,
+            "one rank by itself: expected a plan whose experts are spread, and not its layers, found another"
+        );
+        let kernel = |role| self.kernels.service(role);
+        let peers = Peers::looped((self.program(), kernel), &self.device, (self.rank, ranks))?;
+        let mates = Mates::new(Box::new(Echo::new(self.rank, ranks)), self.rank, &self.manifest)?;
+        self.others = Some(Others { mates, all: Way::Peers(peers), stage: None });
         Ok(self)
     }
 

@@ -109,9 +109,26 @@ pub(super) struct Peers {
     // Fields are dropped in order: what is mapped of others before this rank's own.
     lines: Lines,
     _others: Vec<MappedMemory>,
-    own: SharedMemory,
+    own: Own,
     /// Beside that of the steps, which may wait for ranks that are no more.
     aside: Stream,
+}
+
+/// This rank's area.
+enum Own {
+    /// Which others have mapped.
+    Shared(SharedMemory),
+    /// Which nobody has.
+    Alone(DeviceMemory),
+}
+
+impl Own {
+    fn memory(&self) -> &DeviceMemory {
+        match self {
+            Own::Shared(shared) => shared.memory(),
+            Own::Alone(memory) => memory,
+        }
+    }
 }
 
 impl Peers {
@@ -146,12 +163,31 @@ impl Peers {
         let mapped = map(&offers, rank, device, &own).and_then(|(others, areas)| {
             let kernels = kernels(program, ranks, |role| kernel(role).cloned())?;
             let lines = Lines::new(kernels, device, (rank, &areas), area_of(program, ranks)?)?;
-            Ok(Peers { lines, _others: others, own, aside: Stream::new(device)? })
+            Ok(Peers { lines, _others: others, own: Own::Shared(own), aside: Stream::new(device)? })
         });
         Ok(match missing(group, &mapped)? {
             None => Ok(mapped?),
             Some(why) => Err(why),
         })
+    }
+
+    /// Of a rank of so many that exchanges with itself: what it sends arrives in the others' place.
+    ///
+    /// # Errors
+    /// The plan has no kernels for it, or the device failed.
+    pub(super) fn looped<'k>(
+        (program, kernel): (&Program, impl Fn(ServiceRole) -> Result<&'k Function>),
+        device: &Arc<Device>,
+        (rank, ranks): (usize, usize),
+    ) -> Result<Peers> {
+        let kernels = kernels(program, ranks as u64, |role| kernel(role).cloned())?;
+        let area = area_of(program, ranks as u64)?;
+        let own = DeviceMemory::new(device, usize::try_from(area.bytes())?)?;
+        let aside = Stream::new(device)?;
+        own.fill(0..own.bytes(), 0, &aside)?;
+        aside.synchronize()?;
+        let lines = Lines::new(kernels, device, (rank, &vec![own.address(); ranks]), area)?;
+        Ok(Peers { lines, _others: vec![], own: Own::Alone(own), aside })
     }
 
     /// What exchanges.

@@ -1,6 +1,7 @@
 //! Ranks that run the programs of one plan in lockstep, each with sequences of its own: what they exchange within steps, and, between
 //! steps, the agreement on what runs next.
 
+mod echo;
 mod local;
 mod tell;
 
@@ -8,6 +9,7 @@ use anyhow::{Result, ensure};
 
 use crate::plan::{Collective, Manifest};
 
+pub use self::echo::Echo;
 pub use self::local::LocalGroup;
 pub use self::tell::{FAULT_CHARS, short, tell};
 
