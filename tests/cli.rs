@@ -206,6 +206,26 @@ fn wrong_usage_has_exit_code_2() {
     }
 }
 
+/// What chooses among kernels has no effect on a plan that has none, so it is refused.
+#[test]
+fn choices_of_kernels_are_none_for_the_cpu() {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let demo = project("plans/synthetic.ron");
+    let demo = demo.to_str().expect("UTF-8");
+    for (option, named) in [
+        (&["--pack"][..], "--pack"),
+        (&["--libraries", "cublaslt"], "--libraries"),
+        (&["--f32", "split"], "--f32 split"),
+    ] {
+        for command in [&["compile", demo, "-o", "x.plan"][..], &["run", demo, "--tokens", "1"]] {
+            let errors = fails(folder.path(), 2, &[command, &["--target", "cpu"], option].concat());
+            assert!(errors.contains(&format!("{named}: expected a plan for a GPU")), "{errors}");
+            assert!(errors.contains("leave it out"), "{errors}");
+        }
+    }
+    assert!(!folder.path().join("x.plan").exists());
+}
+
 #[test]
 fn what_cannot_run_says_why() {
     let folder = folder_with_plan();

@@ -163,6 +163,21 @@ pub trait Observer: Sync {
 pub struct Silent;
 impl Observer for Silent {}
 
+/// Refuses choices among kernels for a target that has none: they would be without effect.
+fn for_kernels_alone(options: &CompileOptions) -> Result<()> {
+    let asked = [
+        ("--pack", options.pack != Pack::Never),
+        ("--libraries", options.libraries != Libraries::Never),
+        ("--f32 split", options.f32 != F32::Exact),
+    ];
+    match asked.into_iter().find(|(_, is)| *is && options.target == Target::Cpu) {
+        None => Ok(()),
+        Some((option, _)) => bail!(OptionError(format!(
+            "{option}: expected a plan for a GPU, whose kernels it is for, found one for the CPU; leave it out, or add --target sm_90a"
+        ))),
+    }
+}
+
 /// Compiles a model or a graph.
 ///
 /// # Errors
@@ -176,6 +191,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         let known = names().join(", ");
         bail!(OptionError(format!("--disable-pass {unknown}: expected one of {known}")));
     }
+    for_kernels_alone(options)?;
     let stages = pipeline_ranks(source, options, &unit.graph)?;
     let spread = expert_ranks(source, options, &stages)?;
     let experts = spread.experts();

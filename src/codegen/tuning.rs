@@ -265,9 +265,7 @@ impl Tuning {
         for (key, mut samples) in samples {
             let Some(trials) = self.problems.get_mut(key) else { continue };
             let Some(at) = trials.runs(round) else { continue };
-            samples.sort_by(f64::total_cmp);
-            // The mean of the middle ones.
-            let us = hundredths(f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]));
+            let us = typical(&mut samples);
             let trial = &mut trials.list[at];
             trial.time = Some(Time::Us(trial.us().map_or(us, |before| before.min(us))));
         }
@@ -327,6 +325,12 @@ impl Tuning {
             problems,
         }
     }
+}
+
+/// The median of times, which are not none: between two in the middle, their mean.
+fn typical(samples: &mut [f64]) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    hundredths(f64::midpoint(samples[(samples.len() - 1) / 2], samples[samples.len() / 2]))
 }
 
 /// A step's time with no more digits than mean something.

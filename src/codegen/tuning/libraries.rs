@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{hundredths, round};
+use super::{round, typical};
 use crate::codegen::CompileOptions;
 use crate::codegen::lock::{Lock, Measured, Time};
 use crate::codegen::refine::{Entry, Refined};
@@ -147,9 +147,8 @@ impl LibraryTrials {
         for trial in self.list.iter_mut().filter(|trial| trial.bucket.0 == bucket) {
             let found = trial.steps.iter().map(|&step| times.get(step).copied()).collect::<Option<Vec<f64>>>();
             let mut samples = found.with_context(|| format!("bucket {}: times of {} steps", bucket, times.len()))?;
-            samples.sort_by(f64::total_cmp);
             ensure!(!samples.is_empty(), "bucket {bucket}: a problem without steps");
-            let us = hundredths(samples[samples.len() / 2]);
+            let us = typical(&mut samples);
             let (_, time) = if libraries { &mut trial.library } else { &mut trial.kernel };
             *time = Some(us);
         }
