@@ -40,7 +40,7 @@ pub struct Arguments {
     /// The Hugging Face directory whose checkpoint gives the weights
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Only the steps of these blocks, each kind as a graph of its own
+    /// Only the steps of these blocks, each kind as a graph of its own; of a plan whose experts are spread, those of rank 0 by itself
     #[arg(long, value_enum, value_delimiter = ',', conflicts_with = "compare_fusion")]
     block: Vec<BlockChoice>,
     /// Compiles a recipe's smallest bucket, or a graph, without fusion and with it, and compares times and results
@@ -114,7 +114,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     match arguments.format {
         Format::Text => {
-            let mut text = measure::machine_line(&machine) + &measure::floor_line(&ceilings) + "\n";
+            let mut text = measure::machine_line(&machine) + &measure::rank_line(&file.manifest);
+            text += &(measure::floor_line(&ceilings) + "\n");
             if arguments.block.is_empty() {
                 text += &bucket_table(&reports, &ceilings);
             } else {
@@ -128,6 +129,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
                 "model": file.manifest.model.name,
                 "plan_hash": file.hash(),
                 "dtype": file.manifest.dtype,
+                "ranks": file.manifest.ranks.len(),
                 "machine": machine,
                 "ceilings": ceilings,
                 "buckets": reports,
@@ -135,7 +137,10 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             })
         ))?,
     }
-    for report in blocks.iter().filter(|report| report.experts.is_some_and(|found| found.is_degenerate())) {
+    // By itself a rank has its own rows several times, which share experts anyway.
+    let repeated = file.manifest.ranks.len() > 1;
+    for report in blocks.iter().filter(|report| !repeated && report.experts.is_some_and(|found| found.is_degenerate()))
+    {
         note(format_args!(
             "bucket {}: the blocks' random activations route much alike; so their rows share experts",
             report.bucket

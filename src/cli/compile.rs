@@ -34,7 +34,8 @@ pub struct Arguments {
     /// for this and every later compilation. Keeps what the file has of other sizes, measured alike, unless --no-lock is given.
     /// Steps are timed one by one; then, for decode buckets, the best candidates within the whole captured graph, where neighbours
     /// overlap. `--tune=libraries` measures only where the --libraries are faster, within whole graphs, than the kernels that are
-    /// chosen already; what the lock file says of kernels stays, so it does not go with --no-lock
+    /// chosen already; what the lock file says of kernels stays, so it does not go with --no-lock. Where experts are spread, rank 0 is
+    /// measured by itself, and what it sends comes back to it
     #[arg(
         long,
         value_enum,
@@ -123,6 +124,12 @@ fn tuned(arguments: &Arguments, source: &Source, named: &Path, what: Tune) -> Re
         return usage(format!(
             "--tune: expected all layers on each rank, found --ranks pipeline={}; measure without that, kernels are the same",
             options.pipeline_ranks
+        ));
+    }
+    if let Some(most) = load::most_alone(options.expert_ranks) {
+        return usage(format!(
+            "--tune: expected at most {most} ranks, of which one is measured by itself, found --ranks expert={}; measure with expert={most}",
+            options.expert_ranks
         ));
     }
     if what == Tune::Libraries && arguments.choices.libraries.is_empty() {

@@ -16,7 +16,7 @@ use crate::cli::{lock, progress, usage};
 use crate::codegen::recipe::{ModelSource, read_config};
 use crate::codegen::{CompileOptions, Recipe, Source};
 use crate::cuda;
-use crate::plan::{Manifest, PlanError, PlanFile, WeightSource};
+use crate::plan::{EXCHANGE_RANKS, Manifest, PlanError, PlanFile, WeightSource};
 use crate::runtime::Executor;
 use crate::runtime::cuda::{CudaExecutor, Graphs, check_device};
 use crate::runtime::weights::{self, Checkpoint, Origin, share};
@@ -235,21 +235,34 @@ pub fn one_rank(manifest: &Manifest) -> Result<()> {
     match manifest.ranks.len() {
         1 => Ok(()),
         found => bail!(
-            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command",
+            "plan `{}`: expected a program for one rank, found programs for {found}; compile it without --ranks for this command, or, to bench \
+             it, start it with `mpirun -n {found}` or name parts with --block",
             manifest.model.name
         ),
     }
 }
 
-/// Refuses a plan of which no rank can be looked at by itself: one whose layers are spread.
+/// Refuses a plan of which no rank can be looked at by itself: one whose layers are spread, or with more ranks than kernels exchange between.
 pub fn experts_alone(manifest: &Manifest) -> Result<()> {
-    match manifest.stages.len() {
-        0 | 1 => Ok(()),
-        found => bail!(
-            "plan `{}`: expected all layers on each rank, found them in {found} stages; compile it without pipeline={found} for this command",
-            manifest.model.name
-        ),
+    let (name, stages, ranks) = (&manifest.model.name, manifest.stages.len(), manifest.ranks.len() as u64);
+    if stages > 1 {
+        bail!(
+            "plan `{name}`: expected all layers on each rank, found them in {stages} stages; compile it without pipeline={stages} for this \
+             command"
+        );
     }
+    match most_alone(ranks) {
+        Some(most) => bail!(
+            "plan `{name}`: expected at most {most} ranks, of which one can be looked at by itself, found {ranks}"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// The most ranks of which one can exchange with itself, if these are more.
+pub fn most_alone(ranks: u64) -> Option<u64> {
+    let most = *EXCHANGE_RANKS.end();
+    (ranks > most).then_some(most)
 }
 
 /// Calls with where the weights come from.

@@ -129,6 +129,16 @@ pub fn machine_line(machine: &Machine) -> String {
     )
 }
 
+/// Whose steps they are, in a line; nothing of a plan of one rank.
+pub fn rank_line(manifest: &Manifest) -> String {
+    match manifest.ranks.len() {
+        0 | 1 => String::new(),
+        ranks => format!(
+            "rank 0 of {ranks} by itself: what it sends comes back in the others' place, so others' rows are its own again\n"
+        ),
+    }
+}
+
 /// What a floor is made of, in a line.
 pub fn floor_line(ceilings: &Ceilings) -> String {
     let bytes =

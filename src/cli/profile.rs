@@ -20,6 +20,8 @@ use crate::runtime::cuda::measure::{
 ///
 /// Groups steps by what they do and by layer. Alone, a step's time begins when everything before it is done. In the captured
 /// graph neighbours overlap: there a step's time is what it adds to the graph of all steps before it.
+///
+/// Of a plan whose experts are spread, the steps are those of rank 0 by itself, to which what it sends comes back.
 #[derive(clap::Args, Debug)]
 pub struct Arguments {
     /// A plan for a GPU, or a recipe (FILE.ron) or a graph (FILE.ir) to compile for one
@@ -64,7 +66,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let (labels, layers) = (by_time(group(&profile.steps, label)), group(&profile.steps, layer));
     match arguments.format {
         Format::Text => {
-            let mut text = measure::machine_line(&machine) + &measure::floor_line(&ceilings) + "\n";
+            let mut text = measure::machine_line(&machine) + &measure::rank_line(&file.manifest);
+            text += &(measure::floor_line(&ceilings) + "\n");
             text += &group_table("steps", &labels, &ceilings);
             if arguments.all_steps {
                 text += "\n";
@@ -79,6 +82,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             json!({
                 "model": file.manifest.model.name,
                 "plan_hash": file.hash(),
+                "ranks": file.manifest.ranks.len(),
                 "machine": machine,
                 "ceilings": ceilings,
                 "profile": profile,

@@ -224,7 +224,7 @@ pub fn compile(source: &Source, options: &CompileOptions, observer: &dyn Observe
         }
     }
     let mut tensors = tensors.tensors;
-    let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&programs[0]));
+    let known = selector.as_ref().map_or(Known::default(), |selector| selector.known(&programs));
     if let Source::Recipe(_, Some(listing)) = source {
         tensors.iter_mut().for_each(|tensor| super::tensors::note_mixed(tensor, listing));
     }

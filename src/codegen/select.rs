@@ -59,24 +59,23 @@ pub enum F32 {
     Split,
 }
 
-/// How many of a program's problems tactics know.
+/// How many of a plan's problems tactics know.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct Known {
-    /// Different problems of the program's steps.
+    /// Different problems of the steps of all ranks.
     pub problems: usize,
     /// Those for which tactics name a candidate that there is.
     pub chosen: usize,
 }
 
-/// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for.
+/// A name for a problem that stays the same from run to run, however many sequences and pages the plan's state has room for, and whichever
+/// experts a rank has.
 pub fn problem_key(problem: &Problem) -> String {
-    key_of(problem, &without_capacity(problem.semantic))
+    key_of(problem, &without_arguments(problem.semantic))
 }
 
-/// A semantic whose products by expert are over all experts, where they were over those of a rank; none if it has no such product. A rank
-/// has about as many rows of each of its experts as one that has all of them, out of as many rows.
-fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semantic> {
-    let of = ranks.iter().flatten().max().map_or(0, |last| last + 1);
+/// A semantic whose products by expert are over so many experts, where they were over those of a rank; none if it has no such product.
+fn with_experts(mut semantic: Semantic, ranks: &[Vec<u64>], count: u64) -> Option<Semantic> {
     let mut found = false;
     for Instr(op, args, _) in &semantic.body {
         // Weights by their position among the arguments, and offsets of each expert's rows.
@@ -91,7 +90,7 @@ fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semant
             if let Some(size) = semantic.inputs.get_mut(*i as usize).and_then(|ty| ty.1.first_mut())
                 && ranks.iter().any(|local| local.len() as u64 + more == *size)
             {
-                *size = of + more;
+                *size = count + more;
                 found = true;
             }
         }
@@ -102,7 +101,7 @@ fn with_all_experts(mut semantic: Semantic, ranks: &[Vec<u64>]) -> Option<Semant
 /// The name of the same problem with bf16 in place of f16. Kernels of both are the same but for the instructions that convert and
 /// multiply, which take as long.
 fn key_in_bf16(problem: &Problem) -> String {
-    key_of(problem, &in_bf16(without_capacity(problem.semantic)))
+    key_of(problem, &in_bf16(without_arguments(problem.semantic)))
 }
 
 fn key_of(problem: &Problem, bare: &Semantic) -> String {
@@ -131,9 +130,19 @@ fn in_bf16(mut semantic: Semantic) -> Semantic {
     semantic
 }
 
-/// A semantic whose states have no room: what a step does to the rows at hand does not depend on it.
-fn without_capacity(semantic: &Semantic) -> Semantic {
+/// A semantic without what kernels take as arguments: states have no room, because what a step does to the rows at hand does not depend on
+/// it, and a rank has as many experts, of which as many are others', too, but not certain ones.
+fn without_arguments(semantic: &Semantic) -> Semantic {
     let mut bare = semantic.clone();
+    for Instr(op, ..) in &mut bare.body {
+        if let plan::Op::LocalExperts { experts, parts, .. } = op {
+            *experts = (0..experts.len() as u64).collect();
+            let shared = parts.iter().filter(|&&turns| turns != (0, plan::TURNS)).count();
+            // A kernel takes them in pairs, of which it has room for a power of two.
+            let pairs = if shared == 0 { 0 } else { shared.div_ceil(2).next_power_of_two() };
+            *parts = vec![(0, 1); pairs];
+        }
+    }
     for Instr(op, args, _) in &semantic.body {
         // States by their position among the arguments, with the sizes that are room alone.
         let states: &[(usize, usize)] = match op {
@@ -267,17 +276,23 @@ impl<'a> Selector<'a> {
         if chosen.is_empty() {
             return None;
         }
-        let all = with_all_experts(problem.semantic.clone(), &self.experts);
-        let all = all.as_ref().map(|semantic| Problem { semantic, phase: problem.phase });
+        // A rank has about as many rows of each of its experts as another, or as one that has all of them, out of as many rows.
+        let all = self.experts.iter().flatten().max().map_or(0, |last| last + 1);
+        let counts: BTreeSet<u64> = self.experts.iter().map(|local| local.len() as u64).collect();
+        let counts = counts.into_iter().chain([all]);
+        let others: Vec<Semantic> =
+            counts.filter_map(|count| with_experts(problem.semantic.clone(), &self.experts, count)).collect();
+        let others = others.iter().map(|semantic| Problem { semantic, phase: problem.phase });
         let keys =
-            std::iter::once(*problem).chain(all).flat_map(|problem| [problem_key(&problem), key_in_bf16(&problem)]);
+            std::iter::once(*problem).chain(others).flat_map(|problem| [problem_key(&problem), key_in_bf16(&problem)]);
         keys.filter_map(|key| chosen.get(&key).map(|wanted| (key, wanted))).next()
     }
 
-    /// Counts the problems of a program, and those that tactics know.
-    pub fn known(&self, program: &Program) -> Known {
+    /// Counts the problems of all ranks' programs, and those that tactics know.
+    pub fn known(&self, programs: &[Program]) -> Known {
         let mut problems: BTreeMap<String, bool> = BTreeMap::new();
-        for (_, problem) in step_problems(program).filter(|(_, problem)| Collective::of(problem.semantic).is_none()) {
+        let steps = programs.iter().flat_map(step_problems);
+        for (_, problem) in steps.filter(|(_, problem)| Collective::of(problem.semantic).is_none()) {
             problems
                 .entry(problem_key(&problem))
                 .or_insert_with(|| self.chosen(&problem, &admitted(&problem, self.allowed)).is_some());

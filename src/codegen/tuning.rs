@@ -105,7 +105,9 @@ impl Tuning {
             return Tuning::default();
         };
         let mut problems = BTreeMap::new();
-        let steps = |bucket: &Bucket| Steps { name: bucket.name.clone(), phase: bucket.phase, keys: vec![] };
+        // A lock has what whole graphs take by these names, which those of plans of other ranks do not share.
+        let of = if manifest.ranks.len() > 1 { format!(" of {} ranks", manifest.ranks.len()) } else { String::new() };
+        let steps = |bucket: &Bucket| Steps { name: format!("{}{of}", bucket.name), phase: bucket.phase, keys: vec![] };
         let mut buckets: Vec<Steps> = program.buckets.iter().map(steps).collect();
         for (bucket, problem) in step_problems(program) {
             let key = problem_key(&problem);
@@ -286,7 +288,9 @@ impl Tuning {
         }
         for (key, error) in failed {
             let trials = self.problems.get_mut(&key);
-            let trials = trials.with_context(|| format!("{key}, which has no candidates: {error}"))?;
+            let trials = trials.with_context(|| {
+                format!("step {key}: expected an exchange with itself that the device runs, found {error}; there is no other way to do it")
+            })?;
             if let Some(at) = trials.runs(round) {
                 trials.list[at].time = Some(Time::Failed(error.to_owned()));
             }

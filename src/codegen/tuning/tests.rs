@@ -1,7 +1,13 @@
 //! What rounds and whole graphs choose.
 
+use std::collections::BTreeSet;
+
 use super::*;
+use crate::codegen::compile::{Compiled, Silent};
 use crate::codegen::lock::tests::compiled;
+use crate::codegen::{CompileOptions, Recipe, Source, compile};
+use crate::passes::Target;
+use crate::plan::{ExpertCounts, Program};
 
 fn trials(times: &[Option<f64>]) -> Vec<Trial> {
     let trial = |(i, us): (usize, &Option<f64>)| Trial {
@@ -185,4 +191,106 @@ fn a_library_that_is_clearly_faster_goes_before_the_best_kernel() {
     let tactics =
         Lock { problems: BTreeMap::from([("product".into(), faster)]), ..Tuning::default().lock("a GPU", (13, 0)) };
     assert_eq!(tactics.tactics().library["product"], "cublaslt");
+}
+
+/// The same model with its eight experts spread over ranks.
+fn spread(ranks: u64, replicas: Option<(&std::path::Path, u64)>, tactics: Tactics) -> Compiled {
+    let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
+    let options = CompileOptions {
+        target: Target::Sm90a,
+        dtype: Some(crate::ir::DType::BF16),
+        prefill: Some(vec![64]),
+        decode: Some(vec![8]),
+        without_cubins: true,
+        expert_ranks: ranks,
+        expert_counts: replicas.map(|(counts, _)| counts.to_owned()),
+        expert_replicas: replicas.map_or(0, |(_, count)| count),
+        tactics,
+        ..CompileOptions::default()
+    };
+    compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles")
+}
+
+/// The problems of a rank's steps, without what ranks do together.
+fn keys(program: &Program) -> Vec<String> {
+    let steps = step_problems(program).filter(|(_, problem)| Collective::of(problem.semantic).is_none());
+    steps.map(|(_, problem)| problem_key(&problem)).collect()
+}
+
+#[test]
+fn what_ranks_do_together_is_timed_but_no_choice() {
+    let manifest = spread(2, None, Tactics::default()).file.manifest;
+    let mut tuning = Tuning::of(&manifest, Allowed::default());
+    assert!(!tuning.problems().any(|(key, names)| key.starts_with("all_") || names.is_empty()));
+    for (bucket, steps) in manifest.ranks[0].buckets.iter().zip(&tuning.buckets) {
+        assert_eq!((steps.name.clone(), steps.keys.len()), (format!("{} of 2 ranks", bucket.name), bucket.steps.len()));
+    }
+    let round = Round { phase: Phase::Decode, nth: 0 };
+    let [bucket] = tuning.measured(round)[..] else { panic!("one bucket of decode") };
+    let steps = &manifest.ranks[0].buckets[bucket].steps;
+    // Steps that are exchanges take 1000 us, the others their number.
+    let us = |(i, step): (usize, &crate::plan::Step)| if step.collective.is_some() { 1e3 } else { i as f64 };
+    tuning.record(round, &[(bucket, steps.iter().enumerate().map(us).collect())]).expect("times of all steps");
+    let times = tuning.problems.values().flat_map(|trials| trials.list.iter().filter_map(Trial::us));
+    assert!(times.fold(0.0, f64::max) < 1e3);
+    let exchange = steps.iter().position(|step| step.collective.is_some()).expect("it has exchanges");
+    let error = tuning.fail(round, &[(bucket, exchange, "no link".into())]).expect_err("it is no choice");
+    assert!(error.to_string().contains("expected an exchange") && error.to_string().contains("no link"), "{error}");
+}
+
+#[test]
+fn what_is_measured_on_one_rank_goes_for_all() {
+    for ranks in [2, 4] {
+        let compiled = spread(ranks, None, Tactics::default());
+        let [first, others @ ..] = &compiled.file.manifest.ranks[..] else { panic!("{ranks} ranks") };
+        assert!(others.iter().all(|other| keys(other) == keys(first)), "{ranks}");
+        // The last candidate of each problem that the first rank has, on all ranks.
+        let tuning = Tuning::of(&compiled.file.manifest, Allowed::default());
+        let last = |(key, names): (&str, Vec<&str>)| Some((key.to_owned(), (*names.last()?).to_owned()));
+        let tactics = Tactics { chosen: tuning.problems().filter_map(last).collect(), ..Tactics::default() };
+        let chosen = spread(ranks, None, tactics);
+        assert_eq!((chosen.known.chosen, chosen.known.problems), (tuning.problems.len(), tuning.problems.len()));
+        let runners = |program: &Program| {
+            let steps = program.buckets.iter().flat_map(|bucket| &bucket.steps);
+            steps.map(|step| chosen.file.manifest.runner(step)).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = chosen.file.manifest.ranks.iter().map(runners).collect();
+        assert!(all.iter().all(|runners| *runners == all[0]), "{ranks}");
+    }
+}
+
+#[test]
+fn which_experts_have_replicas_makes_no_problem_of_its_own() {
+    let counts = tempfile::NamedTempFile::new().expect("a file can be made");
+    let sorts = |hot: u64| {
+        let mut counted = ExpertCounts::new(&spread(1, None, Tactics::default()).file.manifest.model.config_hash);
+        let layer = |layer: u64| (format!("layers.{layer}.ffn"), vec![hot, 1 + layer, 9, 1, 7, 2, 3, 100 - hot]);
+        counted.layers.extend((2..6).map(layer));
+        std::fs::write(counts.path(), serde_json::to_string(&counted).expect("numbers")).expect("it can be written");
+        let plan = spread(2, Some((counts.path(), 1)), Tactics::default()).file.manifest;
+        let of_rank = |program| keys(program).into_iter().filter(|key| key.starts_with("local+group")).collect();
+        plan.ranks.iter().map(of_rank).collect::<Vec<BTreeSet<String>>>()
+    };
+    let (some, others) = (sorts(90), sorts(80));
+    // Though each layer's turns are its own; decode of so few rows sorts nothing.
+    assert!(some.iter().all(|keys| keys.len() == 1), "{some:?}");
+    assert_eq!(some, others);
+}
+
+#[test]
+fn a_share_of_another_size_goes_by_what_is_known_of_the_first() {
+    // Of eight experts, ranks have two, three and three.
+    let manifest = spread(3, None, Tactics::default()).file.manifest;
+    let tuning = Tuning::of(&manifest, Allowed::default());
+    let products = tuning.problems().filter(|(key, names)| key.starts_with("expert+swiglu") && names.len() > 2);
+    let chosen: BTreeMap<String, String> = products.map(|(key, names)| (key.to_owned(), names[2].to_owned())).collect();
+    let plan = spread(3, None, Tactics { chosen: chosen.clone(), ..Tactics::default() }).file.manifest;
+    let products = |program: &Program| {
+        let steps = program.buckets.iter().flat_map(|bucket| &bucket.steps);
+        let products = steps.filter(|step| step.name.ends_with("expert+swiglu"));
+        products.filter_map(|step| plan.runner(step)).collect::<Vec<_>>()
+    };
+    let first = products(&plan.ranks[0]);
+    assert!(first.iter().any(|runner| chosen.values().any(|name| name == runner)), "{first:?} {chosen:?}");
+    assert!(plan.ranks.iter().all(|program| products(program) == first));
 }

@@ -201,7 +201,8 @@ impl CudaExecutor {
         let alone = collectives(self.program()).all(|collective| collective.kind.peer().is_none());
         ensure!(
             ranks > 1 && alone,
-            "one rank by itself: expected a plan whose experts are spread, and not its layers, found another"
+            "one rank by itself: expected ranks that all exchange with all, found {}; compile the plan with --ranks expert=M alone",
+            if alone { "a plan of one" } else { "some that send to each other alone" }
         );
         let kernel = |role| self.kernels.service(role);
         let peers = Peers::looped((self.program(), kernel), &self.device, (self.rank, ranks))?;

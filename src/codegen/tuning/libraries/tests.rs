@@ -236,3 +236,19 @@ fn what_graphs_choose_is_written_beside_what_a_lock_knows() {
     assert_eq!(trials.list.len(), keys.len() - 1);
     assert!(trials.leave_out(prefill, &[]).is_err());
 }
+
+#[test]
+fn steps_are_found_behind_what_ranks_do_together() {
+    let options = CompileOptions { expert_ranks: 2, pack: Pack::Never, ..options(Tactics::default()) };
+    let manifest = plan(&options);
+    let trials = LibraryTrials::of(&manifest, &options).expect("kernels run all");
+    let program = &manifest.ranks[0];
+    assert!(trials.list.iter().any(|trial| trial.steps.iter().any(|&step| step > 20)), "{trials:?}");
+    for trial in &trials.list {
+        let bucket = &program.buckets[trial.bucket.0];
+        for &step in &trial.steps {
+            let semantic = &program.semantics[bucket.steps[step].op as usize];
+            assert_eq!(problem_key(&crate::codegen::kernels::Problem { semantic, phase: bucket.phase }), trial.key);
+        }
+    }
+}
