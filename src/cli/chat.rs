@@ -15,7 +15,7 @@ use self::lines::Lines;
 use self::log::Log;
 use crate::cli::device::Device;
 use crate::cli::load::{self, Choices};
-use crate::cli::output::note;
+use crate::cli::output::{keep_apart, note};
 use crate::cli::sampling::Sampling;
 use crate::cli::{text, usage};
 use crate::runtime::cuda::Graphs;
@@ -94,6 +94,7 @@ const SESSION: Session = Session(0);
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
+    keep_apart(&[("--log", arguments.log.as_deref())], &[Some(&arguments.input_plan)])?;
     let sampling = arguments.sampling.params()?;
     if arguments.max_new_tokens == 0 {
         return usage("--max-new-tokens: expected at least 1, found 0: an answer has tokens");

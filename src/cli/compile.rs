@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::cli::load::{self, Choices, TargetChoice, compile_source};
-use crate::cli::output::{note, print};
+use crate::cli::output::{keep_apart, note, print};
 use crate::cli::table::{regions, size, table};
 use crate::cli::{inspect, lock, tune, usage};
 use crate::codegen::compile::{BucketReport, Observer};
@@ -66,6 +66,8 @@ enum Tune {
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
     let started = std::time::Instant::now();
+    let read = [arguments.recipe.as_deref(), arguments.choices.expert_counts.as_deref()];
+    keep_apart(&[("--output", Some(&arguments.output))], &read)?;
     let source = load::source(arguments.recipe.as_deref(), arguments.model.as_deref(), arguments.choices.synthetic)?;
     // What the lock file lies beside.
     let named = arguments.recipe.as_deref().unwrap_or(&arguments.output);

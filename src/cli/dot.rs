@@ -9,6 +9,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::cli::draw::{DotOptions, dot, layer, svg};
 use crate::cli::load::{self, Choices, find_bucket, has_extension, read_plan};
+use crate::cli::output::keep_apart;
 use crate::cli::usage;
 use crate::codegen::compile::Observer;
 use crate::codegen::{CompileOptions, Recipe, Source, compile};
@@ -51,6 +52,7 @@ fn parse_range(text: &str) -> Result<RangeInclusive<u64>, String> {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
+    keep_apart(&[("--output", arguments.output.as_deref())], &[arguments.input.as_deref()])?;
     let graph = graph(arguments)?;
     if let Some(layers) = &arguments.layers
         && !graph.ops.iter().any(|op| layer(&op.scope).is_some_and(|layer| layers.contains(&layer)))

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cli::draw::memory_svg;
 use crate::cli::load::{self, find_bucket};
-use crate::cli::output::print;
+use crate::cli::output::{keep_apart, print};
 use crate::cli::table::{regions, size, table};
 use crate::cuda;
 use crate::plan::{Bucket, CollectiveKind, Manifest, Phase, PlanFile, Weight, WeightSource};
@@ -46,6 +46,7 @@ pub enum Format {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
+    keep_apart(&[("--memory", arguments.memory.as_deref())], &[Some(&arguments.plan)])?;
     let file = load::read_plan(&arguments.plan)?;
     if arguments.device {
         return on_device(&file);

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::cli::inspect::Format;
 use crate::cli::load::{self, Choices, find_bucket};
 use crate::cli::measure::{self, Measuring, Opened, experts_cell, floor_heading, percent};
-use crate::cli::output::print;
+use crate::cli::output::{keep_apart, print};
 use crate::cli::table::table;
 use crate::plan::{Phase, Program};
 use crate::runtime::cuda::Graphs;
@@ -50,6 +50,7 @@ pub struct Arguments {
 
 /// Does it.
 pub fn execute(arguments: &Arguments) -> Result<()> {
+    keep_apart(&[("--trace", arguments.trace.as_deref())], &[Some(&arguments.plan)])?;
     let options = arguments.measuring.options()?;
     let model = arguments.model.as_deref();
     let compiling = arguments.choices.options_for(&arguments.plan)?;

@@ -23,7 +23,7 @@ pub use self::results::Ordered;
 use crate::cli::device::{Device, RankArguments};
 use crate::cli::follow::Following;
 use crate::cli::load::{self, Choices, has_extension};
-use crate::cli::output::note;
+use crate::cli::output::{keep_apart, note};
 use crate::cli::sampling::Sampling;
 use crate::cli::table::{regions, size};
 use crate::cli::world::{World, rank_table};
@@ -249,7 +249,32 @@ fn check_options(arguments: &Arguments) -> Result<()> {
     if arguments.chunk == Some(0) {
         return usage("--chunk: expected at least 1 row, found 0; leave it out to run prompts whole");
     }
-    Ok(())
+    let batch = &arguments.batch;
+    // Other options that exclude --input would excuse these from it.
+    let of_input = [
+        ("-n", batch.first.is_some()),
+        ("--output", batch.output.is_some()),
+        ("--validate", batch.validate.is_some()),
+        ("--compare", batch.compare.is_some()),
+    ];
+    if let Some((option, _)) = of_input.iter().find(|(_, given)| *given && batch.input.is_none()) {
+        return usage(format!(
+            "{option}: expected --input FILE with it, found prompts that have no such results; leave it out"
+        ));
+    }
+    let written = [
+        ("--output", batch.output.as_deref()),
+        ("--logits", arguments.logits.as_deref()),
+        ("--prompt-logits", arguments.prompt_logits.as_deref()),
+        ("--count-experts", arguments.count_experts.as_deref()),
+    ];
+    let read = [
+        Some(arguments.input_plan.as_path()),
+        batch.input.as_deref(),
+        batch.validate.as_deref(),
+        batch.compare.as_deref(),
+    ];
+    keep_apart(&written, &read)
 }
 
 fn requests(arguments: &Arguments, sampling: SamplingParams, prompts: &Prompts, file: &PlanFile) -> Vec<Request> {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cli::device::Device;
 use crate::cli::load;
-use crate::cli::output::{note, same_file};
+use crate::cli::output::{keep_apart, note};
 use crate::cli::run::write_answers;
 use crate::cli::{text, usage};
 use crate::codegen::CompileOptions;
@@ -60,12 +60,8 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
             return usage(format!("{name}: expected a number from 1 to {}, found {found}", i32::MAX));
         }
     }
-    if arguments.text.as_deref().is_some_and(|text| same_file(text, &arguments.output)) {
-        return usage(format!("--output {}: expected another file than the text", arguments.output.display()));
-    }
-    if arguments.answers.as_deref() == Some(&arguments.output) {
-        return usage(format!("--answers {}: expected another file than --output", arguments.output.display()));
-    }
+    let written = [("--output", Some(arguments.output.as_path())), ("--answers", arguments.answers.as_deref())];
+    keep_apart(&written, &[Some(&arguments.input_plan), arguments.text.as_deref()])?;
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.input_plan, model, &CompileOptions::default())?;
     let vocab = file.manifest.model.vocab;

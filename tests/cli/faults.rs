@@ -213,3 +213,42 @@ fn weights_that_do_not_pack_are_read_as_they_are() {
     let of = |plan| done(folder.path(), &[&["run", plan][..], &run].concat());
     assert_eq!(of("some.plan"), of("all.plan"));
 }
+
+#[test]
+fn results_are_not_written_over_what_is_read() {
+    let folder = folder_with_plan();
+    let at = folder.path();
+    std::fs::copy(project("plans/synthetic.ron"), at.join("my.ron")).expect("it can be copied");
+    std::fs::write(at.join("in.jsonl"), "{\"tokens\": [5, 17]}\n").expect("it can be written");
+    std::fs::write(at.join("counts.json"), "{}").expect("it can be written");
+    let spread = ["compile", "my.ron", "--ranks", "expert=2", "--expert-counts", "counts.json", "-o", "counts.json"];
+    let kept = ["my.ron", "in.jsonl", "counts.json", "demo.plan"];
+    let before = kept.map(|name| std::fs::read(at.join(name)).expect("it is there"));
+    for (arguments, option) in [
+        (&["compile", "my.ron", "-o", "my.ron"][..], "--output my.ron"),
+        (&spread, "--output counts.json"),
+        (&["run", "demo.plan", "--tokens", "1", "--logits", "./demo.plan"], "--logits ./demo.plan"),
+        (&["run", "demo.plan", "--input", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl"),
+        (&["run", "demo.plan", "--input", "in.jsonl", "--count-experts", "in.jsonl"], "--count-experts in.jsonl"),
+        (&["run", "demo.plan", "--tokens", "1", "--logits", "x", "--prompt-logits", "./x"], "--prompt-logits ./x"),
+        (&["inspect", "demo.plan", "--memory", "demo.plan"], "--memory demo.plan"),
+        (&["dot", "demo.plan", "-o", "demo.plan"], "--output demo.plan"),
+        (&["samples", "demo.plan", "--count", "1", "--length", "2", "-o", "demo.plan"], "--output demo.plan"),
+    ] {
+        let errors = fails(at, 2, arguments);
+        assert!(errors.contains(&format!("{option}: expected another file than ")), "{arguments:?}: {errors}");
+    }
+    assert_eq!(kept.map(|name| std::fs::read(at.join(name)).expect("it is there")), before);
+    assert!(!at.join("x").exists());
+}
+
+#[test]
+fn what_goes_with_an_input_is_refused_without() {
+    let folder = folder_with_plan();
+    let options = [["-n", "3"], ["--output", "r.jsonl"], ["--validate", "r.bin"], ["--compare", "demo.plan"]];
+    for option in options {
+        let errors = fails(folder.path(), 2, &[&["run", "demo.plan", "--tokens", "1"], &option[..]].concat());
+        assert!(errors.contains(&format!("{}: expected --input FILE", option[0])), "{errors}");
+    }
+    assert!(!folder.path().join("r.jsonl").exists());
+}

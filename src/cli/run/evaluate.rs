@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{Arguments, Format};
 use crate::cli::device::Place;
 use crate::cli::load;
-use crate::cli::output::{note, print, same_file};
+use crate::cli::output::{note, print};
 use crate::cli::samples::file::{Answers, How, Inputs, Timed, run};
 use crate::cli::usage;
 use crate::cli::world::{World, rank_table};
@@ -53,7 +53,7 @@ struct Bad {
 
 /// Does it.
 pub fn execute(arguments: &Arguments, input: &Path, world: &mut World) -> Result<()> {
-    check_options(arguments, input)?;
+    check_options(arguments)?;
     let plans = super::plans(arguments)?;
     if let Some(path) = &arguments.batch.compare {
         check_models(path, &plans)?;
@@ -101,12 +101,8 @@ fn check_models(compare: &Path, plans: &[PlanFile]) -> Result<()> {
     Ok(())
 }
 
-fn check_options(arguments: &Arguments, input: &Path) -> Result<()> {
+fn check_options(arguments: &Arguments) -> Result<()> {
     let batch = &arguments.batch;
-    let read = std::iter::once(input).chain(batch.validate.as_deref());
-    if let Some(path) = batch.output.as_deref().filter(|output| read.clone().any(|path| same_file(output, path))) {
-        return usage(format!("--output {}: expected another file than those that are read", path.display()));
-    }
     if batch.resume {
         return usage("--resume: expected --input FILE.jsonl, found samples; they run as a whole");
     }
