@@ -108,8 +108,10 @@ fn faults_are_told() {
     };
     check(b"", &[], 1, "expected at least 128 tokens, a chunk, found 1");
     check(b"a few words", &["--context", "64"], 1, "smaller --context");
+    // No sequence has more room than all of them.
+    check(b"a few words", &["--kv-tokens", "64"], 1, "expected at least 64 tokens, a chunk");
     check(b"ab\xff", &[], 1, "text.txt: expected UTF-8, found 0xff at byte 3");
-    check(b"text", &["--context", "129"], 2, "max-context = 128");
+    check(b"text", &["--context", "129"], 2, "expected 3 to 128, the plan's --max-context or --kv-tokens");
     check(b"text", &["--context", "2"], 2, "expected 3 to");
     check(b"text", &["--chunks", "0"], 2, "--chunks");
     fs::remove_file(folder.join("model/tokenizer.json")).expect("removed");

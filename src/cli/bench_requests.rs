@@ -146,13 +146,13 @@ fn on_ranks(arguments: &Arguments, count: usize, world: &mut World) -> Result<()
 
 /// What a request may be long.
 fn spans(arguments: &RequestArguments, manifest: &Manifest) -> Result<(Span, Span)> {
-    let context = manifest.limits.max_context as usize;
+    let context = manifest.limits.longest() as usize;
     let prompts = arguments.prompt_tokens.unwrap_or_else(|| PROMPT.at_most(context / 2));
     let new = arguments.new_tokens.unwrap_or_else(|| NEW.at_most(context.saturating_sub(prompts.most)));
     if prompts.most.saturating_add(new.most) > context {
         return usage(format!(
-            "--prompt-tokens and --new-tokens: expected at most {context} together, the plan's --max-context, found {} and {}; shorten \
-             them, or compile with a larger --max-context",
+            "--prompt-tokens and --new-tokens: expected at most {context} together, the plan's --max-context or --kv-tokens, whichever is \
+             less, found {} and {}; shorten them, or compile with larger ones",
             prompts.most, new.most
         ));
     }

@@ -74,10 +74,12 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     let model = arguments.model.as_deref();
     let file = load::plan(&arguments.plan, model, &arguments.choices.options_for(&arguments.plan)?)?;
-    let max_context = file.manifest.limits.max_context;
-    let context = arguments.context.unwrap_or(CONTEXT.min(max_context) as usize);
-    if context < 3 || context as u64 > max_context {
-        return usage(format!("--context: expected 3 to the plan's max-context = {max_context}, found {context}"));
+    let longest = file.manifest.limits.longest();
+    let context = arguments.context.unwrap_or(CONTEXT.min(longest) as usize);
+    if context < 3 || context as u64 > longest {
+        return usage(format!(
+            "--context: expected 3 to {longest}, the plan's --max-context or --kv-tokens, whichever is less, found {context}"
+        ));
     }
     let rules = text::open(&file, model)?;
     let given = text::read(&arguments.text)?;

@@ -132,9 +132,11 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let mut world = World::join()?;
     let result = match &arguments.batch.input {
         _ if world.follower().is_some() => follow(arguments, &mut world),
-        Some(input) if is_samples(arguments) => evaluate::execute(arguments, input, &mut world),
-        Some(input) => batch::execute(arguments, sampling, input, started, &mut world),
-        None => prompts(arguments, sampling, started, &mut world),
+        input => check_files(arguments).and_then(|()| match input {
+            Some(input) if is_samples(arguments) => evaluate::execute(arguments, input, &mut world),
+            Some(input) => batch::execute(arguments, sampling, input, started, &mut world),
+            None => prompts(arguments, sampling, started, &mut world),
+        }),
     };
     world.end(result)
 }
@@ -262,6 +264,12 @@ fn check_options(arguments: &Arguments) -> Result<()> {
             "{option}: expected --input FILE with it, found prompts that have no such results; leave it out"
         ));
     }
+    Ok(())
+}
+
+/// What is written, only rank 0 writes: none of it over what it reads.
+fn check_files(arguments: &Arguments) -> Result<()> {
+    let batch = &arguments.batch;
     let written = [
         ("--output", batch.output.as_deref()),
         ("--logits", arguments.logits.as_deref()),

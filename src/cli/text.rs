@@ -56,8 +56,8 @@ pub fn open(file: &PlanFile, model: Option<&Path>) -> Result<Text> {
     match directory(file, model) {
         Some(directory) => Text::open(&directory),
         None => usage(
-            "text needs a tokenizer: name the model's directory with --model DIR, or give the prompt as token ids with \
-             --tokens",
+            "text needs a tokenizer: expected the model's directory, found none; name it with --model DIR, or, where the command has it, give \
+             the prompt as token ids with --tokens",
         ),
     }
 }

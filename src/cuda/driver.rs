@@ -21,11 +21,13 @@ pub enum DeviceError {
     /// No driver.
     #[error(
         "the NVIDIA driver: expected libcuda.so.1 in the loader's path, found none; run on a machine with an NVIDIA GPU and its \
-         driver, or use `--device cpu`"
+         driver, or, where the command has it, use `--device cpu`"
     )]
     NoDriver,
     /// A driver without a device.
-    #[error("a GPU: expected device {ordinal}, found {found} devices; set CUDA_VISIBLE_DEVICES, or use `--device cpu`")]
+    #[error(
+        "a GPU: expected device {ordinal}, found {found} devices; set CUDA_VISIBLE_DEVICES, or, where the command has it, use `--device cpu`"
+    )]
     NoDevice {
         /// Number of the device.
         ordinal: usize,

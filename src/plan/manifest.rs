@@ -174,6 +174,11 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// The most positions that one sequence can have, were it alone.
+    pub fn longest(&self) -> u64 {
+        self.max_context.min(self.kv_tokens)
+    }
+
     /// Pages in the pool.
     pub fn pages(&self) -> u64 {
         self.kv_tokens / self.page_tokens

@@ -70,7 +70,7 @@ impl Text {
         match Text::find(directory)? {
             Some(text) => Ok(text),
             None => bail!(
-                "no tokenizer: expected the file {}; without one, prompts can be given as token ids",
+                "no tokenizer: expected the file {}; take a directory that has one, or, where the command has it, give prompts as token ids with --tokens",
                 directory.join(files::TOKENIZER).display()
             ),
         }

@@ -225,7 +225,7 @@ fn requests_can_be_timed() {
     assert!((rate("requests_per_second") - 7.0).abs() < 1e-6, "{found}");
     assert!((rate("new_tokens_per_second") - found["new_tokens"].as_f64().expect("a number")).abs() < 1e-6, "{found}");
     let errors = fails(at, 2, &["bench", "demo.plan", "--requests", "7", "--prompt-tokens", "3-30000"]);
-    assert!(errors.contains("the plan's --max-context, found 30000 and 1"), "{errors}");
+    assert!(errors.contains("whichever is less, found 30000 and 1"), "{errors}");
 }
 
 /// A recipe whose weights come from a checkpoint can be measured without it.

@@ -47,8 +47,8 @@ type Found<'a> = (&'a str, (u32, u32), (u32, u32));
 fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
     let expected = match manifest.target {
         Target::Cpu => bail!(
-            "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or run it with \
-             --device cpu"
+            "the plan is for the CPU: expected one for sm_90a; compile it with `lfm2c compile --target sm_90a`, or, where the \
+             command has it, use --device cpu"
         ),
         Target::Sm_90a => (9, 0),
     };
@@ -60,7 +60,7 @@ fn check_found(manifest: &Manifest, device: Option<Found>) -> Result<()> {
     let Some((name, capability, driver)) = device else { return Ok(()) };
     ensure!(
         capability == expected,
-        "the plan is for compute capability {}.{}: found {name} with {}.{}; run it on such a GPU, or with --device cpu",
+        "the plan is for compute capability {}.{}: found {name} with {}.{}; run it on such a GPU, or, where the command has it, with --device cpu",
         expected.0,
         expected.1,
         capability.0,
