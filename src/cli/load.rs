@@ -253,7 +253,8 @@ pub fn experts_alone(manifest: &Manifest) -> Result<()> {
     }
     match most_alone(ranks) {
         Some(most) => bail!(
-            "plan `{name}`: expected at most {most} ranks, of which one can be looked at by itself, found {ranks}"
+            "plan `{name}`: expected at most {most} ranks, of which one can be looked at by itself, found {ranks}; compile it with \
+             expert={most} for this command"
         ),
         None => Ok(()),
     }
