@@ -114,8 +114,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     }
     match arguments.format {
         Format::Text => {
-            let mut text = measure::machine_line(&machine) + &measure::rank_line(&file.manifest);
-            text += &(measure::floor_line(&ceilings) + "\n");
+            let mut text = measure::heading(&machine, &file.manifest, &ceilings);
             if arguments.block.is_empty() {
                 text += &bucket_table(&reports, &ceilings);
             } else {

@@ -113,6 +113,11 @@ pub fn open(
     Ok(Opened { file, machine, _device: device })
 }
 
+/// What stands above tables: the device, whose steps they are, and what floors are made of.
+pub fn heading(machine: &Machine, manifest: &Manifest, ceilings: &Ceilings) -> String {
+    machine_line(machine) + &rank_line(manifest) + &floor_line(ceilings) + "\n"
+}
+
 /// The device in a line.
 pub fn machine_line(machine: &Machine) -> String {
     format!(
@@ -130,7 +135,7 @@ pub fn machine_line(machine: &Machine) -> String {
 }
 
 /// Whose steps they are, in a line; nothing of a plan of one rank.
-pub fn rank_line(manifest: &Manifest) -> String {
+fn rank_line(manifest: &Manifest) -> String {
     match manifest.ranks.len() {
         0 | 1 => String::new(),
         ranks => format!(
@@ -140,7 +145,7 @@ pub fn rank_line(manifest: &Manifest) -> String {
 }
 
 /// What a floor is made of, in a line.
-pub fn floor_line(ceilings: &Ceilings) -> String {
+fn floor_line(ceilings: &Ceilings) -> String {
     let bytes =
         "floor: the plan's bytes, with the distinct experts and positions of these inputs, over the copy's bandwidth";
     match ceilings.flops_per_second {

@@ -67,8 +67,7 @@ pub fn execute(arguments: &Arguments) -> Result<()> {
     let (labels, layers) = (by_time(group(&profile.steps, label)), group(&profile.steps, layer));
     match arguments.format {
         Format::Text => {
-            let mut text = measure::machine_line(&machine) + &measure::rank_line(&file.manifest);
-            text += &(measure::floor_line(&ceilings) + "\n");
+            let mut text = measure::heading(&machine, &file.manifest, &ceilings);
             text += &group_table("steps", &labels, &ceilings);
             if arguments.all_steps {
                 text += "\n";

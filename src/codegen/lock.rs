@@ -311,8 +311,16 @@ pub(super) mod tests {
 
     /// A small model for a GPU, a bucket of each phase.
     pub(in super::super) fn compiled(tactics: Tactics) -> Compiled {
+        compiled_with(&options(tactics))
+    }
+
+    pub(in super::super) fn compiled_with(options: &CompileOptions) -> Compiled {
         let recipe = Recipe::parse(include_str!("../../plans/synthetic.ron")).expect("the recipe is valid");
-        let options = CompileOptions {
+        compile(&Source::Recipe(recipe.into(), None), options, &Silent).expect("it compiles")
+    }
+
+    pub(in super::super) fn options(tactics: Tactics) -> CompileOptions {
+        CompileOptions {
             target: Target::Sm90a,
             dtype: Some(crate::ir::DType::BF16),
             prefill: Some(vec![64]),
@@ -320,8 +328,7 @@ pub(super) mod tests {
             without_cubins: true,
             tactics,
             ..CompileOptions::default()
-        };
-        compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles")
+        }
     }
 
     /// Kernels that steps launch, as the plan names them.

@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::codegen::compile::{Compiled, Silent};
-use crate::codegen::lock::tests::compiled;
-use crate::codegen::{CompileOptions, Recipe, Source, compile};
-use crate::passes::Target;
+use crate::codegen::CompileOptions;
+use crate::codegen::compile::Compiled;
+use crate::codegen::lock::tests::{compiled, compiled_with, options};
 use crate::plan::{ExpertCounts, Program};
 
 fn trials(times: &[Option<f64>]) -> Vec<Trial> {
@@ -195,20 +194,13 @@ fn a_library_that_is_clearly_faster_goes_before_the_best_kernel() {
 
 /// The same model with its eight experts spread over ranks.
 fn spread(ranks: u64, replicas: Option<(&std::path::Path, u64)>, tactics: Tactics) -> Compiled {
-    let recipe = Recipe::parse(include_str!("../../../plans/synthetic.ron")).expect("the recipe is valid");
-    let options = CompileOptions {
-        target: Target::Sm90a,
-        dtype: Some(crate::ir::DType::BF16),
-        prefill: Some(vec![64]),
+    compiled_with(&CompileOptions {
         decode: Some(vec![8]),
-        without_cubins: true,
         expert_ranks: ranks,
         expert_counts: replicas.map(|(counts, _)| counts.to_owned()),
         expert_replicas: replicas.map_or(0, |(_, count)| count),
-        tactics,
-        ..CompileOptions::default()
-    };
-    compile(&Source::Recipe(recipe.into(), None), &options, &Silent).expect("it compiles")
+        ..options(tactics)
+    })
 }
 
 /// The problems of a rank's steps, without what ranks do together.
